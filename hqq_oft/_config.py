@@ -1,0 +1,36 @@
+"""Every environment variable that the package reads, in one place. ENVS.md documents them for users."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, get_args
+
+BackendName = Literal["auto", "triton", "native", "reference"]
+KeepPristine = Literal["device", "host", "none"]
+
+
+def _choice(variable: str, default: str, accepted: tuple[str, ...]) -> str:
+    value = os.environ.get(variable, "").strip().lower() or default
+    if value not in accepted:
+        raise ValueError(
+            f"{variable}={value!r} is not understood; set it to one of {', '.join(accepted)}, or unset it."
+        )
+    return value
+
+
+def backend_from_environment() -> str:
+    """The backend that `HQQ_OFT_BACKEND` asks for (`auto` if unset).
+
+    Raises:
+        ValueError: the variable holds something else than a backend's name.
+    """
+    return _choice("HQQ_OFT_BACKEND", "auto", get_args(BackendName))
+
+
+def keep_pristine_from_environment() -> str:
+    """Where a merged layer keeps its pristine packed weight: `HQQ_OFT_KEEP_PRISTINE`, `device` if unset.
+
+    Raises:
+        ValueError: the variable holds something else than `device`, `host` or `none`.
+    """
+    return _choice("HQQ_OFT_KEEP_PRISTINE", "device", get_args(KeepPristine))

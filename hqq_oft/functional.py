@@ -1,0 +1,363 @@
+"""Differentiable operations on rotations and quantized weights.
+
+What is differentiated and what is saved is decided here; `hqq_oft.ops` computes. Saved for backward are inputs alone:
+nothing dense of the weight's size, nothing wider than it came in. Symbols: tokens M, in-features K, out-features N,
+block size b, blocks B = K / b, stored blocks S (B, or 1 where all positions share one block), adapters A.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from . import ops
+from .weight import QuantizedWeight
+
+
+class _Cayley(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, v: Tensor, keep: Tensor | None, block_size: int, terms: Any, max_norm: Any, dtype: Any
+    ) -> Any:
+        ctx.save_for_backward(v, keep)
+        ctx.spec = (block_size, terms, max_norm)
+        return ops.cayley(v, block_size, terms, keep, max_norm, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        v, keep = ctx.saved_tensors
+        block_size, terms, max_norm = ctx.spec
+        return ops.cayley_backward(grad, v, block_size, terms, keep, max_norm), None, None, None, None, None
+
+
+class _Rotate(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) -> Any:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, d, adapter_index)
+        ctx.transpose = transpose
+        return ops.rotate(x, d, adapter_index, transpose)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, d, adapter_index = ctx.saved_tensors
+        need_x, need_d = ctx.needs_input_grad[:2]
+        if x is None:
+            return ops.rotate(grad, d, adapter_index, not ctx.transpose), None, None, None
+        dx, dd = ops.rotate_backward(grad, x, d, adapter_index, ctx.transpose, need_x, need_d)
+        return dx if need_x else None, dd.to(d.dtype), None, None
+
+
+class _DequantizeRotate(Function):
+    @staticmethod
+    def forward(ctx: Any, d: Tensor, dtype: torch.dtype, *weight: Any) -> Any:
+        ctx.save_for_backward(d)
+        ctx.weight = weight
+        return ops.dequantize_rotate(*weight, d, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (d,) = ctx.saved_tensors
+        weight = ops.dequantize(*ctx.weight, grad.dtype)
+        dd = ops.rotate_backward(grad, weight, d, None, True, False, True)[1]
+        return (dd.to(d.dtype), None, *(None for _ in ctx.weight))
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, d: Tensor | None, bias: Tensor | None, adapter_index: Tensor | None, *weight: Any
+    ) -> Any:
+        need_x, need_d, need_bias = ctx.needs_input_grad[:3]
+        ctx.save_for_backward(x if need_d else None, d if need_x or need_d else None, adapter_index)
+        ctx.weight = weight
+        ctx.bias_dtype = bias.dtype if need_bias and bias is not None else None
+        return ops.linear(x, d, *weight, bias, adapter_index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, d, adapter_index = ctx.saved_tensors
+        need_x, need_d = ctx.needs_input_grad[:2]
+        dx: Any = None
+        dd: Any = None
+        if need_x or need_d:
+            # Where D needs no gradient, x is not saved and not read: grad stands in for it in the schema.
+            dx, dd = ops.linear_backward(grad, grad if x is None else x, d, *ctx.weight, adapter_index, need_x, need_d)
+        return (
+            dx if need_x else None,
+            dd.to(d.dtype) if need_d else None,
+            _bias_gradient(grad, ctx.bias_dtype),
+            None,
+            *(None for _ in ctx.weight),
+        )
+
+
+class _OFTLinear(Function):
+    """`_Cayley` and `_Linear` in one node, so that D is not saved: backward builds it again from `v`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        keep: Tensor | None,
+        block_size: int,
+        terms: Any,
+        max_norm: Any,
+        *weight: Any,
+    ) -> Any:
+        need_x, need_v, need_bias = ctx.needs_input_grad[:3]
+        ctx.save_for_backward(x if need_v else None, v if need_x or need_v else None, keep)
+        ctx.spec = (block_size, terms, max_norm)
+        ctx.weight = weight
+        ctx.bias_dtype = bias.dtype if need_bias and bias is not None else None
+        d = ops.cayley(v, block_size, terms, keep, max_norm, x.dtype)
+        return ops.linear(x, d, *weight, bias, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, v, keep = ctx.saved_tensors
+        block_size, terms, max_norm = ctx.spec
+        need_x, need_v = ctx.needs_input_grad[:2]
+        dx = dv = None
+        if need_x or need_v:
+            d = ops.cayley(v, block_size, terms, keep, max_norm, grad.dtype)
+            dx, dd = ops.linear_backward(grad, grad if x is None else x, d, *ctx.weight, None, need_x, need_v)
+            if need_v:
+                dv = ops.cayley_backward(dd, v, block_size, terms, keep, max_norm)
+        return (
+            dx if need_x else None,
+            dv,
+            _bias_gradient(grad, ctx.bias_dtype),
+            *(None for _ in range(4 + len(ctx.weight))),
+        )
+
+
+def _bias_gradient(grad: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    return None if dtype is None else grad.sum(dim=0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(dtype)
+
+
+# --- Checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_floating(name: str, value: Tensor) -> None:
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor, got {value.dtype}; cast it first.")
+
+
+def _check_cayley(v: Tensor, block_size: int, terms: int | None, keep: Tensor | None) -> None:
+    _check_floating("v", v)
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}.")
+    elements = block_size * (block_size - 1) // 2
+    if v.dim() != 2 or v.shape[1] != elements:
+        raise ValueError(
+            f"v must have shape [stored blocks, {elements}] for block_size={block_size}, got {tuple(v.shape)}."
+        )
+    if terms is not None and terms < 1:
+        raise ValueError(f"terms must be at least 1, or None for the exact Cayley map; got {terms}.")
+    if keep is not None and (keep.dtype != torch.bool or keep.dim() != 1 or v.shape[0] not in (1, keep.shape[0])):
+        raise ValueError(
+            f"keep must be a bool tensor with one entry per block, for {v.shape[0]} stored blocks; got {keep.dtype} "
+            f"{tuple(keep.shape)}."
+        )
+
+
+def _check_rotation(features: int, d: Tensor, adapter_index: Tensor | None, rows: int) -> None:
+    _check_floating("d", d)
+    dims = 3 if adapter_index is None else 4
+    if d.dim() != dims or d.shape[-1] != d.shape[-2] or d.shape[-1] == 0:
+        layout = "[blocks, b, b]" if dims == 3 else "[adapters, blocks, b, b], as adapter_index is given"
+        raise ValueError(f"d must have shape {layout}; got {tuple(d.shape)}.")
+    blocks, block_size = d.shape[-3], d.shape[-1]
+    if features % block_size or blocks not in (1, features // block_size):
+        raise ValueError(
+            f"d must rotate {features} features with blocks that divide them, one per position or one shared; got "
+            f"{blocks} blocks of {block_size}."
+        )
+    if adapter_index is not None and (adapter_index.dtype != torch.int64 or tuple(adapter_index.shape) != (rows,)):
+        raise ValueError(
+            f"adapter_index must be an int64 tensor of shape ({rows},), one entry per row of x; got "
+            f"{adapter_index.dtype} {tuple(adapter_index.shape)}."
+        )
+
+
+def _check_input(x: Tensor, features: int) -> None:
+    _check_floating("x", x)
+    if x.dim() == 0 or x.shape[-1] != features:
+        raise ValueError(f"x must have shape [..., {features}], got {tuple(x.shape)}.")
+
+
+def _check_bias(bias: Tensor | None, out_features: int) -> None:
+    if bias is not None and tuple(bias.shape) != (out_features,):
+        raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}.")
+
+
+def _flatten(x: Tensor) -> Tensor:
+    # not -1: it can't be inferred for an empty batch
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+# --- Public ----------------------------------------------------------------------------------------------------------
+
+
+def cayley(
+    v: Tensor,
+    block_size: int,
+    terms: int | None = 5,
+    *,
+    keep: Tensor | None = None,
+    max_norm: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Orthogonal blocks from skew-symmetric parameters, as `D = R - I`.
+
+    `terms=n` is the Cayley-Neumann series of PEFT 0.18 and later, R = I + 2Q + ... + 2Q^(n-2) + Q^(n-1), only
+    approximately orthogonal (n=1: I; n=2: I + 2Q; n=3 gives what n=4 gives). `terms=None` is the exact Cayley map,
+    R = (I - Q)(I + Q)^-1. Computed in float32, or float64 if `v` is float64. Differentiable in `v`.
+
+    Args:
+        v: `[S, b(b-1)/2]`, the strict upper triangle of each skew-symmetric block `Q`, row by row; any float dtype.
+        block_size: b.
+        terms: number of series terms, at least 1, or None.
+        keep: bool `[B]`; False replaces that block's rotation by the identity (module dropout). One stored block is
+            spread over all B positions.
+        max_norm: blocks with a larger Frobenius norm are scaled down to it first (constrained OFT); the gradient passes
+            straight through the projection, as in PEFT.
+        dtype: of the result; by default float32, or float64 if `v` is.
+
+    Returns:
+        D, `[S, b, b]`, or `[B, b, b]` with `keep`.
+
+    Raises:
+        TypeError: `v` is not floating point.
+        ValueError: a shape or value is out of range.
+    """
+    _check_cayley(v, block_size, terms, keep)
+    if dtype is None:
+        dtype = torch.promote_types(v.dtype, torch.float32)
+    return _Cayley.apply(v, keep, block_size, terms, max_norm, dtype)
+
+
+def rotate(x: Tensor, d: Tensor, *, transpose: bool = False, adapter_index: Tensor | None = None) -> Tensor:
+    """`x * blockdiag(R)` as `x + x * blockdiag(D)`; with `transpose`, `x * blockdiag(R)^T`. Differentiable in both.
+
+    Args:
+        x: `[..., K]`, any float dtype; half precision is widened inside and rounded once.
+        d: `[B, b, b]`, or `[1, b, b]` shared by all positions; with `adapter_index` `[A, B or 1, b, b]`.
+        transpose: rotate by the transposed blocks.
+        adapter_index: int64 `[M]` with M the product of the leading dimensions of `x`: which adapter each row gets,
+            -1 for none.
+
+    Returns:
+        Shape and dtype of `x`.
+
+    Raises:
+        TypeError: `x` or `d` is not floating point.
+        ValueError: the shapes do not fit together.
+    """
+    _check_floating("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must have shape [..., K], got a scalar.")
+    flat = _flatten(x)
+    _check_rotation(x.shape[-1], d, adapter_index, flat.shape[0])
+    return _Rotate.apply(flat, d, adapter_index, transpose).reshape(x.shape)
+
+
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """`W = (level - zero) * scale`, `[N, K]`, computed in float32 or wider and rounded once.
+
+    Args:
+        weight: the quantized weight; it has no gradient.
+        dtype: of the result; by default that of the scale.
+    """
+    return ops.dequantize(*weight.arguments(), dtype or weight.scale.dtype)
+
+
+def dequantize_rotate(weight: QuantizedWeight, d: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`W * blockdiag(R)^T`, `[N, K]`: the weight with the rotation of its input folded in. Differentiable in `d`.
+
+    Args:
+        weight: the quantized weight.
+        d: `[B, b, b]` or `[1, b, b]`.
+        dtype: of the result; by default that of the scale.
+
+    Raises:
+        TypeError: `d` is not floating point.
+        ValueError: `d` does not fit the weight's in-features.
+    """
+    _check_rotation(weight.in_features, d, None, 0)
+    return _DequantizeRotate.apply(d, dtype or weight.scale.dtype, *weight.arguments())
+
+
+def linear(
+    x: Tensor,
+    d: Tensor | None,
+    weight: QuantizedWeight,
+    bias: Tensor | None = None,
+    *,
+    adapter_index: Tensor | None = None,
+) -> Tensor:
+    """`x * blockdiag(R) * W^T + bias`. Differentiable in `x`, `d` and `bias`.
+
+    Args:
+        x: `[..., K]`; the product is computed in its dtype.
+        d: `[B, b, b]` or `[1, b, b]`; with `adapter_index` `[A, B or 1, b, b]`; None for no rotation.
+        weight: the quantized weight, `[N, K]`.
+        bias: `[N]` or None.
+        adapter_index: int64 `[M]`, which adapter each row of the flattened `x` gets, -1 for none.
+
+    Returns:
+        `[..., N]` in the dtype of `x`.
+
+    Raises:
+        TypeError: `x` or `d` is not floating point.
+        ValueError: the shapes do not fit together.
+    """
+    _check_input(x, weight.in_features)
+    _check_bias(bias, weight.out_features)
+    flat = _flatten(x)
+    if d is not None:
+        _check_rotation(weight.in_features, d, adapter_index, flat.shape[0])
+    elif adapter_index is not None:
+        raise ValueError("adapter_index needs d, the adapters' stacked rotations.")
+    y = _Linear.apply(flat, d, bias, adapter_index, *weight.arguments())
+    return y.reshape(*x.shape[:-1], weight.out_features)
+
+
+def oft_linear(
+    x: Tensor,
+    v: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None = None,
+    *,
+    block_size: int,
+    terms: int | None = 5,
+    keep: Tensor | None = None,
+    max_norm: float | None = None,
+) -> Tensor:
+    """`linear(x, cayley(v, ...), weight, bias)` that keeps only `x` and `v` for backward, not `D`.
+
+    Args, result and errors are those of `linear` and `cayley`.
+    """
+    _check_input(x, weight.in_features)
+    _check_bias(bias, weight.out_features)
+    _check_cayley(v, block_size, terms, keep)
+    stored = v.shape[0] if keep is None else keep.shape[0]
+    if weight.in_features % block_size or stored not in (1, weight.in_features // block_size):
+        raise ValueError(
+            f"v must rotate {weight.in_features} features with blocks that divide them, one per position or one "
+            f"shared; got {stored} blocks of {block_size}."
+        )
+    y = _OFTLinear.apply(_flatten(x), v, bias, keep, block_size, terms, max_norm, *weight.arguments())
+    return y.reshape(*x.shape[:-1], weight.out_features)

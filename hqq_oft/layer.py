@@ -1,0 +1,537 @@
+"""`HqqOFTLinear`: PEFT's OFT on an HQQ-quantized linear layer.
+
+Policy lives here: which adapters, in which dtype, merged or not. The computing is in `hqq_oft.functional`, merging in
+`hqq_oft.merging`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from hqq.core.quantize import HQQLinear
+from peft.tuners.oft.layer import MultiplicativeDropoutLayer, OFTLayer, OFTRotationModule
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from . import functional, merging
+from ._config import keep_pristine_from_environment
+from .adapter_settings import AdapterSettings
+from .merging import PackedState
+from .reference import project
+from .weight import QuantizedWeight
+
+
+class HqqOFTLinear(nn.Module, OFTLayer):
+    """OFT on an `HQQLinear`: `y = x * blockdiag(R) * W^T + bias` with `W` packed.
+
+    Parameters, state-dict keys (`oft_R.<adapter>.weight`, `[blocks, b(b-1)/2]`) and numerics are those of PEFT's
+    `oft.layer.Linear`, so adapters saved by either load in the other.
+
+    Args:
+        base_layer: an initialised `HQQLinear`, or another tuner layer around one.
+        adapter_name: name of the first adapter, which becomes active.
+        r: number of blocks per layer; give it or `oft_block_size` and set the other to 0.
+        oft_block_size: block size b. A value that does not divide `in_features` is adjusted as PEFT does, with its
+            warning; so is `r`.
+        module_dropout: in training, the share of blocks that each forward replaces by the identity.
+        init_weights: True starts at the identity, False at random skew parameters (standard deviation 0.1).
+        coft: constrained OFT: each skew block's Frobenius norm is kept at or below `eps / sqrt(stored blocks)`.
+        eps: see `coft`.
+        block_share: one block for all positions.
+        use_cayley_neumann: series in place of the exact Cayley map.
+        num_cayley_neumann_terms: number of series terms.
+        config: a `peft.OFTConfig`; where it is given, all settings above come from it.
+
+    Attributes:
+        keep_pristine: where a merge keeps the packed weight it replaces: `"device"`, `"host"`, or `"none"` to give it
+            up and save the memory; unmerging is bit-exact with it and lossy without. The default comes from the
+            environment variable `HQQ_OFT_KEEP_PRISTINE`.
+
+    Raises:
+        TypeError: `base_layer` is no HQQ layer.
+        ValueError: the HQQ layer is not initialised, or a setting is out of range.
+    """
+
+    fan_in_fan_out = False
+
+    if TYPE_CHECKING:  # PEFT is not typed
+        base_layer: Any
+        in_features: int
+        out_features: int
+        oft_R: Any  # noqa: N815
+        oft_dropout: Any
+        oft_block_size: dict[str, int]
+        r: dict[str, int]
+        active_adapters: list[str]
+        merged_adapters: list[str]
+        merged: bool
+        disable_adapters: bool
+
+        get_base_layer: Callable[[], Any]
+        set_adapter: Callable[..., None]
+        reset_oft_parameters: Callable[[str, bool], None]
+        adjust_oft_parameters: Callable[[int, int], int]
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        r: int = 8,
+        oft_block_size: int = 0,
+        module_dropout: float = 0.0,
+        init_weights: bool = True,
+        coft: bool = False,
+        eps: float = 6e-5,
+        block_share: bool = False,
+        use_cayley_neumann: bool = False,
+        num_cayley_neumann_terms: int = 5,
+        *,
+        config: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        config = config if config is not None else kwargs.pop("oft_config", None)
+        self._init_around(base_layer, adapter_name, **kwargs)
+        self.update_layer(
+            adapter_name,
+            r,
+            oft_block_size=oft_block_size,
+            module_dropout=module_dropout,
+            init_weights=init_weights,
+            coft=coft,
+            eps=eps,
+            block_share=block_share,
+            use_cayley_neumann=use_cayley_neumann,
+            num_cayley_neumann_terms=num_cayley_neumann_terms,
+            config=config,
+        )
+
+    def _init_around(self, base_layer: nn.Module, active_adapter: str | list[str], **kwargs: Any) -> None:
+        """The part of construction that knows the base layer alone; `nn.Module.__init__` has run."""
+        base = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+        if not isinstance(base, HQQLinear):
+            raise TypeError(
+                f"HqqOFTLinear needs an hqq.core.quantize.HQQLinear, got {type(base).__name__}; use PEFT's own OFT "
+                "layer for other linear layers."
+            )
+        QuantizedWeight.from_hqq(base)  # raises if there is nothing in it, or nothing consistent
+        if base.bias is not None and not base.bias.is_leaf:
+            # HQQ clones the bias of a trainable layer without detaching it: it would drag that layer's graph along,
+            # and deepcopy refuses such tensors.
+            base.bias = base.bias.detach()
+        base.meta = merging.without_inference_tensors(base.meta)
+        OFTLayer.__init__(self, base_layer, **kwargs)
+        self._active_adapter = active_adapter
+        self.keep_pristine = keep_pristine_from_environment()
+        self._pristine: PackedState | None = None
+
+    # --- Adapters ----------------------------------------------------------------------------------------------------
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        r: int,
+        oft_block_size: int = 0,
+        module_dropout: float = 0.0,
+        coft: bool = False,
+        eps: float = 6e-5,
+        block_share: bool = False,
+        init_weights: bool = True,
+        use_cayley_neumann: bool = False,
+        num_cayley_neumann_terms: int = 5,
+        inference_mode: bool = False,
+        *,
+        config: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add an adapter, or replace the one of that name. Arguments as for the class; `config` wins where given.
+
+        Raises:
+            ValueError: a setting is out of range, or the adapter of that name is merged; nothing has changed then.
+        """
+        if config is None:
+            settings = AdapterSettings(
+                r=r,
+                oft_block_size=oft_block_size,
+                module_dropout=module_dropout,
+                init_weights=init_weights,
+                coft=coft,
+                eps=eps,
+                block_share=block_share,
+                use_cayley_neumann=use_cayley_neumann,
+                num_cayley_neumann_terms=num_cayley_neumann_terms,
+            )
+        else:
+            settings = AdapterSettings.from_config(config)
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"Cannot replace the adapter {adapter_name!r} while it is merged. Unmerge it first.")
+        r, oft_block_size = settings.blocks(self.in_features, self.adjust_oft_parameters)
+
+        dropout = MultiplicativeDropoutLayer(p=settings.module_dropout) if settings.module_dropout else nn.Identity()
+        self.oft_dropout[adapter_name] = dropout
+        self.oft_R[adapter_name] = OFTRotationModule(
+            1 if settings.block_share else r,
+            oft_block_size * (oft_block_size - 1) // 2,
+            oft_block_size,
+            self.in_features,
+            coft=settings.coft,
+            eps=settings.eps,
+            block_share=settings.block_share,
+            use_cayley_neumann=settings.use_cayley_neumann,
+            num_cayley_neumann_terms=settings.num_cayley_neumann_terms,
+        )
+        self.reset_oft_parameters(adapter_name, settings.init_weights)
+        self.r[adapter_name] = r
+        self.oft_block_size[adapter_name] = oft_block_size
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT looks for `weight` or `qweight`, which an HQQ layer does not have, and moves nothing then.
+        weight = self.oft_R[adapter_name].weight
+        device = device or self.get_base_layer().W_q.device
+        if weight.device.type != "meta" and torch.device(device).type != "meta":
+            self.oft_R[adapter_name].to(device)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; if it was active another becomes so, as in PEFT.
+
+        Raises:
+            ValueError: the adapter is merged.
+        """
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Unmerge them first.")
+        super().delete_adapter(adapter_name)
+
+    def _max_norm(self, module: OFTRotationModule) -> float | None:
+        """Bound on each skew block's Frobenius norm under `coft`."""
+        return module.eps / math.sqrt(module.weight.shape[0]) if module.coft else None
+
+    def _cayley_arguments(self, adapter_name: str) -> dict[str, Any]:
+        """What `functional.cayley` and `oft_linear` take besides the parameter."""
+        module = self.oft_R[adapter_name]
+        return {
+            "block_size": module.block_size,
+            "terms": module.num_cayley_neumann_terms if module.use_cayley_neumann else None,
+            "max_norm": self._max_norm(module),
+        }
+
+    def _begin_forward(self, adapter_name: str) -> tuple[Tensor, dict[str, Any]]:
+        """The adapter's parameter and Cayley arguments for one forward: in training, projected and with dropout."""
+        module = self.oft_R[adapter_name]
+        arguments = self._cayley_arguments(adapter_name)
+        if self.training:
+            if arguments["max_norm"] is not None and module.weight.requires_grad:
+                self._project_parameter(module, arguments["max_norm"])
+            arguments["keep"] = self._dropout_keep(adapter_name)
+        return module.weight, arguments
+
+    def _project_parameter(self, module: OFTRotationModule, max_norm: float) -> None:
+        # Through `.data`: projecting twice changes nothing, so an earlier forward's graph that holds the parameter
+        # (accumulation, checkpointing) stays valid, and autograd need not know.
+        module.weight.data.copy_(project(module.weight.detach(), max_norm))
+
+    def _dropout_keep(self, adapter_name: str) -> Tensor | None:
+        """Bool `[B]` with floor(p * B) randomly chosen blocks False, or None where nothing is dropped."""
+        p = getattr(self.oft_dropout[adapter_name], "p", 0.0) if adapter_name in self.oft_dropout else 0.0
+        module = self.oft_R[adapter_name]
+        blocks = self.in_features // module.block_size
+        dropped = int(p * blocks)
+        if dropped == 0:
+            return None
+        return torch.randperm(blocks, device=module.weight.device) >= dropped
+
+    @torch.no_grad()
+    def _rotation(self, adapter_name: str) -> Tensor:
+        """The adapter's `D = R - I` as merging uses it: float32, no dropout."""
+        weight = self.oft_R[adapter_name].weight
+        device = self.get_base_layer().W_q.device
+        return functional.cayley(weight.to(device), dtype=torch.float32, **self._cayley_arguments(adapter_name))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The dense block-diagonal rotation `[K, K]` of an adapter, in the dtype and on the device of its parameter."""
+        weight = self.oft_R[adapter].weight
+        d = functional.cayley(weight, **self._cayley_arguments(adapter))
+        blocks = d + torch.eye(d.shape[-1], dtype=d.dtype, device=d.device)
+        blocks = blocks.expand(self.in_features // d.shape[-1], -1, -1)
+        return torch.block_diag(*blocks).to(weight.dtype)
+
+    # --- Forward -----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """The base layer on the input rotated by each active adapter in turn.
+
+        Disabled adapters, and none active, leave the base layer alone; so do merged ones, which are in its weight.
+
+        Args:
+            x: `[..., in_features]` of any float dtype; computed in the HQQ layer's compute dtype, under autocast too.
+            adapter_names: for inference, one name per sample (`len(x)` of them): which adapter that sample gets,
+                `"__base__"` for none.
+
+        Returns:
+            `[..., out_features]` in the dtype of `x`.
+
+        Raises:
+            TypeError: `x` is not floating point.
+            ValueError: `x` has another last dimension than `in_features`; `adapter_names` has another length than `x`,
+                or is given while adapters are merged.
+        """
+        if not x.is_floating_point():
+            raise TypeError(f"the input must be a floating point tensor, got {x.dtype}; cast it first.")
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"the input must have shape [..., {self.in_features}], got {tuple(x.shape)}.")
+        if adapter_names is not None:
+            self._check_adapter_names(x, adapter_names)
+        dtype = x.dtype
+        x = x.to(self.get_base_layer().compute_dtype)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            y = self._base_forward(x, *args, **kwargs)
+        elif adapter_names is not None:
+            y = self._forward_mixed(x, adapter_names, *args, **kwargs)
+        else:
+            y = self._forward_active(x, *args, **kwargs)
+        return y.to(dtype)
+
+    def _check_adapter_names(self, x: Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        device = x.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            return self.base_layer(x, *args, **kwargs)
+
+    def _base_is_plain(self) -> bool:
+        """Whether the base layer's forward is HQQ's product and nothing else, so that ours may stand in for it.
+
+        Another tuner layer, hooks, or a forward of its own (accelerate's offloading) must run.
+        """
+        base = self.base_layer
+        return (
+            isinstance(base, HQQLinear)
+            and type(base).forward is HQQLinear.forward
+            and "forward" not in vars(base)
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        )
+
+    def _forward_active(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = [name for name in self.active_adapters if name in self.oft_R]
+        if not names:
+            return self._base_forward(x, *args, **kwargs)
+        fused = None if args or kwargs or not self._base_is_plain() else names.pop()
+        for name in names:
+            v, arguments = self._begin_forward(name)
+            x = functional.rotate(x, functional.cayley(v, dtype=x.dtype, **arguments))
+        if fused is None:
+            return self._base_forward(x, *args, **kwargs)
+        v, arguments = self._begin_forward(fused)
+        base = self.base_layer
+        return functional.oft_linear(x, v, QuantizedWeight.from_hqq(base), base.bias, **arguments)
+
+    def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Each sample with its own adapter; a name this layer does not have gets the base layer, as in PEFT's LoRA.
+
+        Adapters of one block size share a stacked `D`; each row of `x` is in at most one stack.
+        """
+        stacks: dict[int, list[str]] = {}
+        for name in dict.fromkeys(adapter_names):
+            if name in self.oft_R:
+                stacks.setdefault(self.oft_R[name].block_size, []).append(name)
+        rows_per_sample = math.prod(x.shape[1:-1])
+        steps = []
+        for names in stacks.values():
+            index = torch.tensor([names.index(name) if name in names else -1 for name in adapter_names])
+            index = index.to(x.device).repeat_interleave(rows_per_sample)
+            steps.append((self._stacked_rotations(names, x.dtype), index))
+        fused = steps.pop() if steps and not (args or kwargs) and self._base_is_plain() else None
+        for d, index in steps:
+            x = functional.rotate(x, d, adapter_index=index)
+        if fused is None:
+            return self._base_forward(x, *args, **kwargs)
+        d, index = fused
+        base = self.base_layer
+        return functional.linear(x, d, QuantizedWeight.from_hqq(base), base.bias, adapter_index=index)
+
+    def _stacked_rotations(self, names: list[str], dtype: torch.dtype) -> Tensor:
+        """`D` of several adapters of one block size, `[A, B or 1, b, b]`."""
+        rotations = []
+        for name in names:
+            v, arguments = self._begin_forward(name)
+            rotations.append(functional.cayley(v, dtype=dtype, **arguments))
+        blocks = max(d.shape[0] for d in rotations)
+        return torch.stack([d.expand(blocks, -1, -1) for d in rotations])
+
+    # --- Merge -------------------------------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into the packed weight, which HQQ's quantizer makes anew from the pristine one.
+
+        The merged layer equals the unmerged forward up to that quantization: where all merged adapters are active the
+        input meets them in the order of `active_adapters`, else in the order in which they were merged, whether by one
+        call or several. All other attributes of the HQQ layer stay. A merge that fails, for whatever reason, changes
+        nothing.
+
+        Args:
+            safe_merge: check the merged weight for NaN and infinity before it is used.
+            adapter_names: the adapters to merge, by default the active ones. Unknown ones are passed over, already
+                merged ones with a warning.
+
+        Raises:
+            ValueError: `safe_merge` found NaN or infinity, and names the adapter; or the layer wraps another tuner
+                layer, which merging would bypass.
+        """
+        requested = check_adapters_to_merge(self, adapter_names)
+        new = [name for name in dict.fromkeys(requested) if name in self.oft_R]
+        if not new:
+            return
+        if not isinstance(self.base_layer, HQQLinear):
+            raise ValueError(
+                f"Cannot merge OFT into the HQQ weight below a {type(self.base_layer).__name__}: that layer's own "
+                "adapters would see the input unrotated. Merge and unload them first."
+            )
+        order = self._merge_order(self.merged_adapters + new)
+        base = self.base_layer
+        pristine = self._pristine
+        if pristine is None and not self.merged:
+            pristine = PackedState.of(base)
+        rotations = [(name, self._rotation(name)) for name in order]
+        if pristine is not None:
+            dense = merging.rotate_weight(pristine.to(base.W_q.device).weight(), rotations, check=safe_merge)
+        else:
+            dense = self._rotate_merged_weight(rotations, check=safe_merge)
+        merged = merging.requantize(base, dense)
+        if safe_merge and not torch.isfinite(functional.dequantize(merged.weight())).all():
+            raise ValueError(f"NaN or infinity after quantizing the weight merged with {order}. Nothing was merged.")
+        with self._unchanged_on_error():
+            kept = self._kept(pristine)
+            merged.install(base)
+            self._pristine = kept
+            self.merged_adapters = order
+        left_out = [name for name in self.active_adapters if name in self.oft_R and name not in order]
+        if left_out:
+            warnings.warn(
+                f"Merged {order}; the active adapter(s) {left_out} are not merged and have no effect until "
+                "`unmerge` is called: a merged layer uses its base weight alone.",
+                stacklevel=2,
+            )
+
+    def _merge_order(self, names: list[str]) -> list[str]:
+        active = self.active_adapters
+        return sorted(names, key=active.index) if set(names) <= set(active) else names
+
+    def _rotate_merged_weight(self, rotations: list[tuple[str, Tensor]], check: bool) -> Tensor:
+        """As `merging.rotate_weight` when the pristine weight was given up: it is estimated from the merged one."""
+        self._warn_lossy("Merging more adapters")
+        base = self.base_layer
+        present = [(name, self._rotation(name)) for name in self.merged_adapters]
+        dense = merging.unrotate_weight(QuantizedWeight.from_hqq(base), present)
+        return merging.rotate_dense(dense, rotations, check)
+
+    def _kept(self, pristine: PackedState | None) -> PackedState | None:
+        if pristine is None or self.keep_pristine == "none":
+            return None
+        return pristine.to("cpu") if self.keep_pristine == "host" else pristine
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out again: bit-exact, unless the pristine weight was given up.
+
+        Without it the inverse rotation is applied to the merged weight and the result quantized, which is lossy and
+        warned of.
+        """
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.get_base_layer()
+        if self._pristine is not None:
+            state = self._pristine.to(base.W_q.device)
+        else:
+            self._warn_lossy("Unmerging")
+            rotations = [(name, self._rotation(name)) for name in self.merged_adapters]
+            dense = merging.unrotate_weight(QuantizedWeight.from_hqq(base), rotations)
+            state = merging.requantize(base, dense)
+        with self._unchanged_on_error():
+            state.install(base)
+            self._pristine = None
+            self.merged_adapters = []
+
+    def drop_pristine(self) -> None:
+        """Give up the pristine weight of a merged layer to free its memory; unmerging is lossy from then on."""
+        self._pristine = None
+
+    def _warn_lossy(self, action: str) -> None:
+        warnings.warn(
+            f"{action} without the pristine weight, which was given up: the inverse rotation of the merged weight is "
+            'quantized again, which loses precision. Set keep_pristine to "device" or "host" before merging to avoid '
+            "this.",
+            stacklevel=3,
+        )
+
+    @contextmanager
+    def _unchanged_on_error(self) -> Iterator[None]:
+        before = self.merge_state()
+        try:
+            yield
+        except BaseException:
+            self.restore_merge_state(before)
+            raise
+
+    def merge_state(self) -> tuple[PackedState, PackedState | None, list[str]]:
+        """What a merge changes: packed state, kept pristine state, names. Shares the tensors; see `restore`."""
+        return PackedState.of(self.get_base_layer()), self._pristine, list(self.merged_adapters)
+
+    def restore_merge_state(self, state: tuple[PackedState, PackedState | None, list[str]]) -> None:
+        """Go back to an earlier `merge_state`."""
+        packed, self._pristine, self.merged_adapters = state
+        packed.install(self.get_base_layer())
+
+    # --- nn.Module ---------------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HqqOFTLinear:
+        """As for any module, with the packed weight moved whole and never cast.
+
+        HQQ ignores `.to()` for its meta data and bias, and a packed weight viewed as floats would be cast as if it
+        were numbers.
+        """
+        base = self.get_base_layer()
+        view = base.W_q.dtype
+        if view.is_floating_point:
+            base.W_q = nn.Parameter(base.W_q.detach().view(torch.uint8), requires_grad=False)
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            if view.is_floating_point:
+                base.W_q = nn.Parameter(base.W_q.detach().view(view), requires_grad=False)
+        device = base.W_q.device
+        if torch.device(base.device) != device:
+            base.meta = merging.move_meta(base.meta, device)
+            if base.bias is not None and not isinstance(base.bias, nn.Parameter):
+                base.bias = base.bias.to(device)
+            base.device = str(device)
+            if self._pristine is not None and self.keep_pristine == "device":
+                self._pristine = self._pristine.to(device)
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> HqqOFTLinear:
+        """As for any module, for the parameters that can have a gradient: the packed weight never can."""
+        packed = self.get_base_layer().W_q
+        for parameter in self.parameters():
+            if parameter is not packed:
+                parameter.requires_grad_(requires_grad)
+        return self
+
+    def __repr__(self) -> str:
+        return "oft." + super().__repr__()

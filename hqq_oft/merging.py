@@ -1,0 +1,172 @@
+"""Folding rotations into a quantized weight, and taking them out again.
+
+The merged weight is always made from the pristine one with the whole product of rotations and quantized once. The
+pristine packed weight is kept, so that taking the rotations out restores it bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hqq.core.quantize import HQQLinear
+from torch import Tensor, nn
+
+from . import ops
+from .weight import QuantizedWeight
+
+
+@dataclass
+class PackedState:
+    """What an `HQQLinear` computes with: its packed weight and its meta data, neither ever written to in place."""
+
+    packed: Tensor
+    meta: dict[str, Any]
+
+    @classmethod
+    def of(cls, base: HQQLinear) -> PackedState:
+        """The state of `base`, sharing its tensors."""
+        return cls(base.W_q, dict(base.meta))
+
+    def install(self, base: HQQLinear) -> None:
+        """Make `base` compute with this state; all its other attributes stay."""
+        packed = self.packed if isinstance(self.packed, nn.Parameter) else nn.Parameter(self.packed, False)
+        base.W_q, base.meta = packed, dict(self.meta)
+
+    def to(self, device: torch.device | str) -> PackedState:
+        """The same bytes on `device`; this very state if they are there already."""
+        if self.packed.device == torch.device(device):
+            return self
+        return PackedState(_bytes_to(self.packed, device), move_meta(self.meta, device))
+
+    def weight(self) -> QuantizedWeight:
+        """The state as a `QuantizedWeight`."""
+        return QuantizedWeight.from_parts(self.packed, self.meta)
+
+
+def _bytes_to(packed: Tensor, device: torch.device | str) -> Tensor:
+    moved = packed.detach().to(device)
+    return nn.Parameter(moved, requires_grad=False) if isinstance(packed, nn.Parameter) else moved
+
+
+def move_meta(meta: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """A copy of HQQ's meta data with its tensors on `device`, their dtypes unchanged, nested meta data included.
+
+    Stacked scale and zero (`offload_meta`) stay where they are: HQQ keeps them in host memory.
+    """
+
+    def move(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return move_meta(value, device)
+        return value.to(device) if isinstance(value, Tensor) and key != "zero_scale" else value
+
+    return {key: move(key, value) for key, value in meta.items()}
+
+
+def without_inference_tensors(meta: dict[str, Any]) -> dict[str, Any]:
+    """A copy of HQQ's meta data that autograd can work with.
+
+    HQQ optimizes scale and zero in inference mode and keeps what comes out of it; autograd refuses to save such
+    tensors, which `torch.compile` asks of it.
+    """
+    return {
+        key: value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+        for key, value in meta.items()
+    }
+
+
+Rotations = list[tuple[str, Tensor]]
+"""Adapter name and `D = R - I` per adapter, in the order in which the input meets them."""
+
+
+@torch.no_grad()
+def rotate_weight(weight: QuantizedWeight, rotations: Rotations, check: bool) -> Tensor:
+    """`W * (R_1 * ... * R_n)^T`, `[N, K]` in float32: the weight for an input that would meet R_1 first.
+
+    Args:
+        weight: the pristine weight.
+        rotations: at least one.
+        check: look for non-finite values after each rotation.
+
+    Raises:
+        ValueError: `check` found some; the message names the adapter.
+    """
+    # (R_1 ... R_n)^T = R_n^T ... R_1^T: the last rotation is next to the weight
+    name, d = rotations[-1]
+    dense = ops.dequantize_rotate(*weight.arguments(), d, torch.float32)
+    if check:
+        _check_finite(dense, name)
+    return rotate_dense(dense, rotations[:-1], check)
+
+
+@torch.no_grad()
+def rotate_dense(dense: Tensor, rotations: Rotations, check: bool) -> Tensor:
+    """As `rotate_weight`, of a dense weight and with any number of rotations."""
+    for name, d in reversed(rotations):
+        dense = ops.rotate(dense, d, None, True)
+        if check:
+            _check_finite(dense, name)
+    return dense
+
+
+def _check_finite(dense: Tensor, adapter_name: str) -> None:
+    if not torch.isfinite(dense).all():
+        raise ValueError(
+            f"NaN or infinity in the merged weights: the adapter {adapter_name!r} seems to be broken. Nothing was "
+            "merged; remove or retrain that adapter."
+        )
+
+
+@torch.no_grad()
+def unrotate_weight(weight: QuantizedWeight, rotations: Rotations) -> Tensor:
+    """The inverse of `rotate_weight`, blockwise: `W'` -> `W' * (R_1 ... R_n)^-T`, `[N, K]` in float32.
+
+    A Cayley-Neumann series is only approximately orthogonal, so its transpose is not its inverse: each block is
+    inverted, in float64.
+    """
+    dense = ops.dequantize(*weight.arguments(), torch.float32)
+    for _, d in rotations:
+        wide = d.double()
+        identity = torch.eye(d.shape[-1], dtype=torch.float64, device=d.device)
+        inverse = torch.linalg.solve(identity + wide, -wide)  # (I + D)^-1 - I
+        dense = ops.rotate(dense, inverse.to(dense.dtype), None, True)
+    return dense
+
+
+def quantization_settings(base: HQQLinear) -> dict[str, Any]:
+    """The settings `base` was quantized with; read off its meta data where it has forgotten them."""
+    if getattr(base, "quant_config", None):
+        settings = copy.deepcopy(base.quant_config)
+        settings.pop("offload_meta", None)
+        return {
+            "weight_quant_params": settings["weight_quant_params"],
+            "scale_quant_params": settings.get("scale_quant_params"),
+            "zero_quant_params": settings.get("zero_quant_params"),
+        }
+    meta = base.meta
+    weight_settings = {
+        "nbits": meta["nbits"],
+        "channel_wise": True,
+        "group_size": meta["group_size"],
+        "optimize": True,
+        "round_zero": meta["nbits"] == 4,  # HQQ's own default
+        "axis": meta["axis"],
+        "view_as_float": bool(meta.get("view_as_float")),
+    }
+    return {"weight_quant_params": weight_settings, "scale_quant_params": None, "zero_quant_params": None}
+
+
+def requantize(base: HQQLinear, dense: Tensor) -> PackedState:
+    """Quantize `dense` `[N, K]` with HQQ's own quantizer and the settings of `base`, which is left alone."""
+    scratch = HQQLinear(None, None, compute_dtype=base.compute_dtype, device=str(base.W_q.device))
+    scratch.quantize(dense, **quantization_settings(base))
+    meta = scratch.meta
+    if "zero_scale" in base.meta:
+        # HQQ stacks scale and zero itself only where it can pin memory; here the layer has the form already.
+        stacked = base.meta["zero_scale"]
+        names = ("zero_q", "scale_q") if stacked.dtype == torch.uint8 else ("zero", "scale")
+        host = torch.stack([meta.pop(name) for name in names]).to(stacked.dtype).to(stacked.device)
+        meta["zero_scale"] = host.pin_memory() if stacked.is_pinned() else host
+    return PackedState(scratch.W_q, without_inference_tensors(meta))
