@@ -130,7 +130,7 @@ def cayley_backward(
 
 def _blocks(x: Tensor, block_size: int) -> Tensor:
     """`[M, K]` seen as blocks `[B, M, b]`."""
-    return x.reshape(x.shape[0], -1, block_size).transpose(0, 1)
+    return x.reshape(x.shape[0], x.shape[1] // block_size, block_size).transpose(0, 1)
 
 
 def rotate(x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) -> Tensor:
