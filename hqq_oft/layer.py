@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from . import functional, merging
+from ._autocast import without_autocast
 from ._config import keep_pristine_from_environment
 from .adapter_settings import AdapterSettings
 from .merging import PackedState
@@ -291,12 +292,13 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         x = x.to(self.get_base_layer().compute_dtype)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if self.disable_adapters or self.merged:
-            y = self._base_forward(x, *args, **kwargs)
-        elif adapter_names is not None:
-            y = self._forward_mixed(x, adapter_names, *args, **kwargs)
-        else:
-            y = self._forward_active(x, *args, **kwargs)
+        with without_autocast(x.device.type):
+            if self.disable_adapters or self.merged:
+                y = self.base_layer(x, *args, **kwargs)
+            elif adapter_names is not None:
+                y = self._forward_mixed(x, adapter_names, *args, **kwargs)
+            else:
+                y = self._forward_active(x, *args, **kwargs)
         return y.to(dtype)
 
     def _check_adapter_names(self, x: Tensor, adapter_names: list[str]) -> None:
@@ -309,11 +311,6 @@ class HqqOFTLinear(nn.Module, OFTLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-
-    def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        device = x.device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            return self.base_layer(x, *args, **kwargs)
 
     def _base_is_plain(self) -> bool:
         """Whether the base layer's forward is HQQ's product and nothing else, so that ours may stand in for it.
@@ -331,13 +328,13 @@ class HqqOFTLinear(nn.Module, OFTLayer):
     def _forward_active(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = [name for name in self.active_adapters if name in self.oft_R]
         if not names:
-            return self._base_forward(x, *args, **kwargs)
+            return self.base_layer(x, *args, **kwargs)
         fused = None if args or kwargs or not self._base_is_plain() else names.pop()
         for name in names:
             v, arguments = self._begin_forward(name)
             x = functional.rotate(x, functional.cayley(v, dtype=x.dtype, **arguments))
         if fused is None:
-            return self._base_forward(x, *args, **kwargs)
+            return self.base_layer(x, *args, **kwargs)
         v, arguments = self._begin_forward(fused)
         base = self.base_layer
         return functional.oft_linear(x, v, QuantizedWeight.from_hqq(base), base.bias, **arguments)
@@ -361,7 +358,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         for d, index in steps:
             x = functional.rotate(x, d, adapter_index=index)
         if fused is None:
-            return self._base_forward(x, *args, **kwargs)
+            return self.base_layer(x, *args, **kwargs)
         d, index = fused
         base = self.base_layer
         return functional.linear(x, d, QuantizedWeight.from_hqq(base), base.bias, adapter_index=index)

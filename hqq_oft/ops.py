@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._autocast import without_autocast
 from .backends import dispatch
 from .reference import wide_dtype
 
@@ -35,12 +36,9 @@ SCHEMAS = {
 
 def _implementation(name: str) -> Any:
     def run(*args: Any) -> Any:
-        # The dtype to compute in is part of each contract, so an enclosing autocast must not lower it.
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return dispatch(name, *args)
-        return dispatch(name, *args)
+        with without_autocast(device):
+            return dispatch(name, *args)
 
     return run
 

@@ -69,7 +69,7 @@ def assert_parity(base, adapter, truth=None):
     theirs, ours = both(base, adapter_config(*adapter), v)
     expected, found = run(theirs, x, grad), run(ours, x, grad)
     stored_v = ours.oft_R["default"].weight  # projected by coft
-    assert relative_error(stored_v, theirs.oft_R["default"].weight) <= 1e-6
+    assert relative_error(stored_v, theirs.oft_R["default"].weight) <= 1e-5
     for name, out, reference in zip(("y", "dx", "dv"), found, expected, strict=True):
         assert relative_error(out, reference.reshape(out.shape) if terms != 1 else reference) <= 1e-5, (name, adapter)
     if truth is not None:

@@ -1,0 +1,14 @@
+"""Keeping an enclosing autocast out: the dtype to compute in is part of every contract here."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A context in which autocast is off for this type of device."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
