@@ -62,7 +62,14 @@ def _replace_module(
         # PEFT would copy `.weight`, which an HQQ layer does not have; the layer comes back whole as it is.
         setattr(parent, child_name, new_module)
         return
+    if isinstance(new_module, HqqOFTLinear):
+        _adopt(self)  # the model outlives the patch, and must be able to unload then
     original(self, parent, child_name, new_module, child)
+
+
+def _adopt(tuner: OFTModel) -> None:
+    if type(tuner) is OFTModel:
+        tuner.__class__ = HqqOFTModel
 
 
 def _our_layers(model: nn.Module) -> list[HqqOFTLinear]:
@@ -267,7 +274,7 @@ def unpatch_peft() -> None:
 
 
 class HqqOFTModel(OFTModel):
-    """The tuner of a converted model: PEFT's `OFTModel` that can unload HQQ layers and mix adapters in a batch."""
+    """The tuner of a model with our layers: an `OFTModel` that can unload HQQ layers and mix adapters in a batch."""
 
 
 for _name in _OVERRIDES:
@@ -382,8 +389,7 @@ def convert(peft_model: nn.Module) -> ConversionReport:
     """
     tuner = _tuner(peft_model)
     report = _swap(peft_model, HqqOFTLinear, _why_not_convert)
-    if type(tuner) is OFTModel:
-        tuner.__class__ = HqqOFTModel
+    _adopt(tuner)
     return report
 
 

@@ -1,0 +1,43 @@
+"""A small Llama whose linear layers HQQ has quantized."""
+
+from __future__ import annotations
+
+import torch
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 64
+
+
+def small_llama(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attention_bias=True,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def quantize(
+    model: nn.Module, *, nbits: int = 4, group_size: int = 16, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    config = BaseQuantizeConfig(nbits=nbits, group_size=group_size, axis=1)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and "lm_head" not in name:
+            module.requires_grad_(False)  # else HQQ's copy of the bias hangs in a graph, and deepcopy refuses it
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], HQQLinear(module, config, compute_dtype=dtype, device="cpu"))
+    model.hqq_quantized = True  # what transformers sets on models that HQQ quantized: PEFT leaves their dtypes alone
+    return model
+
+
+def quantized_llama(seed: int = 0, **settings) -> nn.Module:
+    return quantize(small_llama(seed), **settings)
