@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n 2
+PYTEST_ARGS ?=
 DEMO ?=
 
-.PHONY: help venv check format test test-parity test-matrix coverage demo clean
+.PHONY: help venv check format test test-matrix coverage demo clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -29,14 +30,11 @@ format: $(STAMP) ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: $(STAMP) ## the tests
-	$(PYTEST)
+test: $(STAMP) ## the tests (options: PYTEST_ARGS="-k merge")
+	$(PYTEST) $(PYTEST_ARGS)
 
-test-parity: $(STAMP) ## the whole grid of 27,648 layers against PEFT, a few minutes
-	$(PYTEST) -m exhaustive tests/test_parity.py
-
-coverage: $(STAMP) ## the tests with line coverage of hqq_oft/, at least 90%
-	$(PYTEST) --cov --cov-report=term-missing
+coverage: PYTEST_ARGS += --cov --cov-report=term-missing
+coverage: test ## the tests with line coverage of hqq_oft/, at least 90%
 
 # Each version in an environment of its own that sees the packages of $(VENV) behind its own.
 MATRIX := 0.18.1-4.57.6 0.19.1-4.57.6 0.20.0-5.23.0 0.21.2-5.23.0

@@ -20,10 +20,10 @@ from hqq_oft import HqqOFTLinear
 
 pytestmark = pytest.mark.skipif(peft.__version__ != "0.21.2", reason="numerics are pinned to PEFT 0.21.2")
 
-N, K = 64, 384
 BITS = (8, 6, 5, 4, 3, 2, 1.58, 1)
 GROUPS = (8, 64, 128, None)
-BLOCKS = (2, 3, 8, 32, 96, K)
+WHOLE = -1  # one block as wide as the layer
+BLOCKS = (2, 3, 8, 32, 96, WHOLE)
 TERMS = (1, 2, 3, 4, 5, 6, 7, 8, None)
 VARIANTS = ({}, {"block_share": True}, {"coft": True, "eps": 0.5}, {"block_share": True, "coft": True, "eps": 0.05})
 ADAPTERS = list(itertools.product(BLOCKS, TERMS, VARIANTS))
@@ -63,10 +63,18 @@ def run(layer, x, grad):
 
 def assert_parity(base, adapter, truth=None):
     block, terms, variant = adapter
+    N, K = base.out_features, base.in_features
+    block = K if block == WHOLE else block
     stored = 1 if variant.get("block_share") else K // block
     v = torch.randn(stored, block * (block - 1) // 2) * (0.3 / block**0.5)
-    x, grad = torch.randn(5, K), torch.randn(5, N)
-    theirs, ours = both(base, adapter_config(*adapter), v)
+    x = torch.randn(5, K)
+    grad = torch.randn(5, N)
+    if stored == 1:
+        # A shared block's gradient is a sum over positions. If they only cancel, what is left is rounding, in both
+        # layers; so let all of them pull the same way.
+        pull = torch.ones(block, block).triu(1)
+        grad = ((x.reshape(5, -1, block) @ (pull - pull.T)).reshape(5, K) @ base.dequantize().T).detach()
+    theirs, ours = both(base, adapter_config(block, terms, variant), v)
     expected, found = run(theirs, x, grad), run(ours, x, grad)
     stored_v = ours.oft_R["default"].weight  # projected by coft
     assert relative_error(stored_v, theirs.oft_R["default"].weight) <= 1e-5
@@ -85,32 +93,20 @@ def assert_parity(base, adapter, truth=None):
             assert relative_error(found[2], v64.grad) <= 1e-5, adapter
 
 
-@pytest.mark.parametrize("storage", STORAGES, ids=str)
-def test_every_storage_with_a_sample_of_adapters(storage):
-    """Twelve of the 216 kinds of adapter per storage, a different dozen each time: each kind meets seven storages."""
-    nbits, axis, group_size, bias = storage
-    base = hqq_layer(N, K, nbits=nbits, axis=axis, group_size=group_size, bias=bias, optimize=False)
-    start = STORAGES.index(storage)
-    for step in range(12):
-        adapter = ADAPTERS[(start * 12 + step * 19) % len(ADAPTERS)]
-        if adapter[0] != K or step == 0:
-            assert_parity(base, adapter)
-
-
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
 def test_every_adapter_against_peft_and_the_oracle(adapter):
     nbits, axis, group_size, bias = STORAGES[(ADAPTERS.index(adapter) * 7) % len(STORAGES)]
-    base = hqq_layer(N, K, nbits=nbits, axis=axis, group_size=group_size, bias=bias, optimize=False)
+    base = hqq_layer(64, 384, nbits=nbits, axis=axis, group_size=group_size, bias=bias, optimize=False)
     # The oracle builds its rotations entry by entry, so large blocks are left to PEFT's numbers and a smaller case.
-    truth = (oracle.of_layer(base), base.bias) if adapter[0] <= 32 else None
+    truth = (oracle.of_layer(base), base.bias) if 0 < adapter[0] <= 32 else None
     assert_parity(base, adapter, truth)
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
-def test_the_whole_grid(storage):
+def test_every_adapter_on_every_storage(storage):
     nbits, axis, group_size, bias = storage
-    base = hqq_layer(N, K, nbits=nbits, axis=axis, group_size=group_size, bias=bias, optimize=False)
+    # narrower than in the other test, so that 128 levels straddle the rows, and for time
+    base = hqq_layer(32, 192, nbits=nbits, axis=axis, group_size=group_size, bias=bias, optimize=False)
     for adapter in ADAPTERS:
         assert_parity(base, adapter)
 

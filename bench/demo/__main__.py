@@ -1,0 +1,124 @@
+"""`python -m bench.demo`: the main job, from training a small model to merging and unmerging its adapter."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+from hqq.core.quantize import HQQLinear
+from peft import OFTConfig, PeftModel, get_peft_model
+from torch import nn
+
+import hqq_oft
+
+from . import corpus, model, report
+
+OUT = Path("build/demo")
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class CheckFailed(SystemExit):
+    """A number is not what it should be: the message on stderr, exit status 1."""
+
+
+def check(holds: bool, what: str) -> None:
+    """Say on stdout that `what` holds, or stop the program."""
+    if not holds:
+        raise CheckFailed(f"FAILED: {what}")
+    print(f"ok: {what}")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.demo", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=120, help="fine-tuning steps")
+    parser.add_argument("--pretrain-steps", type=int, default=220, help="training steps of the dense model")
+    parser.add_argument("--bits", type=float, default=4, choices=[8, 6, 5, 4, 3, 2, 1.58, 1], help="bits per level")
+    parser.add_argument("--group-size", type=int, default=64, help="levels that share a scale; a multiple of 8")
+    parser.add_argument("--block-size", type=int, default=32, help="OFT block size")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for the results and the cached dense model")
+    args = parser.parse_args()
+    if args.steps < 1 or args.pretrain_steps < 1:
+        parser.error("--steps and --pretrain-steps must be at least 1")
+    args.bits = int(args.bits) if args.bits == int(args.bits) else args.bits
+    return args
+
+
+def packed_bytes(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The packed weight of every HQQ layer, copied."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, HQQLinear)}
+    return {name: layer.W_q.detach().clone() for name, layer in layers.items()}
+
+
+def run(args: argparse.Namespace) -> None:
+    """The job; stops with an error at the first number that is not what it should be."""
+    start, device = time.perf_counter(), args.device
+    prose, code = corpus.prose(), corpus.code()
+    held_out = {name: text.evaluation_batches(4, 16, 128) for name, text in (("prose", prose), ("code", code))}
+    rows: list[report.Row] = []
+
+    def measure(state: str, candidate: nn.Module) -> torch.Tensor:
+        begin = time.perf_counter()
+        losses = {name: model.evaluate(candidate, batches, device) for name, batches in held_out.items()}
+        rows.append(report.Row(state, losses["prose"], losses["code"], time.perf_counter() - begin))
+        check(all(math.isfinite(loss) for loss in losses.values()), f"the losses of the {state} model are finite")
+        return model.logits(candidate, held_out["code"][0], device)
+
+    def quantized() -> nn.Module:
+        dense, _ = model.trained_on_prose(prose, args.pretrain_steps, args.seed, args.out, device)
+        return model.quantize(dense, args.bits, args.group_size, device)
+
+    dense, dense_run = model.trained_on_prose(prose, args.pretrain_steps, args.seed, args.out, device)
+    measure("dense", dense)
+    base = model.quantize(dense, args.bits, args.group_size, device)
+    measure("quantized", base)
+
+    with hqq_oft.patch_peft():
+        config = OFTConfig(
+            r=0, oft_block_size=args.block_size, target_modules=TARGETS, module_dropout=0.05, use_cayley_neumann=True
+        )
+        adapted = get_peft_model(base, config)
+        adapted.print_trainable_parameters()
+        adapter_run = model.train(adapted, code, args.steps, 1e-2, args.seed + 1, device, "fine-tune on code")
+        expected, packed = measure("adapted", adapted), packed_bytes(adapted)
+
+        adapted.save_pretrained(args.out / "adapter")
+        reloaded = PeftModel.from_pretrained(quantized(), args.out / "adapter").eval()
+        same = torch.equal(measure("reloaded", reloaded), expected)
+        check(same, "the reloaded adapter gives the same logits bit for bit")
+
+        adapted.merge_adapter(safe_merge=True)
+        merged = measure("merged", adapted)
+        check(not torch.equal(merged, expected), "the merged model differs: its weights were quantized again")
+        adapted.unmerge_adapter()
+        same = torch.equal(measure("unmerged", adapted), expected)
+        check(same, "the unmerged model gives the same logits bit for bit")
+        restored = packed_bytes(adapted)
+        same = restored.keys() == packed.keys() and all(torch.equal(restored[n], packed[n]) for n in packed)
+        check(same, "the unmerged weights are the same bit for bit")
+
+    losses = {row.state: row.code for row in rows}
+    check(losses["adapted"] < losses["quantized"], "the adapter lowers the loss on code")
+    check(losses["reloaded"] == losses["adapted"] == losses["unmerged"], "adapted, reloaded and unmerged losses agree")
+
+    facts = {
+        "settings": f"{args.bits} bits, group {args.group_size}, block {args.block_size}, {args.steps} steps, "
+        f"seed {args.seed}, {device}, torch {torch.__version__}",
+        "dense training step": f"{dense_run.step_ms:.0f} ms (median)",
+        "OFT training step": f"{adapter_run.step_ms:.0f} ms (median)",
+        "peak memory": f"{report.peak_memory_mib(device):.0f} MiB",
+        "whole job": f"{time.perf_counter() - start:.0f} s",
+    }
+    report.write(args.out, rows, facts, {"dense": dense_run.losses, "adapter": adapter_run.losses})
+    print(f"\n{report.table(rows, facts)}\n\nwritten to {args.out}: table.md, results.json, loss.png, adapter/")
+
+
+if __name__ == "__main__":
+    run(arguments())

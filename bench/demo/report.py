@@ -1,0 +1,67 @@
+"""What the demo prints and writes: a table, a plot of the losses, the numbers as JSON."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@dataclass(frozen=True)
+class Row:
+    """One state of the model: held-out losses in nats per byte, and the time to evaluate them in seconds."""
+
+    state: str
+    prose: float
+    code: float
+    seconds: float
+
+
+def peak_memory_mib(device: str) -> float:
+    """Peak memory of the process so far: of the device's allocator on a GPU, resident on the CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB here
+
+
+def table(rows: list[Row], facts: dict[str, str]) -> str:
+    """A Markdown table of the states, and the facts below it."""
+    lines = ["| model | loss on prose | loss on code | evaluation |", "|---|---|---|---|"]
+    lines += [f"| {row.state} | {row.prose:.4f} | {row.code:.4f} | {row.seconds:.2f} s |" for row in rows]
+    return "\n".join([*lines, "", *(f"- {name}: {value}" for name, value in facts.items())])
+
+
+def plot(path: Path, dense_losses: list[float], adapter_losses: list[float], rows: list[Row]) -> None:
+    """Training losses of both runs, with the held-out losses on code as levels in the second."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    left.plot(dense_losses, color="tab:blue", linewidth=1)
+    left.set(title="Dense model, trained on prose", xlabel="step", ylabel="loss (nats per byte)")
+    right.plot(adapter_losses, color="tab:orange", linewidth=1, label="training loss")
+    held_out = {row.state: row.code for row in rows}
+    for state, style in (("quantized", ":"), ("adapted", "-"), ("merged", "--")):
+        right.axhline(held_out[state], color="black", linestyle=style, linewidth=1, label=f"{state}, held out")
+    right.set(title="OFT on the quantized model, trained on code", xlabel="step", ylabel="loss (nats per byte)")
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write(folder: Path, rows: list[Row], facts: dict[str, str], losses: dict[str, list[float]]) -> None:
+    """`table.md`, `results.json` and `loss.png` in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text(table(rows, facts) + "\n")
+    results = {"rows": [vars(row) for row in rows], "facts": facts, "losses": losses}
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    plot(folder / "loss.png", losses["dense"], losses["adapter"], rows)

@@ -1,0 +1,90 @@
+"""The demo as a user runs it, with few steps; and that it stops where a number is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hqq_oft
+from bench.demo import __main__ as demo
+from bench.demo import corpus
+from hqq_oft import HqqOFTLinear
+
+ROOT = Path(__file__).parents[1]
+FEW = ["--steps", "3", "--pretrain-steps", "3"]
+
+
+def run(*options):
+    command = [sys.executable, "-m", "bench.demo", *FEW, *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def losses(folder):
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    return {row["state"]: (row["prose"], row["code"]) for row in rows}
+
+
+def test_the_whole_job(tmp_path):
+    first = run("--out", str(tmp_path))
+    assert first.returncode == 0, first.stderr[-2000:]
+    results = losses(tmp_path)
+    assert list(results) == ["dense", "quantized", "adapted", "reloaded", "merged", "unmerged"]
+    assert results["adapted"] == results["reloaded"] == results["unmerged"] != results["merged"]
+    assert results["adapted"][1] < results["quantized"][1]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "table.md").read_text().strip() in first.stdout
+    for word in ("OFT training step", "peak memory", "| merged |"):
+        assert word in first.stdout
+    assert "fine-tune on code: 100%" in first.stderr
+    again = run("--out", str(tmp_path))
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "train on prose" not in again.stderr  # the dense model is cached
+    assert losses(tmp_path) == results  # and the job repeats itself
+
+
+@pytest.mark.parametrize("fault", ["unmerge", "forward"])
+def test_it_fails_loudly(tmp_path, monkeypatch, fault):
+    monkeypatch.setattr(sys, "argv", ["demo", *FEW, "--out", str(tmp_path)])
+    if fault == "unmerge":
+
+        def unmerge(self):
+            self.base_layer.W_q[0, 0] ^= 1
+            self.merged_adapters = []
+
+        monkeypatch.setattr(HqqOFTLinear, "unmerge", unmerge)
+        message = "FAILED: the unmerged model gives the same logits bit for bit"
+    else:
+        original = HqqOFTLinear.forward
+        monkeypatch.setattr(HqqOFTLinear, "forward", lambda self, x: original(self, x) * float("nan"))
+        message = "FAILED: the losses of the adapted model are finite"
+    with pytest.raises(demo.CheckFailed) as stopped:
+        demo.run(demo.arguments())
+    assert stopped.value.code == message
+    assert not (tmp_path / "table.md").exists()
+    hqq_oft.unpatch_peft()
+
+
+@pytest.mark.parametrize("options", [["--bits", "7"], ["--steps", "0"]])
+def test_options_out_of_range(options):
+    refused = run(*options)
+    assert refused.returncode == 2
+    assert options[0] in refused.stderr
+
+
+def test_the_texts_are_real_and_split_by_document():
+    for text, word in ((corpus.prose(), b"the "), (corpus.code(), b"def ")):
+        train, held_out = (bytes(part.to(torch.uint8).tolist()) for part in (text.train, text.held_out))
+        assert train.count(word) > 100
+        assert held_out.count(word) > 10
+        paragraphs = [paragraph for paragraph in held_out.split(b"\n\n") if len(paragraph) > 200]
+        assert len(paragraphs) > 30
+        assert sum(paragraph in train for paragraph in paragraphs) <= 0.02 * len(paragraphs)
+    batches = corpus.prose().batches(2, 3, 16, seed=5)
+    assert [b.shape for b in batches] == [(3, 16), (3, 16)]
+    assert torch.equal(torch.stack(batches), torch.stack(corpus.prose().batches(2, 3, 16, seed=5)))
+    assert not torch.equal(batches[0], batches[1])
