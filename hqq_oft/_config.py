@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 BackendName = Literal["auto", "triton", "native", "reference"]
 KeepPristine = Literal["device", "host", "none"]
@@ -27,10 +27,10 @@ def backend_from_environment() -> str:
     return _choice("HQQ_OFT_BACKEND", "auto", get_args(BackendName))
 
 
-def keep_pristine_from_environment() -> str:
+def keep_pristine_from_environment() -> KeepPristine:
     """Where a merged layer keeps its pristine packed weight: `HQQ_OFT_KEEP_PRISTINE`, `device` if unset.
 
     Raises:
         ValueError: the variable holds something else than `device`, `host` or `none`.
     """
-    return _choice("HQQ_OFT_KEEP_PRISTINE", "device", get_args(KeepPristine))
+    return cast(KeepPristine, _choice("HQQ_OFT_KEEP_PRISTINE", "device", get_args(KeepPristine)))

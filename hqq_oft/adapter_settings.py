@@ -34,7 +34,7 @@ class AdapterSettings:
             )
         if not 0.0 <= self.module_dropout <= 1.0:
             raise ValueError(f"module_dropout must be between 0 and 1, got {self.module_dropout}.")
-        if self.init_weights not in (True, False):
+        if not isinstance(self.init_weights, bool):
             raise ValueError(f"Unknown initialization init_weights={self.init_weights!r}; accepted are True and False.")
         if self.coft and not self.eps > 0:
             raise ValueError(f"eps must be positive with coft=True, got {self.eps}.")

@@ -54,6 +54,29 @@ class _Rotate(Function):
         return dx if need_x else None, dd.to(d.dtype), None, None
 
 
+class _OFTRotate(Function):
+    """`_Cayley` and `_Rotate` in one node, so that D is not saved: backward builds it again from `v`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, v: Tensor, keep: Tensor | None, block_size: int, terms: Any, max_norm: Any) -> Any:
+        need_x, need_v = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if need_v else None, v if need_x or need_v else None, keep)
+        ctx.spec = (block_size, terms, max_norm)
+        return ops.rotate(x, ops.cayley(v, block_size, terms, keep, max_norm, x.dtype), None, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, v, keep = ctx.saved_tensors
+        block_size, terms, max_norm = ctx.spec
+        need_x, need_v = ctx.needs_input_grad[:2]
+        d = ops.cayley(v, block_size, terms, keep, max_norm, grad.dtype)
+        # Where v needs no gradient, x is not saved and not read: grad stands in for it in the schema.
+        dx, dd = ops.rotate_backward(grad, grad if x is None else x, d, None, False, need_x, need_v)
+        dv = ops.cayley_backward(dd, v, block_size, terms, keep, max_norm) if need_v else None
+        return dx if need_x else None, dv, None, None, None, None
+
+
 class _DequantizeRotate(Function):
     @staticmethod
     def forward(ctx: Any, d: Tensor, dtype: torch.dtype, *weight: Any) -> Any:
@@ -335,6 +358,36 @@ def linear(
     return y.reshape(*x.shape[:-1], weight.out_features)
 
 
+def _check_oft(v: Tensor, features: int, block_size: int, terms: int | None, keep: Tensor | None) -> None:
+    _check_cayley(v, block_size, terms, keep)
+    stored = v.shape[0] if keep is None else keep.shape[0]
+    if features % block_size or stored not in (1, features // block_size):
+        raise ValueError(
+            f"v must rotate {features} features with blocks that divide them, one per position or one shared; got "
+            f"{stored} blocks of {block_size}."
+        )
+
+
+def oft_rotate(
+    x: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    terms: int | None = 5,
+    keep: Tensor | None = None,
+    max_norm: float | None = None,
+) -> Tensor:
+    """`rotate(x, cayley(v, ...))` that keeps only `x` and `v` for backward, not `D`.
+
+    Args, result and errors are those of `rotate` and `cayley`.
+    """
+    _check_floating("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must have shape [..., K], got a scalar.")
+    _check_oft(v, x.shape[-1], block_size, terms, keep)
+    return _OFTRotate.apply(_flatten(x), v, keep, block_size, terms, max_norm).reshape(x.shape)
+
+
 def oft_linear(
     x: Tensor,
     v: Tensor,
@@ -352,12 +405,6 @@ def oft_linear(
     """
     _check_input(x, weight.in_features)
     _check_bias(bias, weight.out_features)
-    _check_cayley(v, block_size, terms, keep)
-    stored = v.shape[0] if keep is None else keep.shape[0]
-    if weight.in_features % block_size or stored not in (1, weight.in_features // block_size):
-        raise ValueError(
-            f"v must rotate {weight.in_features} features with blocks that divide them, one per position or one "
-            f"shared; got {stored} blocks of {block_size}."
-        )
+    _check_oft(v, weight.in_features, block_size, terms, keep)
     y = _OFTLinear.apply(_flatten(x), v, bias, keep, block_size, terms, max_norm, *weight.arguments())
     return y.reshape(*x.shape[:-1], weight.out_features)

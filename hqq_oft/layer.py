@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from hqq.core.quantize import HQQLinear
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import functional, merging
 from ._autocast import without_autocast
-from ._config import keep_pristine_from_environment
+from ._config import KeepPristine, keep_pristine_from_environment
 from .adapter_settings import AdapterSettings
 from .merging import PackedState
 from .reference import project
@@ -52,6 +52,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         keep_pristine: where a merge keeps the packed weight it replaces: `"device"`, `"host"`, or `"none"` to give it
             up and save the memory; unmerging is bit-exact with it and lossy without. The default comes from the
             environment variable `HQQ_OFT_KEEP_PRISTINE`.
+        merge_error: while merged, how far quantizing has moved the merged weight, |W'_q - W'| / |W'|; else None.
 
     Raises:
         TypeError: `base_layer` is no HQQ layer.
@@ -121,15 +122,30 @@ class HqqOFTLinear(nn.Module, OFTLayer):
                 "layer for other linear layers."
             )
         QuantizedWeight.from_hqq(base)  # raises if there is nothing in it, or nothing consistent
-        if base.bias is not None and not base.bias.is_leaf:
-            # HQQ clones the bias of a trainable layer without detaching it: it would drag that layer's graph along,
-            # and deepcopy refuses such tensors.
-            base.bias = base.bias.detach()
-        base.meta = merging.without_inference_tensors(base.meta)
         OFTLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = active_adapter
-        self.keep_pristine = keep_pristine_from_environment()
-        self._pristine: PackedState | None = None
+        self._take_base_layer()
+
+    def _take_base_layer(self) -> None:
+        """Set the state that goes with the base layer, unless it is there, and mend what HQQ leaves in that layer."""
+        if "_keep_pristine" not in vars(self):
+            self.keep_pristine = keep_pristine_from_environment()
+        self._pristine: PackedState | None = vars(self).get("_pristine")
+        self.merge_error: float | None = vars(self).get("merge_error")
+        merging.mend(self.get_base_layer())
+        if _after_load not in self._load_state_dict_post_hooks.values():
+            self.register_load_state_dict_post_hook(_after_load)
+
+    @property
+    def keep_pristine(self) -> KeepPristine:
+        """Where a merge keeps the packed weight it replaces: `"device"`, `"host"` or `"none"`."""
+        return self._keep_pristine
+
+    @keep_pristine.setter
+    def keep_pristine(self, where: KeepPristine) -> None:
+        if where not in get_args(KeepPristine):
+            raise ValueError(f"keep_pristine must be one of {get_args(KeepPristine)}, got {where!r}.")
+        self._keep_pristine = where
 
     # --- Adapters ----------------------------------------------------------------------------------------------------
 
@@ -155,6 +171,9 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         Raises:
             ValueError: a setting is out of range, or the adapter of that name is merged; nothing has changed then.
         """
+        config = config if config is not None else kwargs.get("oft_config")
+        if not isinstance(oft_block_size, int):  # PEFT from 0.20 on: update_layer(name, r, config)
+            config, oft_block_size = oft_block_size, 0
         if config is None:
             settings = AdapterSettings(
                 r=r,
@@ -174,8 +193,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         r, oft_block_size = settings.blocks(self.in_features, self.adjust_oft_parameters)
 
         dropout = MultiplicativeDropoutLayer(p=settings.module_dropout) if settings.module_dropout else nn.Identity()
-        self.oft_dropout[adapter_name] = dropout
-        self.oft_R[adapter_name] = OFTRotationModule(
+        module = OFTRotationModule(
             1 if settings.block_share else r,
             oft_block_size * (oft_block_size - 1) // 2,
             oft_block_size,
@@ -186,6 +204,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
             use_cayley_neumann=settings.use_cayley_neumann,
             num_cayley_neumann_terms=settings.num_cayley_neumann_terms,
         )
+        self.oft_R[adapter_name], self.oft_dropout[adapter_name] = module, dropout
         self.reset_oft_parameters(adapter_name, settings.init_weights)
         self.r[adapter_name] = r
         self.oft_block_size[adapter_name] = oft_block_size
@@ -209,17 +228,14 @@ class HqqOFTLinear(nn.Module, OFTLayer):
             raise ValueError(f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Unmerge them first.")
         super().delete_adapter(adapter_name)
 
-    def _max_norm(self, module: OFTRotationModule) -> float | None:
-        """Bound on each skew block's Frobenius norm under `coft`."""
-        return module.eps / math.sqrt(module.weight.shape[0]) if module.coft else None
-
     def _cayley_arguments(self, adapter_name: str) -> dict[str, Any]:
         """What `functional.cayley` and `oft_linear` take besides the parameter."""
         module = self.oft_R[adapter_name]
         return {
             "block_size": module.block_size,
             "terms": module.num_cayley_neumann_terms if module.use_cayley_neumann else None,
-            "max_norm": self._max_norm(module),
+            # coft's bound on each skew block's Frobenius norm
+            "max_norm": module.eps / math.sqrt(module.weight.shape[0]) if module.coft else None,
         }
 
     def _begin_forward(self, adapter_name: str) -> tuple[Tensor, dict[str, Any]]:
@@ -233,8 +249,8 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         return module.weight, arguments
 
     def _project_parameter(self, module: OFTRotationModule, max_norm: float) -> None:
-        # Through `.data`: projecting twice changes nothing, so an earlier forward's graph that holds the parameter
-        # (accumulation, checkpointing) stays valid, and autograd need not know.
+        # Through `.data`: projecting what is projected changes nothing, so an earlier forward's graph that holds the
+        # parameter (accumulation, checkpointing) stays valid, and autograd need not know.
         module.weight.data.copy_(project(module.weight.detach(), max_norm))
 
     def _dropout_keep(self, adapter_name: str) -> Tensor | None:
@@ -242,7 +258,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         p = getattr(self.oft_dropout[adapter_name], "p", 0.0) if adapter_name in self.oft_dropout else 0.0
         module = self.oft_R[adapter_name]
         blocks = self.in_features // module.block_size
-        dropped = int(p * blocks)
+        dropped = math.floor(p * blocks + 1e-6)  # 0.29 * 100 is a little below 29 in floating point
         if dropped == 0:
             return None
         return torch.randperm(blocks, device=module.weight.device) >= dropped
@@ -326,13 +342,13 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         )
 
     def _forward_active(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names = [name for name in self.active_adapters if name in self.oft_R]
+        names = [name for name in dict.fromkeys(self.active_adapters) if name in self.oft_R]
         if not names:
             return self.base_layer(x, *args, **kwargs)
         fused = None if args or kwargs or not self._base_is_plain() else names.pop()
         for name in names:
             v, arguments = self._begin_forward(name)
-            x = functional.rotate(x, functional.cayley(v, dtype=x.dtype, **arguments))
+            x = functional.oft_rotate(x, v, **arguments)
         if fused is None:
             return self.base_layer(x, *args, **kwargs)
         v, arguments = self._begin_forward(fused)
@@ -409,15 +425,16 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         if pristine is not None:
             dense = merging.rotate_weight(pristine.to(base.W_q.device).weight(), rotations, check=safe_merge)
         else:
-            dense = self._rotate_merged_weight(rotations, check=safe_merge)
+            dense = self._estimate_pristine(action="Merging more adapters")
+            dense = merging.rotate_dense(dense, rotations, check=safe_merge)
         merged = merging.requantize(base, dense)
-        if safe_merge and not torch.isfinite(functional.dequantize(merged.weight())).all():
+        error = merging.relative_error(merged.weight(), dense)
+        if safe_merge and not math.isfinite(error):
             raise ValueError(f"NaN or infinity after quantizing the weight merged with {order}. Nothing was merged.")
         with self._unchanged_on_error():
             kept = self._kept(pristine)
             merged.install(base)
-            self._pristine = kept
-            self.merged_adapters = order
+            self._pristine, self.merged_adapters, self.merge_error = kept, order, error
         left_out = [name for name in self.active_adapters if name in self.oft_R and name not in order]
         if left_out:
             warnings.warn(
@@ -430,13 +447,16 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         active = self.active_adapters
         return sorted(names, key=active.index) if set(names) <= set(active) else names
 
-    def _rotate_merged_weight(self, rotations: list[tuple[str, Tensor]], check: bool) -> Tensor:
-        """As `merging.rotate_weight` when the pristine weight was given up: it is estimated from the merged one."""
-        self._warn_lossy("Merging more adapters")
-        base = self.base_layer
-        present = [(name, self._rotation(name)) for name in self.merged_adapters]
-        dense = merging.unrotate_weight(QuantizedWeight.from_hqq(base), present)
-        return merging.rotate_dense(dense, rotations, check)
+    def _estimate_pristine(self, action: str) -> Tensor:
+        """The dense pristine weight from the merged one and the inverse rotation, when the packed one was given up."""
+        warnings.warn(
+            f"{action} without the pristine weight, which was given up: the inverse rotation of the merged weight is "
+            'quantized again, which loses precision. Set keep_pristine to "device" or "host" before merging to avoid '
+            "this.",
+            stacklevel=3,
+        )
+        rotations = [(name, self._rotation(name)) for name in self.merged_adapters]
+        return merging.unrotate_weight(QuantizedWeight.from_hqq(self.get_base_layer()), rotations)
 
     def _kept(self, pristine: PackedState | None) -> PackedState | None:
         if pristine is None or self.keep_pristine == "none":
@@ -456,26 +476,14 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         if self._pristine is not None:
             state = self._pristine.to(base.W_q.device)
         else:
-            self._warn_lossy("Unmerging")
-            rotations = [(name, self._rotation(name)) for name in self.merged_adapters]
-            dense = merging.unrotate_weight(QuantizedWeight.from_hqq(base), rotations)
-            state = merging.requantize(base, dense)
+            state = merging.requantize(base, self._estimate_pristine(action="Unmerging"))
         with self._unchanged_on_error():
             state.install(base)
-            self._pristine = None
-            self.merged_adapters = []
+            self._pristine, self.merged_adapters, self.merge_error = None, [], None
 
     def drop_pristine(self) -> None:
         """Give up the pristine weight of a merged layer to free its memory; unmerging is lossy from then on."""
         self._pristine = None
-
-    def _warn_lossy(self, action: str) -> None:
-        warnings.warn(
-            f"{action} without the pristine weight, which was given up: the inverse rotation of the merged weight is "
-            'quantized again, which loses precision. Set keep_pristine to "device" or "host" before merging to avoid '
-            "this.",
-            stacklevel=3,
-        )
 
     @contextmanager
     def _unchanged_on_error(self) -> Iterator[None]:
@@ -486,16 +494,24 @@ class HqqOFTLinear(nn.Module, OFTLayer):
             self.restore_merge_state(before)
             raise
 
-    def merge_state(self) -> tuple[PackedState, PackedState | None, list[str]]:
-        """What a merge changes: packed state, kept pristine state, names. Shares the tensors; see `restore`."""
-        return PackedState.of(self.get_base_layer()), self._pristine, list(self.merged_adapters)
+    def merge_state(self) -> tuple[PackedState, PackedState | None, list[str], float | None]:
+        """What a merge changes, for `restore_merge_state`; tensors are shared, not copied."""
+        return PackedState.of(self.get_base_layer()), self._pristine, list(self.merged_adapters), self.merge_error
 
-    def restore_merge_state(self, state: tuple[PackedState, PackedState | None, list[str]]) -> None:
-        """Go back to an earlier `merge_state`."""
-        packed, self._pristine, self.merged_adapters = state
+    def restore_merge_state(self, state: tuple[PackedState, PackedState | None, list[str], float | None]) -> None:
+        """Go back to what `merge_state` returned."""
+        packed, self._pristine, self.merged_adapters, self.merge_error = state
         packed.install(self.get_base_layer())
 
     # --- nn.Module ---------------------------------------------------------------------------------------------------
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self.merged and f"{prefix}base_layer.W_q" in state_dict:
+            raise ValueError(
+                f"Cannot load a base weight into a layer that {self.merged_adapters} are merged into: unmerging would "
+                "put the old one back. Unmerge first."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HqqOFTLinear:
         """As for any module, with the packed weight moved whole and never cast.
@@ -532,3 +548,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
 
     def __repr__(self) -> str:
         return "oft." + super().__repr__()
+
+
+def _after_load(layer: HqqOFTLinear, incompatible_keys: Any) -> None:
+    merging.mend(layer.get_base_layer())

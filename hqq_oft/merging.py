@@ -65,16 +65,28 @@ def move_meta(meta: dict[str, Any], device: torch.device | str) -> dict[str, Any
     return {key: move(key, value) for key, value in meta.items()}
 
 
-def without_inference_tensors(meta: dict[str, Any]) -> dict[str, Any]:
-    """A copy of HQQ's meta data that autograd can work with.
+def mend(base: HQQLinear) -> None:
+    """Make the tensors of an HQQ layer ones that autograd, `deepcopy` and `torch.compile` can work with.
 
-    HQQ optimizes scale and zero in inference mode and keeps what comes out of it; autograd refuses to save such
-    tensors, which `torch.compile` asks of it.
+    HQQ clones the bias of a trainable layer without detaching it, which drags that layer's graph along and which
+    `deepcopy` refuses. It optimizes scale and zero in inference mode and keeps what comes out of it, which autograd
+    refuses to save, as `torch.compile` asks of it.
     """
-    return {
-        key: value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-        for key, value in meta.items()
-    }
+    if base.bias is not None and not base.bias.is_leaf:
+        base.bias = base.bias.detach()
+    base.meta = without_inference_tensors(base.meta)
+
+
+def without_inference_tensors(meta: dict[str, Any]) -> dict[str, Any]:
+    """A copy of HQQ's meta data, nested ones included, in which inference tensors are cloned to normal ones."""
+
+    def normal(value: Any) -> Any:
+        if isinstance(value, dict):
+            return without_inference_tensors(value)
+        return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+    with torch.inference_mode(False):
+        return {key: normal(value) for key, value in meta.items()}
 
 
 Rotations = list[tuple[str, Tensor]]
@@ -135,38 +147,54 @@ def unrotate_weight(weight: QuantizedWeight, rotations: Rotations) -> Tensor:
     return dense
 
 
+@torch.no_grad()
+def relative_error(weight: QuantizedWeight, dense: Tensor) -> float:
+    """|W_q - W| / |W| between a quantized weight and the dense one it was made from; NaN where either is not finite."""
+    stored = ops.dequantize(*weight.arguments(), dense.dtype)
+    return float((stored - dense).norm() / dense.norm().clamp_min(torch.finfo(dense.dtype).tiny))
+
+
 def quantization_settings(base: HQQLinear) -> dict[str, Any]:
     """The settings `base` was quantized with; read off its meta data where it has forgotten them."""
     if getattr(base, "quant_config", None):
-        settings = copy.deepcopy(base.quant_config)
-        settings.pop("offload_meta", None)
-        return {
-            "weight_quant_params": settings["weight_quant_params"],
-            "scale_quant_params": settings.get("scale_quant_params"),
-            "zero_quant_params": settings.get("zero_quant_params"),
-        }
+        names = ("weight_quant_params", "scale_quant_params", "zero_quant_params")
+        return {name: copy.deepcopy(base.quant_config.get(name)) for name in names}
     meta = base.meta
-    weight_settings = {
-        "nbits": meta["nbits"],
-        "channel_wise": True,
-        "group_size": meta["group_size"],
-        "optimize": True,
-        "round_zero": meta["nbits"] == 4,  # HQQ's own default
-        "axis": meta["axis"],
-        "view_as_float": bool(meta.get("view_as_float")),
+    weight_settings = _settings_of(meta)
+    # HQQ's own defaults
+    weight_settings.update(optimize=True, round_zero=meta["nbits"] == 4, view_as_float=bool(meta.get("view_as_float")))
+    return {
+        "weight_quant_params": weight_settings,
+        "scale_quant_params": _settings_of(meta["meta_scale"]) if meta.get("quant_scale") else None,
+        "zero_quant_params": _settings_of(meta["meta_zero"]) if meta.get("quant_zero") else None,
     }
-    return {"weight_quant_params": weight_settings, "scale_quant_params": None, "zero_quant_params": None}
+
+
+def _settings_of(meta: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of HQQ's quantizer that give meta data like these."""
+    scale = meta.get("scale")
+    return {
+        "nbits": meta["nbits"],
+        "channel_wise": scale is None or scale.dim() > 0,
+        "group_size": meta["group_size"],
+        "optimize": False,
+        "axis": meta["axis"],
+    }
 
 
 def requantize(base: HQQLinear, dense: Tensor) -> PackedState:
     """Quantize `dense` `[N, K]` with HQQ's own quantizer and the settings of `base`, which is left alone."""
-    scratch = HQQLinear(None, None, compute_dtype=base.compute_dtype, device=str(base.W_q.device))
-    scratch.quantize(dense, **quantization_settings(base))
-    meta = scratch.meta
-    if "zero_scale" in base.meta:
-        # HQQ stacks scale and zero itself only where it can pin memory; here the layer has the form already.
-        stacked = base.meta["zero_scale"]
-        names = ("zero_q", "scale_q") if stacked.dtype == torch.uint8 else ("zero", "scale")
-        host = torch.stack([meta.pop(name) for name in names]).to(stacked.dtype).to(stacked.device)
-        meta["zero_scale"] = host.pin_memory() if stacked.is_pinned() else host
-    return PackedState(scratch.W_q, without_inference_tensors(meta))
+    with torch.inference_mode(False):  # what is made here outlives an enclosing inference mode
+        scratch = HQQLinear(None, None, compute_dtype=base.compute_dtype, device=str(base.W_q.device))
+        scratch.quantize(dense.clone() if dense.is_inference() else dense, **quantization_settings(base))
+        meta = without_inference_tensors(scratch.meta)
+        if "zero_scale" in base.meta:
+            # HQQ stacks scale and zero itself only where it can pin memory; here the layer has the form already.
+            stacked = base.meta["zero_scale"]
+            names = ("zero_q", "scale_q") if stacked.dtype == torch.uint8 else ("zero", "scale")
+            host = torch.stack([meta.pop(name) for name in names]).to(stacked.dtype).to(stacked.device)
+            meta["zero_scale"] = host.pin_memory() if stacked.is_pinned() else host
+        packed = scratch.W_q
+        if packed.is_inference():
+            packed = nn.Parameter(packed.clone(), requires_grad=False)
+        return PackedState(packed, meta)

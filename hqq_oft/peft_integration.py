@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
+import logging
 import sys
 import types
 import warnings
@@ -15,15 +18,18 @@ from typing import Any
 
 import peft.tuners.oft.model as peft_oft_model
 from hqq.core.quantize import HQQLinear
+from peft.tuners.mixed.model import MixedModel
 from peft.tuners.oft.layer import Linear as PeftLinear
 from peft.tuners.oft.layer import OFTLayer
 from peft.tuners.oft.model import OFTModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from tqdm import tqdm
 
 from .layer import HqqOFTLinear
+
+logger = logging.getLogger("hqq_oft")
 
 _HQQ_MODULE = "peft.tuners.oft.hqq"
 # PEFT up to 0.20 has a module of its own for HQQ layers; from 0.21 its Linear takes them.
@@ -43,74 +49,108 @@ def dispatch_hqq(target: nn.Module, adapter_name: str, **kwargs: Any) -> HqqOFTL
     return HqqOFTLinear(target, adapter_name, **kwargs) if isinstance(base, HQQLinear) else None
 
 
-# --- What an OFTModel does differently -------------------------------------------------------------------------------
-#
-# Each function below takes PEFT's own implementation as its first argument and hands over whatever is not ours.
+# --- What the tuner of a model with our layers does differently -----------------------------------------------------
 
 
-def _create_new_module(
-    original: Any, oft_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any
-) -> nn.Module:
-    new_module = dispatch_hqq(target, adapter_name, config=oft_config)
-    return original(oft_config, adapter_name, target, **kwargs) if new_module is None else new_module
+class HqqOFTModel(OFTModel):
+    """An `OFTModel` that can unload HQQ layers, merges all layers or none, and mixes adapters in a batch.
 
+    The tuner of a model becomes one when the first of our layers is put into it.
+    """
 
-def _replace_module(
-    original: Any, self: OFTModel, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
-) -> None:
-    if isinstance(new_module, HQQLinear):
-        # PEFT would copy `.weight`, which an HQQ layer does not have; the layer comes back whole as it is.
-        setattr(parent, child_name, new_module)
-        return
-    if isinstance(new_module, HqqOFTLinear):
-        _adopt(self)  # the model outlives the patch, and must be able to unload then
-    original(self, parent, child_name, new_module, child)
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        _replace_module(super()._replace_module, parent, child_name, new_module, child)
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's, for all layers or none: if one fails, those merged before it are put back."""
+        self._merge_all(tqdm_disable=None, safe_merge=safe_merge, adapter_names=adapter_names)
 
-def _adopt(tuner: OFTModel) -> None:
-    if type(tuner) is OFTModel:
-        tuner.__class__ = HqqOFTModel
+    def _merge_all(self, tqdm_disable: bool | None, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        self._check_merge_allowed()
+        layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, BaseTunerLayer)]
+        with _merge_undone_on_error([layer for _, layer in layers]):
+            # disable=None shows the bar on a terminal alone
+            for name, layer in tqdm(layers, disable=tqdm_disable, desc="Merging OFT layers", unit="layer"):
+                with onload_layer(layer):
+                    layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                if isinstance(layer, HqqOFTLinear) and layer.merged:
+                    logger.info("%s: quantizing the merged weight changed it by %.2e", name, layer.merge_error)
 
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        unload = functools.partial(
+            super()._unload_and_optionally_merge, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        if not merge:
+            return unload(merge=False, progressbar=progressbar)
+        # First merge every layer, then let PEFT swap them out; it finds them merged.
+        places = [
+            (parent, name, child)
+            for parent in self.model.modules()
+            for name, child in parent._modules.items()
+            if isinstance(child, BaseTunerLayer)
+        ]
+        with _merge_undone_on_error([child for _, _, child in places]):
+            try:
+                self._merge_all(not progressbar, safe_merge, adapter_names)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="All adapters are already merged")
+                    return super()._unload_and_optionally_merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            except BaseException:
+                for parent, name, child in places:
+                    setattr(parent, name, child)
+                raise
 
-def _our_layers(model: nn.Module) -> list[HqqOFTLinear]:
-    return [module for module in model.modules() if isinstance(module, HqqOFTLinear)]
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names` of one forward or `generate` to every layer, with the checks of PEFT's LoRA.
 
+        As there, beams are counted from the keyword `num_beams`, not from a `generation_config`.
+        """
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        handles: list[Any] = []
+        try:
+            for module, names in self._modules_with_adapter_names(adapter_names, kwargs.get("num_beams")):
+                hook = functools.partial(_add_adapter_names, adapter_names=names)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
-@contextmanager
-def _merged_state_restored_on_error(layers: Sequence[HqqOFTLinear]) -> Iterator[None]:
-    before = [layer.merge_state() for layer in layers]
-    try:
-        yield
-    except BaseException:
-        for layer, state in zip(layers, before, strict=True):
-            layer.restore_merge_state(state)
-        raise
-
-
-def _merge_adapter(original: Any, self: OFTModel, *args: Any, **kwargs: Any) -> None:
-    with _merged_state_restored_on_error(_our_layers(self.model)):
-        original(self, *args, **kwargs)
-
-
-def _unload_and_optionally_merge(
-    original: Any,
-    self: OFTModel,
-    merge: bool = True,
-    progressbar: bool = False,
-    safe_merge: bool = False,
-    adapter_names: list[str] | None = None,
-) -> nn.Module:
-    layers = _our_layers(self.model)
-    if not merge or not layers:
-        return original(self, merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
-    # All our layers first, so that a failure leaves every one of them as it was and in its place; PEFT's own pass then
-    # finds them merged.
-    with _merged_state_restored_on_error(layers):
-        for layer in tqdm(layers, disable=not progressbar, desc="Merging OFT into HQQ layers"):
-            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="All adapters are already merged")
-            return original(self, merge=True, progressbar=False, safe_merge=safe_merge, adapter_names=adapter_names)
+    def _modules_with_adapter_names(self, adapter_names: Any, beams: Any) -> list[tuple[nn.Module, list[str]]]:
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if not isinstance(adapter_names, (list, tuple)):
+            raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
+        layers = [module for module in self.modules() if isinstance(module, OFTLayer)]
+        foreign = sorted({type(layer).__name__ for layer in layers if not isinstance(layer, HqqOFTLinear)})
+        if foreign:
+            raise ValueError(
+                "`adapter_names` needs every OFT layer to be an HqqOFTLinear, but the model also adapts layers that "
+                f"are not HQQ-quantized ({', '.join(foreign)}), where PEFT ignores it. Target HQQ layers alone."
+            )
+        unexpected = set(adapter_names) - {name for layer in layers for name in layer.oft_R} - {"__base__"}
+        if unexpected:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unexpected))}")
+        # Beam search repeats each sample; an encoder still sees the samples as they were given.
+        repeated = [name for name in adapter_names for _ in range(beams if isinstance(beams, int) else 1)]
+        in_encoder: set[nn.Module] = set()
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            in_encoder = set(self.model.get_encoder().modules())
+        return [
+            (module, list(adapter_names) if module in in_encoder else repeated)
+            for module in self.modules()
+            if isinstance(module, (HqqOFTLinear, AuxiliaryTrainingWrapper))
+        ]
 
 
 def _add_adapter_names(module: nn.Module, args: Any, kwargs: Any, *, adapter_names: list[str]) -> Any:
@@ -118,78 +158,65 @@ def _add_adapter_names(module: nn.Module, args: Any, kwargs: Any, *, adapter_nam
 
 
 @contextmanager
-def _enable_peft_forward_hooks(original: Any, self: OFTModel, *args: Any, **kwargs: Any) -> Iterator[None]:
-    """Hand `adapter_names` of one forward or `generate` to every layer, with the checks of PEFT's LoRA."""
-    adapter_names = kwargs.pop("adapter_names", None)
-    if adapter_names is None:
-        with original(self, *args, **kwargs):
-            yield
-        return
-    if self.training:
-        raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-    if not isinstance(adapter_names, (list, tuple)):
-        raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
-    layers = [module for module in self.modules() if isinstance(module, OFTLayer)]
-    foreign = sorted({type(layer).__name__ for layer in layers if not isinstance(layer, HqqOFTLinear)})
-    if foreign:
-        raise ValueError(
-            "`adapter_names` needs every OFT layer to be an HqqOFTLinear, but the model also adapts layers that are "
-            f"not HQQ-quantized ({', '.join(foreign)}), where PEFT ignores it. Target HQQ layers alone."
-        )
-    known = {name for layer in layers for name in layer.oft_R}
-    unexpected = set(adapter_names) - known - {"__base__"}
-    if unexpected:
-        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unexpected))}")
+def _merge_undone_on_error(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
+    """If the block raises, put the weights and the lists of merged adapters of all layers back.
 
-    # Beam search repeats each sample; an encoder still sees the samples as they were given.
-    beams = kwargs.get("num_beams")
-    repeated = [name for name in adapter_names for _ in range(beams if isinstance(beams, int) else 1)]
-    get_encoder = getattr(self.model, "get_encoder", None)
-    is_encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-    encoder = get_encoder() if get_encoder is not None and is_encoder_decoder else None
-    in_encoder = set(encoder.modules()) if isinstance(encoder, nn.Module) else set()
-    handles = []
+    PEFT's own layers merge into their weight in place, so a copy of it is kept meanwhile.
+    """
+    ours = [(layer, layer.merge_state()) for layer in layers if isinstance(layer, HqqOFTLinear)]
+    others = [
+        (layer, weight, weight.detach().clone(), list(layer.merged_adapters))
+        for layer in layers
+        if not isinstance(layer, HqqOFTLinear)
+        and isinstance(weight := getattr(layer.get_base_layer(), "weight", None), nn.Parameter)
+    ]
     try:
-        for module in self.modules():
-            if isinstance(module, (HqqOFTLinear, AuxiliaryTrainingWrapper)):
-                names = list(adapter_names) if module in in_encoder else repeated
-                hook = functools.partial(_add_adapter_names, adapter_names=names)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    except BaseException:
+        for layer, state in ours:
+            layer.restore_merge_state(state)
+        for layer, weight, before, merged in others:
+            weight.data = before
+            layer.get_base_layer().weight = weight  # PEFT may have put another in its place
+            layer.merged_adapters[:] = merged
+        raise
 
 
-@contextmanager
-def _no_forward_hooks(self: OFTModel, *args: Any, **kwargs: Any) -> Iterator[None]:
-    yield
+def _adopt(tuner: nn.Module) -> None:
+    if type(tuner) is OFTModel:
+        tuner.__class__ = HqqOFTModel
 
 
-_OVERRIDES: dict[str, Callable[..., Any]] = {
-    "_create_new_module": _create_new_module,
-    "_replace_module": _replace_module,
-    "merge_adapter": _merge_adapter,
-    "_unload_and_optionally_merge": _unload_and_optionally_merge,
-    "_enable_peft_forward_hooks": _enable_peft_forward_hooks,
-}
-
-
-def _overridden(name: str) -> Any:
-    """PEFT's method of that name with ours in front, as a class attribute."""
-    original = getattr(OFTModel, name, _no_forward_hooks)
-    override = functools.wraps(original)(functools.partial(_OVERRIDES[name], original))
-    if name == "_create_new_module":
-        return staticmethod(override)
-
-    @functools.wraps(original)
-    def method(self: OFTModel, *args: Any, **kwargs: Any) -> Any:
-        return override(self, *args, **kwargs)
-
-    return method
+def _replace_module(
+    original: Callable[..., None], parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+) -> None:
+    if isinstance(new_module, HQQLinear):
+        # PEFT would copy `.weight`, which an HQQ layer does not have; the layer comes back whole as it is.
+        setattr(parent, child_name, new_module)
+    else:
+        original(parent, child_name, new_module, child)
 
 
 # --- For models to come ----------------------------------------------------------------------------------------------
+
+
+def _patched_create_new_module(original: Callable[..., nn.Module]) -> Any:
+    @functools.wraps(original)
+    def create(oft_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        new_module = dispatch_hqq(target, adapter_name, config=oft_config)
+        return original(oft_config, adapter_name, target, **kwargs) if new_module is None else new_module
+
+    return staticmethod(create)
+
+
+def _patched_replace_module(original: Callable[..., None]) -> Any:
+    @functools.wraps(original)
+    def replace(self: nn.Module, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, HqqOFTLinear):
+            _adopt(self)  # the model outlives the patch, and must be able to unload then
+        _replace_module(functools.partial(original, self), parent, child_name, new_module, child)
+
+    return replace
 
 
 class _Patch:
@@ -197,10 +224,8 @@ class _Patch:
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
-
-    @property
-    def applied(self) -> bool:
-        return bool(self._undo)
+        self.lasting = False
+        self.blocks = 0
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
         if name in vars(owner):
@@ -210,11 +235,15 @@ class _Patch:
         setattr(owner, name, value)
 
     def apply(self) -> None:
-        for name, method in [(name, _overridden(name)) for name in _OVERRIDES]:
-            self._set(OFTModel, name, method)
+        if self._undo:
+            return
+        self._set(OFTModel, "_create_new_module", _patched_create_new_module(OFTModel._create_new_module))
+        for tuner_class in (OFTModel, MixedModel):
+            self._set(tuner_class, "_replace_module", _patched_replace_module(tuner_class._replace_module))
         module = _peft_hqq_module
         if module is None:
             module = types.ModuleType(_HQQ_MODULE, "HQQ layers of PEFT's OFT, served by hqq_oft.")
+            module.__spec__ = importlib.machinery.ModuleSpec(_HQQ_MODULE, None)
             sys.modules[_HQQ_MODULE] = module
             self._undo.append(functools.partial(sys.modules.pop, _HQQ_MODULE, None))
             self._set(sys.modules["peft.tuners.oft"], "hqq", module)
@@ -223,9 +252,10 @@ class _Patch:
         if hasattr(peft_oft_model, "dispatch_hqq"):
             self._set(peft_oft_model, "dispatch_hqq", dispatch_hqq)
 
-    def revert(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+    def revert_unless_wanted(self) -> None:
+        if not self.lasting and self.blocks == 0:
+            while self._undo:
+                self._undo.pop()()
 
 
 _patch = _Patch()
@@ -234,18 +264,20 @@ _patch = _Patch()
 class PatchHandle:
     """Returned by `patch_peft`: as a context manager it takes the patch back at the end of the block.
 
-    A block inside another patch leaves that one in force.
+    A patch from outside the block, or one asked for inside it to last, stays in force.
     """
 
-    def __init__(self, owns: bool) -> None:
-        self._owns = owns
+    def __init__(self, lasting_before: bool) -> None:
+        self._lasting_before = lasting_before
 
     def __enter__(self) -> PatchHandle:
+        _patch.lasting = self._lasting_before
+        _patch.blocks += 1
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._owns:
-            unpatch_peft()
+        _patch.blocks = max(0, _patch.blocks - 1)
+        _patch.revert_unless_wanted()
 
 
 def patch_peft() -> PatchHandle:
@@ -259,26 +291,19 @@ def patch_peft() -> PatchHandle:
     Returns:
         A handle that can be used in a `with` statement.
     """
-    owns = not _patch.applied
-    if owns:
-        _patch.apply()
-    return PatchHandle(owns)
+    handle = PatchHandle(_patch.lasting)
+    _patch.apply()
+    _patch.lasting = True
+    return handle
 
 
 def unpatch_peft() -> None:
-    """Take `patch_peft` back. Models that exist keep their layers. Calling it again changes nothing."""
-    _patch.revert()
+    """Take `patch_peft` back, inside a `with` block too. Models that exist keep their layers and what they can do."""
+    _patch.lasting, _patch.blocks = False, 0
+    _patch.revert_unless_wanted()
 
 
 # --- For a model that exists -----------------------------------------------------------------------------------------
-
-
-class HqqOFTModel(OFTModel):
-    """The tuner of a model with our layers: an `OFTModel` that can unload HQQ layers and mix adapters in a batch."""
-
-
-for _name in _OVERRIDES:
-    setattr(HqqOFTModel, _name, _overridden(_name))
 
 
 @dataclass
@@ -300,23 +325,15 @@ class ConversionReport:
 
 
 def _transplant(old: OFTLayer, new_class: type[OFTLayer]) -> OFTLayer:
-    """A `new_class` layer with the adapters, base layer and state of `old`; parameters are shared, not copied."""
+    """A `new_class` layer with everything that `old` holds: parameters and modules are shared, not copied."""
     new: Any = object.__new__(new_class)
-    nn.Module.__init__(new)
+    new.__dict__.update(
+        {name: copy.copy(value) if isinstance(value, dict) else value for name, value in vars(old).items()}
+    )
     if isinstance(new, HqqOFTLinear):
-        new._init_around(old.base_layer, old._active_adapter, **old.kwargs)
+        new._take_base_layer()
     else:
-        OFTLayer.__init__(new, old.base_layer, **old.kwargs)
-        new._active_adapter = old._active_adapter
-        new.fan_in_fan_out = False
-        new.is_target_conv_1d_layer = False
-    for name in ("oft_R", "oft_dropout", "oft_block_size", "r", "_disable_adapters", "cast_input_dtype_enabled"):
-        setattr(new, name, getattr(old, name))
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        getattr(new, name).update(getattr(old, name))
-    for name in ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
-        getattr(new, name).update(getattr(old, name))
-    new.training = old.training
+        new.fan_in_fan_out = new.is_target_conv_1d_layer = False
     return new
 
 
@@ -327,11 +344,13 @@ def _swap(
     places: list[tuple[nn.Module, str, OFTLayer]] = []
     replacements: dict[int, OFTLayer] = {}  # a module that stands in several places is replaced by one in all
     for parent_name, parent in peft_model.named_modules():
-        for child_name, child in parent.named_children():
+        for child_name, child in parent._modules.items():
             if not isinstance(child, OFTLayer):
                 continue
             name = f"{parent_name}.{child_name}" if parent_name else child_name
             reason = why_keep(child)
+            if reason is None and "forward" in vars(child):
+                reason = "its forward was replaced (accelerate does that): remove the hook first"
             if reason is not None:
                 report.kept[name] = reason
                 continue
@@ -339,19 +358,14 @@ def _swap(
                 replacements[id(child)] = _transplant(child, new_class)
             places.append((parent, child_name, replacements[id(child)]))
             report.replaced.append(name)
+    if not report.replaced and not report.kept:
+        raise TypeError(
+            f"expected a model with OFT adapters, got {type(peft_model).__name__} without any; make one with "
+            "get_peft_model(model, OFTConfig(...))."
+        )
     for parent, child_name, layer in places:
         setattr(parent, child_name, layer)
     return report
-
-
-def _tuner(peft_model: nn.Module) -> OFTModel:
-    tuner = peft_model if isinstance(peft_model, OFTModel) else getattr(peft_model, "base_model", None)
-    if not isinstance(tuner, OFTModel):
-        raise TypeError(
-            f"expected a PEFT model with OFT adapters, got {type(peft_model).__name__}; make one with "
-            "get_peft_model(model, OFTConfig(...))."
-        )
-    return tuner
 
 
 def _why_not_convert(layer: OFTLayer) -> str | None:
@@ -376,10 +390,10 @@ def convert(peft_model: nn.Module) -> ConversionReport:
     """Swap the OFT layers that PEFT put on HQQ layers for `HqqOFTLinear`, in place.
 
     Parameters are shared, so an optimizer that holds them stays valid; training mode, active adapters and hooks are
-    kept. The tuner learns to unload HQQ layers and to mix adapters in a batch, without `patch_peft`.
+    kept. The tuner of a `PeftModel` learns to unload HQQ layers and to mix adapters in a batch, without `patch_peft`.
 
     Args:
-        peft_model: a PEFT model with an `OFTConfig`.
+        peft_model: a `PeftModel` with an `OFTConfig`, or any module with OFT layers in it.
 
     Returns:
         What was replaced, and what was not and why.
@@ -387,17 +401,17 @@ def convert(peft_model: nn.Module) -> ConversionReport:
     Raises:
         TypeError: the model has no OFT adapters.
     """
-    tuner = _tuner(peft_model)
     report = _swap(peft_model, HqqOFTLinear, _why_not_convert)
-    _adopt(tuner)
+    if any(isinstance(module, HqqOFTLinear) for module in peft_model.modules()):
+        _adopt(getattr(peft_model, "base_model", peft_model))
     return report
 
 
 def revert(peft_model: nn.Module) -> ConversionReport:
-    """Undo `convert`: put PEFT's own layers back, sharing the parameters.
+    """Put PEFT's own layers in the place of each `HqqOFTLinear`, sharing the parameters.
 
     Args:
-        peft_model: a PEFT model with `HqqOFTLinear` layers, from `convert` or built under `patch_peft`.
+        peft_model: a model with `HqqOFTLinear` layers, from `convert` or built under `patch_peft`.
 
     Returns:
         What was replaced, and what was not and why.
@@ -405,8 +419,8 @@ def revert(peft_model: nn.Module) -> ConversionReport:
     Raises:
         TypeError: the model has no OFT adapters.
     """
-    tuner = _tuner(peft_model)
     report = _swap(peft_model, _PeftHqqLayer, _why_not_revert)
-    if type(tuner) is HqqOFTModel and not _our_layers(tuner):
+    tuner = getattr(peft_model, "base_model", peft_model)
+    if type(tuner) is HqqOFTModel and not any(isinstance(module, HqqOFTLinear) for module in tuner.modules()):
         tuner.__class__ = OFTModel
     return report

@@ -31,9 +31,14 @@ def skew(v: Tensor, block_size: int) -> Tensor:
 
 
 def project(v: Tensor, max_norm: float) -> Tensor:
-    """Scale each row of `v` so that its skew block's Frobenius norm, sqrt(2)*|v|, is at most `max_norm`."""
-    norm = (2 * v.square().sum(dim=1, keepdim=True)).sqrt()
-    return torch.where(norm <= max_norm, v, v * (max_norm / norm))
+    """Scale each row of `v` so that its skew block's Frobenius norm, sqrt(2)*|v|, is at most `max_norm`.
+
+    Norms are float64 and may exceed the bound by the rounding of v's dtype, so that projecting again changes nothing.
+    """
+    wide = v.double()
+    norm = (2 * wide.square().sum(dim=1, keepdim=True)).sqrt()
+    inside = norm <= max_norm * (1 + torch.finfo(v.dtype).eps)
+    return torch.where(inside, v, (wide * (max_norm / norm)).to(v.dtype))
 
 
 def series_coefficients(terms: int) -> list[int]:

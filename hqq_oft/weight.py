@@ -153,7 +153,7 @@ class QuantizedWeight:
         axis = int(meta["axis"])
         scale, zero = _scale_and_zero(meta, packed.device)
         group_size = meta["group_size"]
-        if scale.numel() == 1 or group_size is None:
+        if scale.dim() == 0 or group_size is None:
             # One scale for the whole tensor (channel_wise=False) or for each row or column: HQQ does not regroup then,
             # so the matrix of levels is W itself.
             group_size = in_features if axis == 1 else out_features
@@ -180,7 +180,7 @@ class QuantizedWeight:
 
 
 def _per_group(value: Tensor, groups: int) -> Tensor:
-    return value.reshape(-1).expand(groups) if value.numel() == 1 else value.reshape(-1)
+    return value.expand(groups) if value.dim() == 0 else value.reshape(-1)
 
 
 def _scale_and_zero(meta: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:

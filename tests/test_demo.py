@@ -13,7 +13,7 @@ import torch
 import hqq_oft
 from bench.demo import __main__ as demo
 from bench.demo import corpus
-from hqq_oft import HqqOFTLinear
+from hqq_oft import HqqOFTLinear, merging
 
 ROOT = Path(__file__).parents[1]
 FEW = ["--steps", "3", "--pretrain-steps", "3"]
@@ -38,7 +38,7 @@ def test_the_whole_job(tmp_path):
     assert results["adapted"][1] < results["quantized"][1]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "table.md").read_text().strip() in first.stdout
-    for word in ("OFT training step", "peak memory", "| merged |"):
+    for word in ("training step", "peak memory", "| merged |", "MiB |"):
         assert word in first.stdout
     assert "fine-tune on code: 100%" in first.stderr
     again = run("--out", str(tmp_path))
@@ -47,7 +47,7 @@ def test_the_whole_job(tmp_path):
     assert losses(tmp_path) == results  # and the job repeats itself
 
 
-@pytest.mark.parametrize("fault", ["unmerge", "forward"])
+@pytest.mark.parametrize("fault", ["unmerge", "merge", "forward"])
 def test_it_fails_loudly(tmp_path, monkeypatch, fault):
     monkeypatch.setattr(sys, "argv", ["demo", *FEW, "--out", str(tmp_path)])
     if fault == "unmerge":
@@ -58,6 +58,14 @@ def test_it_fails_loudly(tmp_path, monkeypatch, fault):
 
         monkeypatch.setattr(HqqOFTLinear, "unmerge", unmerge)
         message = "FAILED: the unmerged model gives the same logits bit for bit"
+    elif fault == "merge":
+        original = merging.rotate_weight
+
+        def transposed(weight, rotations, check):
+            return original(weight, [(name, d.transpose(1, 2) * 4) for name, d in rotations], check)
+
+        monkeypatch.setattr(merging, "rotate_weight", transposed)
+        message = "FAILED: the merged model is nearer to the adapted than to the quantized one"
     else:
         original = HqqOFTLinear.forward
         monkeypatch.setattr(HqqOFTLinear, "forward", lambda self, x: original(self, x) * float("nan"))

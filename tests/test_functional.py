@@ -10,7 +10,7 @@ import torch
 from helpers import TOLERANCE, hqq_layer, relative_error
 
 import hqq_oft.ops  # noqa: F401  (registers the operators)
-from hqq_oft import QuantizedWeight, functional
+from hqq_oft import QuantizedWeight, functional, reference
 
 TERMS = [1, 2, 3, 4, 5, 6, 7, 8, None]
 HALF = [torch.float16, torch.bfloat16]
@@ -93,13 +93,17 @@ def test_constrained_blocks_are_scaled_to_the_bound(terms):
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("stored", [4, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-def test_rotate(transpose, stored, dtype):
-    d = functional.cayley(skew_parameters(stored, 8), 8)
+@pytest.mark.parametrize("std", [0.1, 1e-3])
+def test_rotate(transpose, stored, dtype, std):
+    d = functional.cayley(skew_parameters(stored, 8, std=std), 8)
     x = torch.randn(3, 5, 32).to(dtype)
     dense = torch.block_diag(*(d.double() + torch.eye(8)).expand(4, 8, 8))
     out = functional.rotate(x, d, transpose=transpose)
     assert (out.dtype, out.shape) == (dtype, x.shape)
-    assert relative_error(out, x.double() @ (dense.T if transpose else dense)) <= TOLERANCE[dtype]
+    truth = x.double() @ (dense.T if transpose else dense)
+    assert relative_error(out, truth) <= TOLERANCE[dtype]
+    # wide inside and rounded once: as near as the dtype allows, which rounding R or the sum of products is not
+    assert relative_error(out, truth) <= 1.02 * relative_error(truth.to(dtype), truth) + 1e-7
 
 
 @pytest.mark.parametrize("stored", [4, 1])
@@ -252,6 +256,31 @@ def test_gradcheck_oft_linear(terms):
     assert torch.autograd.gradcheck(lambda bias: f(x.detach(), v.detach(), bias), bias)
 
 
+@pytest.mark.parametrize("terms", [1, 5, None])
+def test_gradcheck_oft_rotate(terms):
+    x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    v = skew_parameters(4, 3, torch.float64).requires_grad_()
+    keep = torch.tensor([True, False, True, True])
+
+    def f(x, v):
+        return functional.oft_rotate(x, v, block_size=3, terms=terms, keep=keep)
+
+    assert torch.equal(f(x, v), functional.rotate(x, functional.cayley(v, 3, terms, keep=keep)))
+    assert torch.autograd.gradcheck(f, (x, v))
+    assert torch.autograd.gradcheck(lambda x: f(x, v.detach()), x)
+    assert torch.autograd.gradcheck(lambda v: f(x.detach(), v), v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_projecting_twice_changes_nothing(dtype):
+    v = skew_parameters(50, 32, dtype, std=0.3)
+    once = reference.project(v, 0.1)
+    assert torch.equal(reference.project(once, 0.1), once)
+    norms = (2 * once.double().square().sum(1)).sqrt()
+    assert norms.max() <= 0.1 * (1 + torch.finfo(dtype).eps)
+    assert norms.min() >= 0.1 * (1 - torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("terms", [5, None])
 def test_half_precision_gradients(dtype, terms):
@@ -275,6 +304,9 @@ def test_saved_for_backward_are_the_inputs_alone():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
         functional.oft_linear(x, v, weight, block_size=8)
+        assert {t.data_ptr() for t in saved} == {x.data_ptr(), v.data_ptr()}
+        saved.clear()
+        functional.oft_rotate(x, v, block_size=8)
         assert {t.data_ptr() for t in saved} == {x.data_ptr(), v.data_ptr()}
         saved.clear()
         functional.oft_linear(x, v.detach(), weight, block_size=8)
@@ -392,6 +424,8 @@ BAD = [
     (lambda w: functional.linear(X, None, w, adapter_index=torch.zeros(2).long()), ValueError, "adapter_index needs d"),
     (lambda w: functional.oft_linear(X, V[:3], w, block_size=8), ValueError, "got 3 blocks of 8"),
     (lambda w: functional.oft_linear(X, V, w, block_size=7), ValueError, "v must have shape"),
+    (lambda w: functional.oft_rotate(X[:, :24], V, block_size=8), ValueError, "v must rotate 24 features"),
+    (lambda w: functional.oft_rotate(torch.tensor(1.0), V, block_size=8), ValueError, "got a scalar"),
 ]
 
 

@@ -155,12 +155,21 @@ def test_the_hqq_backend_survives(backend):
         HQQLinear.set_backend(previous)
 
 
-def test_settings_are_read_off_the_meta_data_where_the_layer_has_forgotten_them():
-    layer = oft_layer(hqq_layer(nbits=2, group_size=16))
-    layer.base_layer.quant_config = None
+@pytest.mark.parametrize("form", ["plain", "one scale", "quantized scale and zero"])
+def test_settings_are_read_off_the_meta_data_where_the_layer_has_forgotten_them(form):
+    config = BaseQuantizeConfig(nbits=8, group_size=16, quant_zero=form[0] == "q", quant_scale=form[0] == "q")
+    config.pop("offload_meta")
+    if form == "one scale":
+        config["weight_quant_params"].update(channel_wise=False, group_size=None)
+    base = HQQLinear(None, {**config, "offload_meta": False}, compute_dtype=torch.float32, device="cpu")
+    base.quantize(torch.randn(64, 96), **config)
+    base.quant_config = None
+    layer = oft_layer(base)
+    before, x = {key: (t.shape, t.dtype) for key, t in packed_bytes(base).items()}, torch.randn(3, 96)
+    expected = layer(x)
     layer.merge()
-    meta = layer.base_layer.meta
-    assert (meta["nbits"], meta["group_size"], meta["axis"], meta["view_as_float"]) == (2, 16, 1, False)
+    assert {key: (t.shape, t.dtype) for key, t in packed_bytes(base).items()} == before
+    assert relative_error(layer(x), expected) <= 5e-2
 
 
 @pytest.mark.parametrize("form", ["offloaded", "quantized"])
@@ -206,19 +215,31 @@ def test_unmerging_is_bit_exact_after_any_number_of_cycles(keep):
         assert layer._pristine is None
 
 
-def test_the_copy_in_host_memory_is_used(monkeypatch):
-    moved = []
-    original = merging.PackedState.to
+@pytest.mark.parametrize(("keep", "moves"), [("device", []), ("host", ["cpu"]), ("none", [])])
+def test_where_the_pristine_weight_is_kept(monkeypatch, keep, moves):
+    layer, moved = oft_layer(), []
+    state = merging.PackedState.of(layer.base_layer)
+    monkeypatch.setattr(merging.PackedState, "to", lambda self, device: moved.append(device) or self)
+    layer.keep_pristine = keep
+    assert layer._kept(state) is (None if keep == "none" else state)
+    assert moved == moves
 
-    def to(self, device):
-        moved.append(str(device))
-        return original(self, device)
 
-    monkeypatch.setattr(merging.PackedState, "to", to)
+def test_a_place_that_does_not_exist():
     layer = oft_layer()
-    layer.keep_pristine = "host"
+    with pytest.raises(ValueError, match=r"keep_pristine must be one of \('device', 'host', 'none'\), got 'hsot'"):
+        layer.keep_pristine = "hsot"
+    assert layer.keep_pristine == "device"
+
+
+def test_the_error_of_a_merge_is_reported():
+    layer = oft_layer(hqq_layer(nbits=4))
+    assert layer.merge_error is None
+    truth = rotated_truth(layer, "default")
     layer.merge()
-    assert "cpu" in moved
+    assert abs(layer.merge_error - relative_error(oracle.of_layer(layer.base_layer), truth)) <= 1e-5
+    layer.unmerge()
+    assert layer.merge_error is None
 
 
 def test_the_environment_sets_what_is_kept(monkeypatch):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
 import sys
 import warnings
 
@@ -17,6 +18,7 @@ import torch
 from helpers import relative_error
 from hqq.core.quantize import HQQLinear
 from peft import OFTConfig, PeftModel, get_peft_model
+from peft.tuners.oft.layer import OFTLayer
 from peft.tuners.oft.model import OFTModel
 from small_llama import VOCABULARY, quantize, quantized_llama, small_llama
 from torch import nn
@@ -299,6 +301,37 @@ def test_a_model_that_mixes_quantized_and_dense_layers(tokens):
         logits(adapted(model=merged), tokens, adapter_names=["default"] * 3)
 
 
+@pytest.mark.parametrize("action", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("broken", [0, 2, 3])  # in the order of the model: HQQ, dense, HQQ, dense
+def test_dense_layers_are_put_back_too(tokens, action, broken):
+    model = quantized_llama()
+    for i in (0, 1):
+        model.model.layers[i].self_attn.v_proj = small_llama().model.layers[i].self_attn.v_proj
+    peft_model = adapted(model=model)
+    adapters = [m for m in peft_model.modules() if isinstance(m, OFTLayer)]
+    assert [isinstance(m, HqqOFTLinear) for m in adapters] == [True, False, True, False]
+    for layer in adapters:
+        nn.init.normal_(layer.oft_R["default"].weight, std=0.05)
+    expected = logits(peft_model, tokens)
+    weight = adapters[broken].oft_R["default"].weight
+    kept, weight.data[0, 0] = weight[0, 0].item(), float("nan")
+    with pytest.raises(ValueError, match="seems to be broken"):
+        getattr(peft_model, action)(safe_merge=True)
+    weight.data[0, 0] = kept
+    assert [m for m in peft_model.modules() if isinstance(m, OFTLayer)] == adapters
+    assert not any(layer.merged for layer in adapters)
+    assert torch.equal(logits(peft_model, tokens), expected)
+
+
+def test_merging_reports_the_error_of_each_layer(tokens, caplog):
+    model = adapted()
+    with caplog.at_level("INFO", logger="hqq_oft"):
+        model.merge_adapter()
+    lines = [r.getMessage() for r in caplog.records if "quantizing the merged weight changed it by" in r.getMessage()]
+    assert len(lines) == 4
+    assert lines[0].startswith("model.layers.0.self_attn.q_proj: ")
+
+
 # --- Mixed batches ---------------------------------------------------------------------------------------------------
 
 
@@ -398,10 +431,31 @@ def test_a_block_inside_a_patch_leaves_it_in_force():
         assert not layers(get_peft_model(quantized_llama(), OFTConfig(**USE_1)))
 
 
+def test_a_patch_asked_for_to_last_outlives_a_block_around_it():
+    hqq_oft.unpatch_peft()
+    with hqq_oft.patch_peft():
+        hqq_oft.patch_peft()
+    assert len(layers(adapted())) == 4
+    hqq_oft.unpatch_peft()
+    with hqq_oft.patch_peft(), hqq_oft.patch_peft():
+        assert len(layers(adapted())) == 4
+    if PEFT_RUNS:
+        assert not layers(get_peft_model(quantized_llama(), OFTConfig(**USE_1)))
+
+
+def test_mixed_models_unload_hqq_layers():
+    settings = {"r": 0, "oft_block_size": 8, "target_modules": ["q_proj"]}
+    model = get_peft_model(quantized_llama(), OFTConfig(**settings), mixed=True)
+    assert len(layers(model)) == 2
+    unloaded = model.unload()
+    assert isinstance(unloaded.model.layers[0].self_attn.q_proj, HQQLinear)
+
+
 def test_the_old_import_path_works_while_patched():
     module = importlib.import_module("peft.tuners.oft.hqq")
     assert module.HqqOFTLinear is HqqOFTLinear
     assert module.dispatch_hqq is hqq_oft.dispatch_hqq
+    assert importlib.util.find_spec("peft.tuners.oft.hqq").name == "peft.tuners.oft.hqq"
     hqq_oft.unpatch_peft()
     if PEFT_RUNS:
         with pytest.raises(ModuleNotFoundError):
@@ -534,10 +588,70 @@ def test_a_layer_in_two_places_stays_one():
     assert isinstance(attention[0].q_proj, HqqOFTLinear)
 
 
-def test_only_oft_models_are_converted():
-    with pytest.raises(TypeError, match="expected a PEFT model with OFT adapters, got LlamaForCausalLM"):
+def test_two_names_in_one_parent_stay_one():
+    model = plain_peft_model()
+    attention = model.base_model.model.model.layers[0].self_attn
+    attention.alias = attention.q_proj
+    hqq_oft.convert(model)
+    assert isinstance(attention.q_proj, HqqOFTLinear)
+    assert attention.alias is attention.q_proj
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_conversion_keeps_adapters_switches_and_attributes(tokens, disabled):
+    model = adapted()
+    model.add_adapter("second", OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj", "v_proj"]))
+    randomize(model, "second", 0.1)
+    model.set_adapter("second")
+    if disabled:
+        model.base_model.disable_adapter_layers()
+    layers(model)[0].keep_pristine = "host"
+    layers(model)[0].note = "mine"
+    expected = logits(model, tokens)
+    hqq_oft.revert(model)
+    assert not layers(model)
+    hqq_oft.convert(model)
+    assert len(layers(model)) == 4
+    assert all(layer.active_adapters == ["second"] for layer in layers(model))
+    assert all(layer.disable_adapters is disabled for layer in layers(model))
+    assert (layers(model)[0].keep_pristine, layers(model)[0].note) == ("host", "mine")
+    assert torch.equal(logits(model, tokens), expected)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, tokens), expected)
+
+
+def test_layers_whose_forward_was_replaced_are_kept():
+    model = plain_peft_model()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.forward = layer.forward
+    report = hqq_oft.convert(model)
+    assert len(report.replaced) == 3
+    assert list(report.kept.values()) == ["its forward was replaced (accelerate does that): remove the hook first"]
+
+
+@peft_runs
+def test_models_of_transformers_own_integration_convert(tokens):
+    hqq_oft.unpatch_peft()
+    model = quantized_llama()
+    model.add_adapter(OFTConfig(r=0, oft_block_size=8, target_modules=["q_proj"], init_weights=False))
+    expected = logits(model.eval(), tokens)
+    assert len(hqq_oft.convert(model).replaced) == 2
+    assert relative_error(logits(model, tokens), expected) <= 1e-5
+
+
+def test_a_model_without_hqq_layers_is_left_as_it_is():
+    model = get_peft_model(small_llama(), OFTConfig(**USE_1))
+    report = hqq_oft.convert(model)
+    assert report.replaced == []
+    assert len(report.kept) == 4
+    assert type(model.base_model) is OFTModel
+
+
+def test_only_models_with_oft_are_converted():
+    with pytest.raises(TypeError, match="expected a model with OFT adapters, got LlamaForCausalLM without any"):
         hqq_oft.convert(small_llama())
-    with pytest.raises(TypeError, match="expected a PEFT model with OFT adapters"):
+    with pytest.raises(TypeError, match="expected a model with OFT adapters"):
         hqq_oft.revert(small_llama())
 
 

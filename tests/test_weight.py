@@ -125,6 +125,12 @@ def test_one_scale_for_the_whole_tensor():
     assert relative_error(out, Quantizer.dequantize(packed, meta)) <= 1e-6
 
 
+@pytest.mark.parametrize(("n", "k", "nbits", "axis"), [(1, 64, 4, 0), (2, 32, 4, 0), (2, 32, 8, 1), (1, 64, 2, 0)])
+def test_a_single_group(n, k, nbits, axis):
+    base = hqq_layer(n, k, nbits=nbits, axis=axis, group_size=64)
+    assert torch.equal(functional.dequantize(QuantizedWeight.from_hqq(base)), base.dequantize())
+
+
 def test_what_is_no_hqq_layer():
     with pytest.raises(
         TypeError, match=r"expected an hqq.core.quantize.HQQLinear, got Linear; quantize the layer first"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import sys
@@ -17,26 +18,57 @@ import matplotlib.pyplot as plt
 
 @dataclass(frozen=True)
 class Row:
-    """One state of the model: held-out losses in nats per byte, and the time to evaluate them in seconds."""
+    """One state of the model.
+
+    Attributes:
+        state: its name.
+        prose: held-out loss on prose, in nats per byte.
+        code: held-out loss on code, in nats per byte.
+        evaluation_ms: mean time of one evaluation batch, in milliseconds.
+        peak_mib: peak memory since the state before, in MiB.
+        training_ms: median time of a training step on the way to this state, in milliseconds; None without training.
+    """
 
     state: str
     prose: float
     code: float
-    seconds: float
+    evaluation_ms: float
+    peak_mib: float
+    training_ms: float | None = None
+
+
+def reset_peak_memory(device: str) -> None:
+    """Start a new measurement for `peak_memory_mib`, where the system can (Linux and CUDA)."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_mib(device: str) -> float:
-    """Peak memory of the process so far: of the device's allocator on a GPU, resident on the CPU."""
+    """Peak memory since the last reset, in MiB: of the device's allocator on a GPU, resident on the CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the whole process
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB here
 
 
 def table(rows: list[Row], facts: dict[str, str]) -> str:
     """A Markdown table of the states, and the facts below it."""
-    lines = ["| model | loss on prose | loss on code | evaluation |", "|---|---|---|---|"]
-    lines += [f"| {row.state} | {row.prose:.4f} | {row.code:.4f} | {row.seconds:.2f} s |" for row in rows]
+    lines = [
+        "| model | loss on prose | loss on code | training step | evaluation step | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        training = "" if row.training_ms is None else f"{row.training_ms:.0f} ms"
+        lines.append(
+            f"| {row.state} | {row.prose:.4f} | {row.code:.4f} | {training} | {row.evaluation_ms:.0f} ms | "
+            f"{row.peak_mib:.0f} MiB |"
+        )
     return "\n".join([*lines, "", *(f"- {name}: {value}" for name, value in facts.items())])
 
 
