@@ -15,6 +15,7 @@ help: ## this list
 venv: $(STAMP) ## make .venv with the package (editable) and everything the other commands need
 
 $(STAMP): constraints.txt pyproject.toml setup.py
+	@echo "setting up $(VENV): a few minutes, about 1.5 GB with a CPU build of torch"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
@@ -56,10 +57,10 @@ $(MATRIX:%=.venv-matrix/%/.passed): .venv-matrix/%/.passed: .venv-matrix/%/.inst
 	@echo "peft $(word 1,$(subst -, ,$*)), transformers $(word 2,$(subst -, ,$*))"
 	$(@D)/bin/python -c 'import peft, transformers; \
 		assert [peft.__version__, transformers.__version__] == "$*".split("-"), (peft, transformers)'
-	$(@D)/bin/python -m pytest -n 2 --durations=0 $(MATRIX_TESTS)
+	$(@D)/bin/python -m pytest -n 2 --durations=0 -k "not compile" $(MATRIX_TESTS)
 
 demo: $(STAMP) ## the main job: train, quantize, fine-tune, save, load, merge, unmerge (options: DEMO="--steps 100 ...")
 	$(BIN)/python -m bench.demo $(DEMO)
 
 clean: ## remove what the other commands made
-	rm -rf $(VENV) .venv-matrix build *.egg-info
+	rm -rf $(VENV) .venv-matrix build *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache

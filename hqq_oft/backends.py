@@ -67,22 +67,19 @@ def _reference() -> Backend:
     return Backend("reference", MappingProxyType({name: getattr(reference, name) for name in OPERATIONS}))
 
 
-def _from_package(name: str, package: str, needs: str | None, absent: str) -> Backend:
-    """The backend that `package.OPERATIONS` lists, or one that serves nothing and says why."""
-    if needs is not None and importlib.util.find_spec(needs) is None:
-        return Backend(name, reason=f"the Python package {needs!r} is not installed (pip install {needs})")
+def _from_package(name: str, package: str, absent: str) -> Backend:
+    """The backend that `package.OPERATIONS` lists; one that serves nothing if there is no such package or table."""
     if importlib.util.find_spec(package) is None:
         return Backend(name, reason=absent)
-    return Backend(name, MappingProxyType(dict(importlib.import_module(package).OPERATIONS)))
+    operations = dict(importlib.import_module(package).OPERATIONS)
+    return Backend(name, MappingProxyType(operations), reason="" if operations else absent)
 
 
 def load_backends() -> dict[str, Backend]:
     """All backends by name, in the order in which `auto` asks them."""
     return {
-        "triton": _from_package(
-            "triton", "hqq_oft.triton_kernels", "triton", "this version of hqq_oft ships no Triton kernels"
-        ),
-        "native": _from_package("native", "hqq_oft._native", None, "this version of hqq_oft ships no native kernels"),
+        "triton": _from_package("triton", "hqq_oft.triton_kernels", "this version of hqq_oft ships no Triton kernels"),
+        "native": _from_package("native", "hqq_oft._native", "this version of hqq_oft ships no native kernels"),
         "reference": _reference(),
     }
 

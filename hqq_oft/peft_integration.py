@@ -99,7 +99,9 @@ class HqqOFTModel(OFTModel):
             try:
                 self._merge_all(not progressbar, safe_merge, adapter_names)
                 with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="All adapters are already merged")
+                    warnings.filterwarnings(
+                        "ignore", message="All adapters are already merged|Already following adapters"
+                    )
                     return super()._unload_and_optionally_merge(safe_merge=safe_merge, adapter_names=adapter_names)
             except BaseException:
                 for parent, name, child in places:
@@ -284,9 +286,9 @@ def patch_peft() -> PatchHandle:
     """Have PEFT use `HqqOFTLinear` for every HQQ-quantized target of an `OFTConfig`.
 
     From then on `get_peft_model`, `add_adapter`, `load_adapter` and `PeftModel.from_pretrained` build our layer;
-    `merge_adapter` changes all layers or none; `merge_and_unload` and `unload` give back HQQ layers; `adapter_names`
-    reaches the layers; and `HqqOFTLinear` and `dispatch_hqq` can be imported from `peft.tuners.oft.hqq` in every PEFT
-    version. Calling it again changes nothing.
+    `merge_adapter` changes all layers or none; `merge_and_unload` and `unload` give back HQQ layers (merged, after a
+    merge, as in PEFT); `adapter_names` reaches the layers; and `HqqOFTLinear` and `dispatch_hqq` can be imported from
+    `peft.tuners.oft.hqq` in every PEFT version. Calling it again changes nothing.
 
     Returns:
         A handle that can be used in a `with` statement.

@@ -16,7 +16,7 @@ from bench.demo import corpus
 from hqq_oft import HqqOFTLinear, merging
 
 ROOT = Path(__file__).parents[1]
-FEW = ["--steps", "3", "--pretrain-steps", "3"]
+FEW = ["--steps", "3", "--pretrain-steps", "3", "--evaluation-batches", "1"]
 
 
 def run(*options):
@@ -43,7 +43,8 @@ def test_the_whole_job(tmp_path):
     assert "fine-tune on code: 100%" in first.stderr
     again = run("--out", str(tmp_path))
     assert again.returncode == 0, again.stderr[-2000:]
-    assert "train on prose" not in again.stderr  # the dense model is cached
+    assert "train on prose" not in again.stderr
+    assert "dense model: from the cache" in again.stdout
     assert losses(tmp_path) == results  # and the job repeats itself
 
 
@@ -77,11 +78,25 @@ def test_it_fails_loudly(tmp_path, monkeypatch, fault):
     hqq_oft.unpatch_peft()
 
 
-@pytest.mark.parametrize("options", [["--bits", "7"], ["--steps", "0"]])
-def test_options_out_of_range(options):
-    refused = run(*options)
-    assert refused.returncode == 2
-    assert options[0] in refused.stderr
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--bits", "7"],
+        ["--steps", "0"],
+        ["--evaluation-batches", "0"],
+        ["--group-size", "7"],
+        ["--group-size", "0"],
+        ["--group-size", "72"],
+        ["--block-size", "0"],
+        ["--device", "nonsense"],
+    ],
+)
+def test_options_out_of_range(options, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo", *options])
+    with pytest.raises(SystemExit) as stopped:
+        demo.arguments()
+    assert stopped.value.code == 2
+    assert options[0] in capsys.readouterr().err
 
 
 def test_the_texts_are_real_and_split_by_document():

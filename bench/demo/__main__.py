@@ -13,6 +13,7 @@ from peft import OFTConfig, PeftModel, get_peft_model
 from torch import nn
 
 import hqq_oft
+from hqq_oft import HqqOFTLinear
 
 from . import corpus, model, report
 
@@ -42,11 +43,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=64, help="levels that share a scale; a multiple of 8")
     parser.add_argument("--block-size", type=int, default=32, help="OFT block size")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the weights, the batches and the dropout")
+    parser.add_argument("--evaluation-batches", type=int, default=4, help="held-out batches per text")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the results and the cached dense model")
     args = parser.parse_args()
-    if args.steps < 1 or args.pretrain_steps < 1:
-        parser.error("--steps and --pretrain-steps must be at least 1")
+    for name in ("steps", "pretrain_steps", "evaluation_batches"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    sizes = [model.LLAMA["hidden_size"] ** 2, model.LLAMA["hidden_size"] * model.LLAMA["intermediate_size"]]
+    if args.group_size < 8 or any(size % args.group_size for size in sizes) or args.group_size % 8:
+        parser.error(f"--group-size must be a multiple of 8 that divides {sizes}, got {args.group_size}")
+    if args.block_size < 2:
+        parser.error(f"--block-size must be at least 2, got {args.block_size}")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} can't be used: {str(error).splitlines()[0]}")
     args.bits = int(args.bits) if args.bits == int(args.bits) else args.bits
     return args
 
@@ -61,7 +73,10 @@ def run(args: argparse.Namespace) -> None:
     """The job; stops with an error at the first number that is not what it should be."""
     start, device = time.perf_counter(), args.device
     prose, code = corpus.prose(), corpus.code()
-    held_out = {name: text.evaluation_batches(4, 16, 128) for name, text in (("prose", prose), ("code", code))}
+    held_out = {
+        name: text.evaluation_batches(args.evaluation_batches, 16, 128)
+        for name, text in (("prose", prose), ("code", code))
+    }
     rows: list[report.Row] = []
 
     def measure(state: str, candidate: nn.Module, training: model.Run | None = None) -> torch.Tensor:
@@ -70,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
         step_ms = 1e3 * (time.perf_counter() - begin) / sum(map(len, held_out.values()))
         peak = report.peak_memory_mib(device)
         report.reset_peak_memory(device)
-        training_ms = training.step_ms if training else None
+        training_ms = training.step_ms if training and not training.cached else None
         rows.append(report.Row(state, losses["prose"], losses["code"], step_ms, peak, training_ms))
         check(all(math.isfinite(loss) for loss in losses.values()), f"the losses of the {state} model are finite")
         return model.logits(candidate, held_out["code"][0], device)
@@ -80,6 +95,7 @@ def run(args: argparse.Namespace) -> None:
         return model.quantize(dense, args.bits, args.group_size, device)
 
     dense, dense_run = model.trained_on_prose(prose, args.pretrain_steps, args.seed, args.out, device)
+    parameters = sum(p.numel() for p in dense.parameters())
     measure("dense", dense, dense_run)
     base = model.quantize(dense, args.bits, args.group_size, device)
     base_logits = measure("quantized", base)
@@ -89,7 +105,8 @@ def run(args: argparse.Namespace) -> None:
             r=0, oft_block_size=args.block_size, target_modules=TARGETS, module_dropout=0.05, use_cayley_neumann=True
         )
         adapted = get_peft_model(base, config)
-        adapted.print_trainable_parameters()
+        trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        print(f"OFT trains {trainable:,} parameters of a model of {parameters:,}")
         adapter_run = model.train(adapted, code, args.steps, 1e-2, args.seed + 1, device, "fine-tune on code")
         expected, packed = measure("adapted", adapted, adapter_run), packed_bytes(adapted)
 
@@ -115,10 +132,12 @@ def run(args: argparse.Namespace) -> None:
     check(losses["adapted"] < losses["quantized"], "the adapter lowers the loss on code")
     check(losses["reloaded"] == losses["adapted"] == losses["unmerged"], "adapted, reloaded and unmerged losses agree")
 
+    blocks = sorted({layer.oft_block_size["default"] for layer in adapted.modules() if isinstance(layer, HqqOFTLinear)})
     facts = {
-        "settings": f"{args.bits} bits, group {args.group_size}, block {args.block_size}, {args.steps} steps, "
+        "settings": f"{args.bits} bits, group {args.group_size}, block {blocks}, {args.steps} steps, "
         f"seed {args.seed}, {device}, torch {torch.__version__}",
-        "whole job": f"{time.perf_counter() - start:.0f} s",
+        "dense model": "from the cache" if dense_run.cached else "trained in this run",
+        "whole job": f"{time.perf_counter() - start:.0f} s after the imports",
     }
     report.write(args.out, rows, facts, {"dense": dense_run.losses, "adapter": adapter_run.losses})
     print(f"\n{report.table(rows, facts)}\n\nwritten to {args.out}: table.md, results.json, loss.png, adapter/")

@@ -38,10 +38,12 @@ class Run:
     Attributes:
         losses: training loss per step, in nats per byte.
         step_ms: median time of a step, in milliseconds.
+        cached: whether it was an earlier process that measured it.
     """
 
     losses: list[float] = field(default_factory=list)
     step_ms: float = 0.0
+    cached: bool = False
 
 
 def new_model(seed: int) -> LlamaForCausalLM:
@@ -86,7 +88,7 @@ def trained_on_prose(text: Text, steps: int, seed: int, cache: Path, device: str
     model = new_model(seed).to(device)
     if path.exists() and path.with_suffix(".json").exists():
         model.load_state_dict(load_file(path, device=device))
-        return model.eval(), Run(**json.loads(path.with_suffix(".json").read_text()))
+        return model.eval(), Run(**{**json.loads(path.with_suffix(".json").read_text()), "cached": True})
     run = train(model, text, steps, 3e-3, seed, device, "train on prose")
     cache.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)

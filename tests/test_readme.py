@@ -1,0 +1,45 @@
+"""What the README shows, run as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hqq.core.quantize import HQQLinear
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import hqq_oft
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_example_runs(tmp_path, monkeypatch):
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    try:
+        exec(example.replace("path/to/model", str(tmp_path / "model")), names)
+    finally:
+        hqq_oft.unpatch_peft()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert isinstance(names["merged"].model.layers[0].self_attn.q_proj, HQQLinear)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "ENVS.md", "CHANGELOG.md", "bench/results/README.md"])
+def test_links_and_commands_exist(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
+        assert ((ROOT / page).parent / target).exists(), target
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`make ([a-z-]+)", text)) <= targets
