@@ -34,3 +34,17 @@ def keep_pristine_from_environment() -> KeepPristine:
         ValueError: the variable holds something else than `device`, `host` or `none`.
     """
     return cast(KeepPristine, _choice("HQQ_OFT_KEEP_PRISTINE", "device", get_args(KeepPristine)))
+
+
+def scratch_bytes() -> int:
+    """Largest scratch for decoded weights, in bytes: `HQQ_OFT_SCRATCH_MIB`, 64 MiB if unset.
+
+    Raises:
+        ValueError: the variable holds something else than a positive whole number.
+    """
+    value = os.environ.get("HQQ_OFT_SCRATCH_MIB", "").strip() or "64"
+    if not value.isascii() or not value.isdigit() or int(value) == 0:
+        raise ValueError(
+            f"HQQ_OFT_SCRATCH_MIB={value!r} is not understood; set it to a positive whole number, or unset it."
+        )
+    return int(value) * 2**20

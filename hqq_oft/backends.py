@@ -71,14 +71,16 @@ def _from_package(name: str, package: str, absent: str) -> Backend:
     """The backend that `package.OPERATIONS` lists; one that serves nothing if there is no such package or table."""
     if importlib.util.find_spec(package) is None:
         return Backend(name, reason=absent)
-    operations = dict(importlib.import_module(package).OPERATIONS)
-    return Backend(name, MappingProxyType(operations), reason="" if operations else absent)
+    module = importlib.import_module(package)
+    return Backend(name, MappingProxyType(dict(module.OPERATIONS)), reason=getattr(module, "REASON", ""))
 
 
 def load_backends() -> dict[str, Backend]:
     """All backends by name, in the order in which `auto` asks them."""
     return {
-        "triton": _from_package("triton", "hqq_oft.triton_kernels", "this version of hqq_oft ships no Triton kernels"),
+        "triton": _from_package(
+            "triton", "hqq_oft.triton_kernels", "this installation of hqq_oft has no Triton kernels"
+        ),
         "native": _from_package("native", "hqq_oft._native", "this version of hqq_oft ships no native kernels"),
         "reference": _reference(),
     }

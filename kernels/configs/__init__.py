@@ -1,0 +1,1 @@
+"""Tile tables, one JSON file per device; `default.json` for every other."""

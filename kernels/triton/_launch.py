@@ -1,0 +1,87 @@
+"""What the launchers share: which calls Triton serves, on which device they run, how outputs are made."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+from hqq_oft import backends
+from hqq_oft.backends import Unsupported
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+# The interpreter has no multiprocessors; this many make it split sums as a GPU does.
+_INTERPRETED_MULTIPROCESSORS = 8
+
+
+def check_device(tensor: Tensor) -> None:
+    """Raise `Unsupported` where Triton has no business with the tensor."""
+    kind = tensor.device.type
+    if kind == "cuda":
+        return
+    if kind != "cpu":
+        raise Unsupported(f"the Triton kernels run on CUDA and ROCm devices, and the tensor is on {tensor.device}")
+    if not INTERPRETED:
+        raise Unsupported(
+            "the tensor is on the CPU; Triton needs a GPU (or its interpreter: TRITON_INTERPRET=1 before Python starts)"
+        )
+    if backends.selected_backend() == "auto":
+        raise Unsupported("on the CPU Triton only interprets its kernels, for tests: ask for it by name")
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Launch on the tensor's device, on its current stream."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised output. All of them are made here, so that tests can fill them with NaN."""
+    return like.new_empty(shape, dtype=dtype or like.dtype)
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """`x` with unit stride in its last dimension; its rows may be apart."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def wide(*dtypes: torch.dtype) -> Any:
+    """The dtype that kernels compute in: float64 where any input has it, else float32."""
+    return tl.float64 if torch.float64 in dtypes else tl.float32
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """How products of float32 operands are computed: TF32 only where the user has allowed it for matrix products."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@functools.lru_cache
+def _properties(index: int) -> Any:
+    return torch.cuda.get_device_properties(index)
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """Number of multiprocessors of the tensor's device."""
+    if not tensor.is_cuda:
+        return _INTERPRETED_MULTIPROCESSORS
+    return int(_properties(tensor.device.index).multi_processor_count)
+
+
+def device_name(tensor: Tensor) -> str:
+    """Name of the tensor's device, as the files of tuned tiles are named: `nvidia_h100_80gb_hbm3`."""
+    name = _properties(tensor.device.index).name if tensor.is_cuda else "interpreter"
+    return "_".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def splits_for(programs: int, steps: int, tensor: Tensor, most: int = 16) -> int:
+    """Into how many parts, a power of two, to split a sum of `steps` so that `programs` tiles fill the device twice."""
+    splits = 1
+    while splits < most and programs * splits < 2 * multiprocessors(tensor) and 4 * splits <= steps:
+        splits *= 2
+    return splits

@@ -1,0 +1,154 @@
+"""What the kernels share: the matrix product, a decoded tile of the weight, a tile of the rotation, the split sum.
+
+Symbols: tokens M, in-features K, out-features N, OFT block size b. Names carry their role: `i_` a program's index, `o_`
+offsets, `m_` masks, `p_` pointers.
+"""
+
+import triton
+import triton.language as tl
+
+# Kernels are interpreted, on CPU tensors, or compiled: fixed when they are decorated, that is at import.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """`acc + a * b` in the dtype of `acc`. Every product goes through here.
+
+    The interpreter computes wrongly with bfloat16 operands, so there they are widened first, which changes nothing:
+    products of 16-bit numbers are exact in float32.
+    """
+    if INTERPRETED:
+        a = a.to(acc.dtype)
+        b = b.to(acc.dtype)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def tile_rows(start, limit, band_rows, FIELDS: tl.constexpr, BANDED: tl.constexpr, BN: tl.constexpr):
+    """Rows of the weight in one tile and which of them exist.
+
+    In the banded layout (see `weight_tile`) `start` and `limit` count packed rows, and a tile holds the FIELDS bands of
+    BN / FIELDS packed rows, band by band; otherwise they count rows of the weight.
+
+    Returns:
+        Row numbers [BN], int64, and their mask [BN].
+    """
+    o_c = tl.arange(0, BN)
+    if BANDED:
+        o_r = start + o_c % (BN // FIELDS)
+        return ((o_c // (BN // FIELDS)) * band_rows + o_r).to(tl.int64), o_r < limit
+    else:
+        o_n = start + o_c
+        return o_n.to(tl.int64), o_n < limit
+
+
+@triton.jit
+def weight_tile(
+    w_ptr, s_ptr, z_ptr, start, limit, o_n, m_n, o_k, m_k, k0, N, K, band_rows, band_elements, groups,
+    BITS: tl.constexpr, FIELDS: tl.constexpr, GROUP: tl.constexpr, AXIS: tl.constexpr, BANDED: tl.constexpr,
+    ALIGNED: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """`(level - zero) * scale` for rows `o_n` and columns `o_k`, [BN, BK] in ACC; masked elements are 0 times a scale.
+
+    HQQ packs the levels, in the order of the flattened weight, as FIELDS consecutive bands, one field of every packed
+    element each: level `e` is field `e // band_elements` of element `e % band_elements`, the first field in the high
+    bits. Where FIELDS divides N (BANDED) a band is a range of whole rows, so one packed tile, loaded once, decodes to
+    FIELDS tiles of the weight; elsewhere every level is fetched on its own.
+
+    Args:
+        start, limit: of the packed rows, as for `tile_rows`; used where BANDED.
+        k0: first column; a multiple of BK where GROUPS.
+        groups: N * K / GROUP.
+        ALIGNED: whether GROUP divides K (AXIS 1) or N (AXIS 0).
+        GROUPS: how many whole groups, or 1 for part of one, make up a row of the tile (AXIS 1); 0 if none do, and every
+            level's scale is fetched on its own.
+    """
+    MASK: tl.constexpr = (1 << BITS) - 1
+    if BANDED:
+        o_r = start + tl.arange(0, BN // FIELDS)
+        p_w = w_ptr + o_r[:, None].to(tl.int64) * K + o_k[None, :]
+        m_w = (o_r < limit)[:, None] & m_k[None, :]
+        packed = tl.load(p_w, mask=m_w, other=0, eviction_policy="evict_first")
+        if FIELDS == 1:
+            levels = packed.to(tl.int32)
+        else:
+            o_f = (FIELDS - 1 - tl.arange(0, FIELDS)) * BITS
+            fields = (packed.to(tl.int32)[None, :, :] >> o_f[:, None, None]) & MASK
+            levels = tl.reshape(fields, (BN, BK))
+    else:
+        o_e = o_n[:, None] * K + o_k[None, :]
+        field = o_e // band_elements
+        m_w = m_n[:, None] & m_k[None, :]
+        packed = tl.load(w_ptr + (o_e - field * band_elements), mask=m_w, other=0)
+        levels = (packed.to(tl.int32) >> ((FIELDS - 1 - field) * BITS).to(tl.int32)) & MASK
+    if GROUPS == 1:
+        o_g = o_n * (K // GROUP) + k0 // GROUP
+        scale = tl.load(s_ptr + o_g, mask=m_n, other=0.0).to(ACC)[:, None]
+        zero = tl.load(z_ptr + o_g, mask=m_n, other=0.0).to(ACC)[:, None]
+    elif GROUPS > 1:
+        o_c = k0 // GROUP + tl.arange(0, GROUPS)
+        o_g = o_n[:, None] * (K // GROUP) + o_c[None, :]
+        m_g = m_n[:, None] & (o_c < K // GROUP)[None, :]
+        scale = tl.load(s_ptr + o_g, mask=m_g, other=0.0).to(ACC)[:, :, None]
+        zero = tl.load(z_ptr + o_g, mask=m_g, other=0.0).to(ACC)[:, :, None]
+        scale = tl.reshape(tl.broadcast_to(scale, (BN, GROUPS, BK // GROUPS)), (BN, BK))
+        zero = tl.reshape(tl.broadcast_to(zero, (BN, GROUPS, BK // GROUPS)), (BN, BK))
+    else:
+        if ALIGNED:
+            if AXIS == 1:
+                o_g = o_n[:, None] * (K // GROUP) + (o_k // GROUP)[None, :]
+            else:
+                o_g = (o_n % (N // GROUP))[:, None] * K + o_k[None, :]
+        else:
+            if AXIS == 1:
+                o_g = (o_n[:, None] * K + o_k[None, :]) // GROUP
+            else:
+                o_g = (o_n[:, None] * K + o_k[None, :]) % groups
+        m_g = m_n[:, None] & m_k[None, :]
+        scale = tl.load(s_ptr + o_g, mask=m_g, other=0.0).to(ACC)
+        zero = tl.load(z_ptr + o_g, mask=m_g, other=0.0).to(ACC)
+    return (levels.to(ACC) - zero) * scale
+
+
+@triton.jit
+def rotation_tile(
+    d_ptr, i_slice, o_i, o_j, K, B: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr, TRANSPOSE: tl.constexpr
+):
+    """Rows `o_i` and columns `o_j` of `blockdiag(D)`, or its transpose, within slice `i_slice`: 0 outside the blocks.
+
+    A slice is WIDTH / B whole blocks side by side, so that small blocks fill a tile.
+    """
+    block = (i_slice * (WIDTH // B) + o_i // B).to(tl.int64)
+    if SHARED:
+        block = tl.zeros_like(block)
+    m_i = (o_i < WIDTH) & (i_slice * WIDTH + o_i < K)
+    m = (o_i[:, None] // B == o_j[None, :] // B) & m_i[:, None] & (o_j < WIDTH)[None, :]
+    if TRANSPOSE:
+        o_d = (o_j % B)[None, :] * B + (o_i % B)[:, None]
+    else:
+        o_d = (o_i % B)[:, None] * B + (o_j % B)[None, :]
+    return tl.load(d_ptr + block[:, None] * (B * B) + o_d, mask=m, other=0.0)
+
+
+@triton.jit
+def sum_splits(acc, part_ptr, count_ptr, i_tile, i_split, o_out, m_out, size, SPLITS: tl.constexpr):
+    """Sum of the SPLITS programs' `acc`, in their order, in the program that arrives last.
+
+    Args:
+        part_ptr: [SPLITS, size] partial sums.
+        count_ptr: one zero per tile.
+        o_out: offsets of `acc` within `size`, int64.
+
+    Returns:
+        The sum, and whether this is the program that has it.
+    """
+    tl.store(part_ptr + i_split.to(tl.int64) * size + o_out, acc, mask=m_out)
+    tl.debug_barrier()  # all threads' parts are written before one of them says so
+    last = tl.atomic_add(count_ptr + i_tile, 1, sem="acq_rel") == SPLITS - 1
+    if last:
+        acc = tl.zeros_like(acc)
+        for i in range(SPLITS):
+            # .cg: not from this multiprocessor's own cache, which knows nothing of the other programs' stores
+            acc += tl.load(part_ptr + i * size + o_out, mask=m_out, other=0.0, cache_modifier=".cg")
+    return acc, last

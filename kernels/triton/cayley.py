@@ -1,0 +1,364 @@
+"""Cayley map and Cayley-Neumann series: packed skew parameters `v` to `D = R - I`, and `dL/dD` to `dL/dv`.
+
+Series, with c_k the coefficient of Q^k: `D = c_1 Q + Q (c_2 Q + Q (... + Q c_n Q))`, each step one product of Q with
+a panel of columns. Its gradient, with A = Q^T, is `dQ = sum_ij c_(i+j+1) A^i G A^j`; what `v` takes is dQ - dQ^T, and
+since A^T = -A that is the same sum over `G - G^T` where i + j is even and `G + G^T` where it is odd. Both factors of
+each term follow from Horner's rule, in panels of columns again. Closed forms after the definitions in
+`hqq_oft.reference.cayley`.
+
+Blocks up to 128 take one launch: Q is built from `v` in registers. Larger blocks, and the exact map, which takes a
+library's batched solve, go through dense Q and the library's batched products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+from hqq_oft.reference import series_coefficients
+
+from ._launch import INTERPRETED, check_device, empty, on_device, wide
+from ._pieces import dot
+
+_LARGEST_BLOCK = 128  # in one launch
+
+
+@triton.jit
+def skew_tile(p_v, o_i, o_j, factor, B: tl.constexpr, ACC: tl.constexpr, BOUNDED: tl.constexpr):
+    """`factor * Q[o_i, o_j]` of the skew block whose strict upper triangle, row by row, is at `p_v`; 0 outside."""
+    i, j = o_i[:, None], o_j[None, :]
+    low, high = tl.minimum(i, j), tl.maximum(i, j)
+    v = tl.load(p_v + (low * (2 * B - low - 1)) // 2 + high - low - 1, mask=(low < high) & (high < B), other=0.0)
+    v = v.to(ACC)
+    if BOUNDED:
+        v = (v.to(tl.float64) * factor).to(ACC)
+    return tl.where(i < j, v, -v)
+
+
+@triton.jit
+def bound_factor(p_v, max_norm, B: tl.constexpr, ACC: tl.constexpr):
+    """What scales a block to Frobenius norm `max_norm`, 1 if it is within; in float64, as `hqq_oft.reference.project`.
+
+    The norm may exceed the bound by ACC's rounding, so that projecting what is projected changes nothing.
+    """
+    SIZE: tl.constexpr = B * (B - 1) // 2
+    EPSILON: tl.constexpr = 2.220446049250313e-16 if tl.float64 == ACC else 1.1920928955078125e-07
+    total = tl.zeros((256,), tl.float64)
+    for start in range(0, SIZE, 256):
+        o_v = start + tl.arange(0, 256)
+        v = tl.load(p_v + o_v, mask=o_v < SIZE, other=0.0).to(ACC).to(tl.float64)
+        total += v * v
+    norm = tl.sqrt(2.0 * tl.sum(total))
+    bound = tl.load(max_norm)
+    return tl.where(norm <= bound * (1.0 + EPSILON), 1.0, bound / norm)
+
+
+@triton.jit
+def skew_times(
+    p_v, factor, y, p_scratch, o_i, o_s, SIGN: tl.constexpr, B: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    ACC: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`SIGN * Q * y` for a panel `y` of columns, [BP, columns]; Q is taken in panels of BC columns.
+
+    Where BC < BP, the rows of `y` that a panel meets come back from `p_scratch`: a register tile can't be sliced.
+    """
+    acc = tl.zeros_like(y)
+    if BC == BP:
+        q = skew_tile(p_v, o_i, o_i, factor, B, ACC, BOUNDED)
+        acc = dot(q, y, acc, PRECISION)
+    else:
+        WIDTH: tl.constexpr = y.shape[1]
+        tl.store(p_scratch + o_i[:, None] * WIDTH + o_s[None, :], y)
+        tl.debug_barrier()
+        for start in range(0, BP, BC):
+            o_c = start + tl.arange(0, BC)
+            q = skew_tile(p_v, o_i, o_c, factor, B, ACC, BOUNDED)
+            y_c = tl.load(p_scratch + o_c[:, None] * WIDTH + o_s[None, :])
+            acc = dot(q, y_c, acc, PRECISION)
+        tl.debug_barrier()  # before the next store to the same place
+    return acc * SIGN
+
+
+@triton.jit
+def cayley_fwd_kernel(
+    v_ptr, d_ptr, keep_ptr, norm_ptr, scratch_ptr,
+    B: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, TERMS: tl.constexpr, LAST: tl.constexpr,
+    ONE_STORED: tl.constexpr, DROPPED: tl.constexpr, BOUNDED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`D` of one block, BN columns of it: `D = sum_k c_k Q^k`, c = 2 but for the last of the TERMS, which is LAST.
+
+    Grid: (blocks, panels of BN columns).
+    """
+    SIZE: tl.constexpr = B * (B - 1) // 2
+    i_b, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o_i, o_s = tl.arange(0, BP), tl.arange(0, BN)
+    o_j = i_c * BN + o_s
+    p_v = v_ptr if ONE_STORED else v_ptr + i_b * SIZE
+    p_scratch = scratch_ptr + (i_b * tl.num_programs(1) + i_c) * (BP * BN)
+    factor = bound_factor(p_v, norm_ptr, B, ACC) if BOUNDED else 1.0
+    q = skew_tile(p_v, o_i, o_j, factor, B, ACC, BOUNDED)
+    d = q * LAST
+    for _ in range(TERMS - 1):
+        d = 2 * q + skew_times(p_v, factor, d, p_scratch, o_i, o_s, 1, B, BP, BC, ACC, BOUNDED, PRECISION)
+    if DROPPED:
+        kept = tl.load(keep_ptr + i_b).to(tl.int1)
+        d = tl.where(kept, d, 0.0)  # not a product: what is dropped may be NaN
+    p_d = d_ptr + i_b * (B * B) + o_i[:, None] * B + o_j[None, :]
+    tl.store(p_d, d.to(d_ptr.dtype.element_ty), mask=(o_i < B)[:, None] & (o_j < B)[None, :])
+
+
+@triton.jit
+def gradient_tile(p_g, o_i, o_j, SIGN: tl.constexpr, B: tl.constexpr, ACC: tl.constexpr):
+    """`(G + SIGN * G^T)[o_i, o_j]`, 0 outside."""
+    m = (o_i < B)[:, None] & (o_j < B)[None, :]
+    g = tl.load(p_g + o_i[:, None] * B + o_j[None, :], mask=m, other=0.0).to(ACC)
+    g_t = tl.load(p_g + o_i[:, None] + o_j[None, :] * B, mask=m, other=0.0).to(ACC)
+    return g + SIGN * g_t
+
+
+@triton.jit
+def gradient_times(
+    p_g, y, p_scratch, o_i, o_s, acc, SIGN: tl.constexpr, B: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`acc + (G + SIGN * G^T) * y`, as `skew_times`."""
+    if BC == BP:
+        return dot(gradient_tile(p_g, o_i, o_i, SIGN, B, ACC), y, acc, PRECISION)
+    else:
+        WIDTH: tl.constexpr = y.shape[1]
+        tl.store(p_scratch + o_i[:, None] * WIDTH + o_s[None, :], y)
+        tl.debug_barrier()
+        for start in range(0, BP, BC):
+            o_c = start + tl.arange(0, BC)
+            g = gradient_tile(p_g, o_i, o_c, SIGN, B, ACC)
+            y_c = tl.load(p_scratch + o_c[:, None] * WIDTH + o_s[None, :])
+            acc = dot(g, y_c, acc, PRECISION)
+        tl.debug_barrier()
+        return acc
+
+
+@triton.jit
+def cayley_bwd_kernel(
+    g_ptr, v_ptr, dv_ptr, keep_ptr, norm_ptr, scratch_ptr,
+    B: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, TERMS: tl.constexpr, LAST: tl.constexpr,
+    DROPPED: tl.constexpr, BOUNDED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`dv` of one stored block, from BN columns of `dQ - dQ^T`; the formula stands at the top of the file.
+
+    `even` and `odd` hold the part of `sum_j c_(i+j+1) A^j` with i + j even and odd; i runs from the last term down.
+
+    Grid: (stored blocks, panels of BN columns).
+    """
+    SIZE: tl.constexpr = B * (B - 1) // 2
+    i_b, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o_i, o_s = tl.arange(0, BP), tl.arange(0, BN)
+    o_j = i_c * BN + o_s
+    p_v, p_g = v_ptr + i_b * SIZE, g_ptr + i_b * (B * B)
+    p_scratch = scratch_ptr + (i_b * tl.num_programs(1) + i_c) * (BP * BN)
+    factor = bound_factor(p_v, norm_ptr, B, ACC) if BOUNDED else 1.0
+    # i = TERMS - 1, the last term: one of the two is LAST * I, and its product with G needs no product.
+    ODD_LAST: tl.constexpr = (TERMS - 1) % 2
+    identity = (o_i[:, None] == o_j[None, :]).to(ACC)
+    even, odd = identity * (LAST * (1 - ODD_LAST)), identity * (LAST * ODD_LAST)
+    dq = gradient_tile(p_g, o_i, o_j, 2 * ODD_LAST - 1, B, ACC) * LAST
+    for step in range(1, TERMS):
+        is_even = 1 - (TERMS - 1 - step) % 2
+        even = skew_times(p_v, factor, even, p_scratch, o_i, o_s, -1, B, BP, BC, ACC, BOUNDED, PRECISION)
+        even += identity * (2 * is_even)
+        odd = skew_times(p_v, factor, odd, p_scratch, o_i, o_s, -1, B, BP, BC, ACC, BOUNDED, PRECISION)
+        odd += identity * (2 - 2 * is_even)
+        dq = skew_times(p_v, factor, dq, p_scratch, o_i, o_s, -1, B, BP, BC, ACC, BOUNDED, PRECISION)
+        dq = gradient_times(p_g, even, p_scratch, o_i, o_s, dq, -1, B, BP, BC, ACC, PRECISION)
+        dq = gradient_times(p_g, odd, p_scratch, o_i, o_s, dq, 1, B, BP, BC, ACC, PRECISION)
+    if DROPPED:
+        kept = tl.load(keep_ptr + i_b).to(tl.int1)
+        dq = tl.where(kept, dq, 0.0)
+    low, high = o_i[:, None], o_j[None, :]
+    p_dv = dv_ptr + i_b * SIZE + (low * (2 * B - low - 1)) // 2 + high - low - 1
+    tl.store(p_dv, dq.to(dv_ptr.dtype.element_ty), mask=(low < high) & (high < B))
+
+
+@triton.jit
+def skew_kernel(
+    v_ptr, q_ptr, norm_ptr, B: tl.constexpr, BT: tl.constexpr, ACC: tl.constexpr, BOUNDED: tl.constexpr
+):  # fmt: skip
+    """Dense `Q` [stored blocks, B, B] from `v`. Grid: (stored blocks, tiles of rows, tiles of columns)."""
+    i_b = tl.program_id(0).to(tl.int64)
+    o_i, o_j = tl.program_id(1) * BT + tl.arange(0, BT), tl.program_id(2) * BT + tl.arange(0, BT)
+    p_v = v_ptr + i_b * (B * (B - 1) // 2)
+    factor = bound_factor(p_v, norm_ptr, B, ACC) if BOUNDED else 1.0
+    q = skew_tile(p_v, o_i, o_j, factor, B, ACC, BOUNDED)
+    tl.store(q_ptr + i_b * B * B + o_i[:, None] * B + o_j[None, :], q, mask=(o_i < B)[:, None] & (o_j < B)[None, :])
+
+
+@triton.jit
+def unskew_kernel(dq_ptr, dv_ptr, B: tl.constexpr, BT: tl.constexpr, ACC: tl.constexpr):
+    """`dv_jk = dQ_jk - dQ_kj` from dense `dQ`. Grid as for `skew_kernel`."""
+    i_b = tl.program_id(0).to(tl.int64)
+    low = tl.program_id(1) * BT + tl.arange(0, BT)
+    high = tl.program_id(2) * BT + tl.arange(0, BT)
+    dv = gradient_tile(dq_ptr + i_b * B * B, low, high, -1, B, ACC)
+    low, high = low[:, None], high[None, :]
+    p_dv = dv_ptr + i_b * (B * (B - 1) // 2) + (low * (2 * B - low - 1)) // 2 + high - low - 1
+    tl.store(p_dv, dv.to(dv_ptr.dtype.element_ty), mask=(low < high) & (high < B))
+
+
+# --- Launchers -------------------------------------------------------------------------------------------------------
+
+
+def _panels(block_size: int) -> dict[str, int]:
+    """Tile sizes and warps for a block size, the largest that spill nowhere and fit 99 KiB of shared memory."""
+    padded = max(16, triton.next_power_of_2(block_size))
+    chunk = padded if padded <= 32 else 16
+    return {"BP": padded, "BN": min(padded, 32), "BC": chunk, "num_warps": max(4, padded // 16), "num_stages": 1}
+
+
+def _precision(v: Tensor) -> str:
+    """Three TF32 products in place of a float32 one: all but its last bits (2^-21), on tensor cores.
+
+    Without them the compiler keeps whole operands in registers and spills. The linear term, most of D, is exact.
+    """
+    return "ieee" if INTERPRETED or torch.version.hip is not None or v.dtype == torch.float64 else "tf32x3"
+
+
+def _norm(max_norm: float | None, v: Tensor) -> Tensor:
+    """The bound where kernels read it; float64, as a Python number would reach them as float32."""
+    return v if max_norm is None else torch.full((1,), max_norm, dtype=torch.float64, device=v.device)
+
+
+def _scratch(v: Tensor, blocks: int, panels: dict[str, int]) -> Tensor:
+    """One panel per program, where Q is taken in chunks."""
+    if panels["BC"] == panels["BP"]:
+        return v
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    return v.new_empty(blocks * panels["BP"] * panels["BP"], dtype=dtype)
+
+
+def _coefficients(terms: int) -> tuple[int, int]:
+    """Number of powers of Q in the series, and the coefficient of the last; all others have 2."""
+    coefficients = series_coefficients(terms)
+    return len(coefficients), coefficients[-1] if coefficients else 0
+
+
+def cayley(
+    v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None, dtype: torch.dtype
+) -> Tensor:
+    """`hqq_oft.reference.cayley` in one launch, for blocks up to 128 and a series; see the top of the file."""
+    check_device(v)
+    blocks = v.shape[0] if keep is None else keep.shape[0]
+    d = empty(v, (blocks, block_size, block_size), dtype)
+    powers, last = _coefficients(terms) if terms is not None else (1, 1)
+    if block_size == 1 or powers == 0 or blocks == 0:
+        return d.zero_()
+    v = v.contiguous()
+    if terms is None or block_size > _LARGEST_BLOCK:
+        return _dense_cayley(v, block_size, terms, keep, max_norm, d)
+    panels = _panels(block_size)
+    with on_device(v):
+        cayley_fwd_kernel[(blocks, triton.cdiv(block_size, panels["BN"]))](
+            v, d, v if keep is None else keep.contiguous(), _norm(max_norm, v), _scratch(v, blocks, panels),
+            B=block_size, TERMS=powers, LAST=last, ONE_STORED=v.shape[0] == 1, DROPPED=keep is not None,
+            BOUNDED=max_norm is not None, ACC=wide(v.dtype), PRECISION=_precision(v), enable_fp_fusion=True, **panels,
+        )  # fmt: skip
+    return d
+
+
+def cayley_backward(
+    grad: Tensor, v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None
+) -> Tensor:
+    """`hqq_oft.reference.cayley_backward` in one launch, for blocks up to 128 and a series."""
+    check_device(v)
+    dv = empty(v, tuple(v.shape))
+    powers, last = _coefficients(terms) if terms is not None else (1, 1)
+    if block_size == 1 or powers == 0 or v.shape[0] == 0:
+        return dv.zero_()
+    v = v.contiguous()
+    if grad.shape[0] != v.shape[0]:  # one stored block, spread over all positions by `keep`
+        if keep is not None:
+            grad = torch.where(keep[:, None, None], grad, torch.zeros_like(grad))
+        grad, keep = grad.sum(dim=0, keepdim=True, dtype=torch.promote_types(grad.dtype, torch.float32)), None
+    grad = grad.contiguous()
+    if terms is None or block_size > _LARGEST_BLOCK:
+        return _dense_cayley_backward(grad, v, block_size, terms, keep, max_norm, dv)
+    panels = _panels(block_size)
+    with on_device(v):
+        cayley_bwd_kernel[(v.shape[0], triton.cdiv(block_size, panels["BN"]))](
+            grad, v, dv, v if keep is None else keep.contiguous(), _norm(max_norm, v),
+            _scratch(v, v.shape[0], panels), B=block_size, TERMS=powers, LAST=last, DROPPED=keep is not None,
+            BOUNDED=max_norm is not None, ACC=wide(v.dtype), PRECISION=_precision(v), enable_fp_fusion=True, **panels,
+        )  # fmt: skip
+    return dv
+
+
+def _dense_skew(v: Tensor, block_size: int, max_norm: float | None) -> Tensor:
+    q = empty(v, (v.shape[0], block_size, block_size), torch.promote_types(v.dtype, torch.float32))
+    tile = min(64, max(16, triton.next_power_of_2(block_size)))
+    tiles = triton.cdiv(block_size, tile)
+    with on_device(v):
+        skew_kernel[(v.shape[0], tiles, tiles)](
+            v, q, _norm(max_norm, v), B=block_size, BT=tile, ACC=wide(v.dtype), BOUNDED=max_norm is not None,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    return q
+
+
+def _exact(q: Tensor) -> Tensor:
+    """`D = -2 Q (I + Q)^-1`; I + Q is never singular, so nothing is checked, which would wait for the device."""
+    identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    return torch.linalg.solve_ex(identity + q, -2 * q, left=False, check_errors=False).result
+
+
+def _dense_cayley(
+    v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None, out: Tensor
+) -> Tensor:
+    q = _dense_skew(v, block_size, max_norm)
+    if terms is None:
+        d = _exact(q)
+    else:
+        powers, last = _coefficients(terms)
+        d = last * q
+        for _ in range(powers - 1):
+            d = torch.baddbmm(q, q, d, beta=2)
+    if keep is not None:
+        d = torch.where(keep[:, None, None], d, torch.zeros_like(d))
+    return out.copy_(d)
+
+
+def _dense_cayley_backward(
+    grad: Tensor, v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None, dv: Tensor
+) -> Tensor:
+    q = _dense_skew(v, block_size, max_norm)
+    grad = grad.to(q.dtype)
+    if keep is not None:
+        grad = torch.where(keep[:, None, None], grad, torch.zeros_like(grad))
+    if terms is None:
+        # dQ = -1/2 (R + I)^T G (R + I)^T
+        outer = (_exact(q) + 2 * torch.eye(block_size, dtype=q.dtype, device=q.device)).transpose(1, 2)
+        dq = -0.5 * (outer @ grad @ outer)
+    else:
+        dq = _series_gradient(grad, q, *_coefficients(terms))
+    tile = min(64, max(16, triton.next_power_of_2(block_size)))
+    tiles = triton.cdiv(block_size, tile)
+    with on_device(v):
+        unskew_kernel[(v.shape[0], tiles, tiles)](
+            dq.contiguous(), dv, B=block_size, BT=tile, ACC=wide(v.dtype), enable_fp_fusion=True
+        )
+    return dv
+
+
+def _series_gradient(grad: Tensor, q: Tensor, powers: int, last: int) -> Tensor:
+    """`sum_ij c_(i+j+1) A^i G A^j` with A = Q^T = -Q, for i from the last term down: both factors by Horner's rule."""
+    h = torch.zeros_like(q)
+    dq = torch.zeros_like(q)
+    for step in range(powers):
+        h = torch.baddbmm(h, q, h, beta=0, alpha=-1) if step else h
+        h.diagonal(0, 1, 2).add_(last if step == 0 else 2)
+        dq = torch.baddbmm(grad @ h, q, dq, alpha=-1)
+    return dq
+
+
+OPERATIONS: dict[str, Any] = {"cayley": cayley, "cayley_backward": cayley_backward}

@@ -1,0 +1,222 @@
+"""Packed bytes to `W`, or to `W * R^T`, in one pass: each byte is read once and each weight written once.
+
+Bytes: bits / 8 + 2 * (bytes of scale and zero) / group per weight in, the output's dtype out. Operations with a
+rotation: 2 b per weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+from hqq_oft.weight import LEVELS_PER_ELEMENT
+
+from . import _tiles
+from ._launch import check_device, empty, on_device, product_precision, wide
+from ._pieces import dot, rotation_tile, tile_rows, weight_tile
+from .rotate import rotate, slice_width
+
+WIDEST_ROTATED_SLICE = 128  # wider blocks are rotated apart
+_TILES = 4  # tiles of rows that share a tile of D
+
+
+@triton.jit(do_not_specialize=["first_row", "rows", "first_column"])
+def dequantize_kernel(
+    w_ptr, s_ptr, z_ptr, d_ptr, out_ptr, N, K, band_rows, band_elements, groups, first_row, rows, first_column, columns,
+    BITS: tl.constexpr, FIELDS: tl.constexpr, GROUP: tl.constexpr, AXIS: tl.constexpr, BANDED: tl.constexpr,
+    ALIGNED: tl.constexpr, GROUPS: tl.constexpr, ROTATED: tl.constexpr, B: tl.constexpr, WIDTH: tl.constexpr,
+    SHARED: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`W`, or `W + W * blockdiag(D)^T`, of a range of rows and columns into `out`, WIDTH columns a program.
+
+    A program goes through TILES tiles of BN rows with one tile of D, which else would be read as often as W is written.
+
+    In the banded layout the range counts packed rows, and `out` holds the bands' rows one band after the other:
+    [FIELDS * rows, columns]; elsewhere it is [rows, columns].
+
+    Grid: (slices of columns, TILES tiles of rows each).
+    """
+    i_slice = tl.program_id(0)
+    TILE_ROWS: tl.constexpr = BN // FIELDS if BANDED else BN
+    limit = first_row + rows
+    o_s = tl.arange(0, BK)
+    k0 = first_column + i_slice * WIDTH
+    o_k = k0 + o_s
+    m_k = (o_s < WIDTH) & (o_k < first_column + columns)
+    if ROTATED:
+        d = rotation_tile(d_ptr, i_slice, o_s, o_s, K, B, WIDTH, SHARED, True).to(OPERAND)
+    for i_tile in range(TILES):
+        start = first_row + (tl.program_id(1) * TILES + i_tile) * TILE_ROWS
+        o_n, m_n = tile_rows(start, limit, band_rows, FIELDS, BANDED, BN)
+        w = weight_tile(
+            w_ptr, s_ptr, z_ptr, start, limit, o_n, m_n, o_k, m_k, k0, N, K, band_rows, band_elements, groups,
+            BITS, FIELDS, GROUP, AXIS, BANDED, ALIGNED, GROUPS, BN, BK, ACC,
+        )  # fmt: skip
+        if ROTATED:
+            # columns outside the slice hold decoded rubbish, which must not meet the rotation: 0 * NaN is NaN
+            w = dot(tl.where(m_k[None, :], w, 0.0).to(OPERAND), d, w, PRECISION)
+        if BANDED:
+            o_out = (o_n // band_rows) * rows + o_n % band_rows - first_row
+        else:
+            o_out = o_n - first_row
+        p_out = out_ptr + o_out[:, None] * columns + (i_slice * WIDTH + o_s)[None, :]
+        tl.store(p_out, w.to(out_ptr.dtype.element_ty), mask=m_n[:, None] & m_k[None, :])
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantized weight as the kernels see it; the fields are those of `hqq_oft.QuantizedWeight`."""
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor
+    N: int
+    K: int
+    bits: int
+    group: int
+    axis: int
+
+    @classmethod
+    def of(
+        cls, packed: Tensor, scale: Tensor, zero: Tensor, N: int, K: int, bits: int, group: int, axis: int
+    ) -> Packed:
+        """From an operator's arguments, with all tensors contiguous."""
+        return cls(packed.contiguous(), scale.contiguous(), zero.contiguous(), N, K, bits, group, axis)
+
+    @property
+    def fields(self) -> int:
+        """Levels in one packed element."""
+        return LEVELS_PER_ELEMENT[self.bits]
+
+    @property
+    def banded(self) -> bool:
+        """Whether the bands of levels are whole rows."""
+        return self.bits != 3 and self.N % self.fields == 0
+
+    @property
+    def band_rows(self) -> int:
+        """Packed rows if banded, else N."""
+        return self.N // self.fields if self.banded else self.N
+
+    def fit_rows(self, bn: int, groups: int) -> int:
+        """`bn` made smaller where decoding takes more registers than at 4 bits, with whole `groups` in a row.
+
+        Scales, or packed elements, that are fetched one for each level take as many registers as the levels.
+        """
+        if groups == 0:
+            bn //= 4
+        if self.fields in (1, 8):
+            bn //= 2
+        if not self.banded:
+            bn //= 4
+        return max(bn, 2 * self.fields if self.banded else 16)
+
+    def tile_rows(self, bn: int) -> int:
+        """Packed rows, or rows where not banded, in a tile of `bn` rows of the weight."""
+        return bn // self.fields if self.banded else bn
+
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """The kernels' N, K, band_rows, band_elements, groups."""
+        return self.N, self.K, self.band_rows, self.packed.numel(), self.N * self.K // self.group
+
+    def constants(self, bk: int) -> dict[str, Any]:
+        """The kernels' constants for tiles that step through the columns by `bk`."""
+        aligned = (self.K if self.axis == 1 else self.N) % self.group == 0
+        return {
+            "BITS": self.bits,
+            "FIELDS": self.fields,
+            "GROUP": self.group,
+            "AXIS": self.axis,
+            "BANDED": self.banded,
+            "ALIGNED": aligned,
+            "GROUPS": _groups_per_row(self.group, bk) if aligned and self.axis == 1 else 0,
+        }
+
+
+def _groups_per_row(group: int, bk: int) -> int:
+    """Groups in `bk` columns, 1 for part of one, 0 if they do not fit together."""
+    if group % bk == 0:
+        return 1
+    return bk // group if bk % group == 0 else 0
+
+
+def dequantize_into(
+    out: Tensor,
+    weight: Packed,
+    d: Tensor | None = None,
+    *,
+    rows: tuple[int, int] | None = None,
+    columns: tuple[int, int] | None = None,
+) -> Tensor:
+    """Write `W`, or `W * R^T`, of a range of rows and columns into `out`, contiguous, in its dtype.
+
+    Args:
+        out: `[rows, columns]`; for a banded weight `[fields * rows, columns]`.
+        weight: the weight.
+        d: `[B or 1, b, b]` with blocks up to 128, or None; then the range takes all columns.
+        rows: first and past the last row, of the packed rows if the weight is banded; by default all.
+        columns: first and past the last column, the first a multiple of 128; by default all.
+
+    Returns:
+        `out`.
+    """
+    first_row, end_row = rows or (0, weight.band_rows)
+    first_column, end_column = columns or (0, weight.K)
+    b = 1 if d is None else d.shape[-1]
+    tile = _tiles.choose(out, "dequantize", weight.N)
+    width = tile.bk if d is None else slice_width(b, weight.K)
+    if d is not None and width < tile.bk and tile.bk % width == 0 and tile.bk <= weight.K:
+        width = tile.bk
+    bk = max(16, triton.next_power_of_2(width))
+    accumulator = torch.promote_types(out.dtype, weight.scale.dtype)
+    half = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    same = d is not None and d.dtype == out.dtype
+    operands = half[out.dtype] if same and out.dtype in half else wide(accumulator)
+    constants = weight.constants(bk)
+    if width != bk:
+        constants["GROUPS"] = 0  # a slice that is padded begins anywhere in a group
+    bn = weight.fit_rows(tile.bn, constants["GROUPS"])
+    n_tiles = triton.cdiv(end_row - first_row, weight.tile_rows(bn))
+    tiles = 1 if d is None else min(_TILES, triton.next_power_of_2(n_tiles))
+    with on_device(out):
+        dequantize_kernel[(triton.cdiv(end_column - first_column, width), triton.cdiv(n_tiles, tiles))](
+            weight.packed, weight.scale, weight.zero, out if d is None else d.contiguous(), out, *weight.sizes(),
+            first_row, end_row - first_row, first_column, end_column - first_column, **constants,
+            ROTATED=d is not None, B=b, WIDTH=width, SHARED=d is not None and d.shape[0] == 1, TILES=tiles,
+            BN=bn, BK=bk, ACC=wide(accumulator), OPERAND=operands, PRECISION=product_precision(accumulator),
+            enable_fp_fusion=True, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return out
+
+
+def dequantize(
+    packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int, bits: int, group_size: int,
+    axis: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """`hqq_oft.reference.dequantize`."""
+    check_device(packed)
+    weight = Packed.of(packed, scale, zero, out_features, in_features, bits, group_size, axis)
+    return dequantize_into(empty(packed, (out_features, in_features), dtype), weight)
+
+
+def dequantize_rotate(
+    packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int, bits: int, group_size: int,
+    axis: int, d: Tensor, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """`hqq_oft.reference.dequantize_rotate`; blocks over 128 are rotated in a second pass."""
+    check_device(packed)
+    weight = Packed.of(packed, scale, zero, out_features, in_features, bits, group_size, axis)
+    if slice_width(d.shape[-1], in_features) <= WIDEST_ROTATED_SLICE:
+        return dequantize_into(empty(packed, (out_features, in_features), dtype), weight, d)
+    wide_out = torch.promote_types(dtype, torch.promote_types(scale.dtype, torch.float32))
+    dense = dequantize_into(empty(packed, (out_features, in_features), wide_out), weight)
+    return rotate(dense, d, None, True).to(dtype)
+
+
+OPERATIONS: dict[str, Any] = {"dequantize": dequantize, "dequantize_rotate": dequantize_rotate}

@@ -1,0 +1,188 @@
+"""`y = x * blockdiag(R) * W^T + bias` from packed bytes.
+
+Three ways, by M (`regimes` of the tile tables):
+
+- decode and the middle: one launch. A program rotates a slice of x once and multiplies it with a wide band of decoded
+  outputs; where the grid is short, K is split, and the last program to arrive adds the parts in their order. Rotating
+  again for every band reads D `N / BN` times, so bands are wide. Bytes: the packed weight once, bits / 8 + 4 / group
+  per weight with 16-bit scales.
+- training and prefill: `W * R^T` is decoded and rotated in one pass into a bounded scratch, chunk by chunk, each
+  multiplied by the vendor's GEMM. Rotating W is free in a pass bound by memory; rotating x would be one more pass.
+
+Rotations that no tile holds (blocks over 64, or that do not divide it) are applied to x by a launch of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+from hqq_oft._config import scratch_bytes
+
+from . import _tiles
+from ._launch import check_device, empty, on_device, product_precision, rows_contiguous, splits_for, wide
+from ._pieces import dot, rotation_tile, sum_splits, tile_rows, weight_tile
+from .dequantize import WIDEST_ROTATED_SLICE, Packed, dequantize_into
+from .rotate import operand, rotate, slice_width
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_fwd_kernel(
+    x_ptr, d_ptr, index_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr, part_ptr, count_ptr,
+    M, N, K, band_rows, band_elements, groups, stride_xm, stride_da, adapters,
+    BITS: tl.constexpr, FIELDS: tl.constexpr, GROUP: tl.constexpr, AXIS: tl.constexpr, BANDED: tl.constexpr,
+    ALIGNED: tl.constexpr, GROUPS: tl.constexpr, EVEN: tl.constexpr, ROTATED: tl.constexpr, INDEXED: tl.constexpr,
+    SHARED: tl.constexpr, BIASED: tl.constexpr, B: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile [BM, BN] of y over one of SPLITS parts of K. The rotated x is rounded to its dtype, as W is.
+
+    Grid: (tiles of rows, tiles of outputs, SPLITS).
+    """
+    i_m, i_n, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    TILE_ROWS: tl.constexpr = BN // FIELDS if BANDED else BN
+    o_m = i_m * BM + tl.arange(0, BM)
+    m_m = o_m < M
+    o_n, m_n = tile_rows(i_n * TILE_ROWS, band_rows, band_rows, FIELDS, BANDED, BN)
+    o_s = tl.arange(0, BK)
+    p_x = x_ptr + o_m[:, None].to(tl.int64) * stride_xm
+    if INDEXED:
+        adapter = tl.load(index_ptr + o_m, mask=m_m, other=-1).to(tl.int32)
+    steps = tl.cdiv(K, BK)
+    steps_per_split = tl.cdiv(steps, SPLITS)
+    acc = tl.zeros((BM, BN), ACC)
+    for i_k in range(i_split * steps_per_split, tl.minimum((i_split + 1) * steps_per_split, steps)):
+        k0 = i_k * BK
+        o_k = k0 + o_s
+        m_k = tl.full((BK,), True, tl.int1) if EVEN else o_k < K
+        x = tl.load(p_x + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
+        if ROTATED:
+            rotated = x.to(ACC)
+            if INDEXED:
+                p_d = d_ptr
+                for a in range(adapters):
+                    if tl.max((adapter == a).to(tl.int32), 0) > 0:
+                        d = rotation_tile(p_d, i_k, o_s, o_s, K, B, BK, SHARED, False).to(OPERAND)
+                        x_a = tl.where((adapter == a)[:, None], x, 0.0).to(OPERAND)
+                        rotated = dot(x_a, d, rotated, PRECISION)
+                    p_d += stride_da
+            else:
+                d = rotation_tile(d_ptr, i_k, o_s, o_s, K, B, BK, SHARED, False).to(OPERAND)
+                rotated = dot(x.to(OPERAND), d, rotated, PRECISION)
+            x = rotated.to(x.dtype)
+        w = weight_tile(
+            w_ptr, s_ptr, z_ptr, i_n * TILE_ROWS, band_rows, o_n, m_n, o_k, m_k, k0, N, K, band_rows, band_elements,
+            groups, BITS, FIELDS, GROUP, AXIS, BANDED, ALIGNED, GROUPS, BN, BK, ACC,
+        )  # fmt: skip
+        acc = dot(x, tl.trans(w.to(x.dtype)), acc, PRECISION)
+    o_out = o_m[:, None].to(tl.int64) * N + o_n[None, :]
+    m_out = m_m[:, None] & m_n[None, :]
+    if SPLITS > 1:
+        i_tile = i_m * tl.num_programs(1) + i_n
+        size = M.to(tl.int64) * N
+        acc, last = sum_splits(acc, part_ptr, count_ptr, i_tile, i_split, o_out, m_out, size, SPLITS)
+        m_out = m_out & last
+    if BIASED:
+        acc += tl.load(bias_ptr + o_n, mask=m_n, other=0.0).to(ACC)[None, :]
+    tl.store(y_ptr + o_out, acc.to(y_ptr.dtype.element_ty), mask=m_out)
+
+
+# --- Launchers -------------------------------------------------------------------------------------------------------
+
+
+def rotates_in_tile(d: Tensor, bk: int) -> bool:
+    """Whether whole blocks fill the tile's columns."""
+    return bk % d.shape[-1] == 0
+
+
+def fused_linear(
+    x: Tensor, d: Tensor | None, weight: Packed, bias: Tensor | None, adapter_index: Tensor | None
+) -> Tensor:
+    """The product in one launch, two where no tile holds the rotation."""
+    M, K = x.shape
+    tile = _tiles.choose(x, "linear_rotated", M)
+    if d is not None and not rotates_in_tile(d, tile.bk):
+        x, d, adapter_index = rotate(x, d, adapter_index, False), None, None
+    if d is None:
+        tile = _tiles.choose(x, "linear", M)
+    x = rows_contiguous(x)
+    y = empty(x, (M, weight.N))
+    constants = weight.constants(tile.bk)
+    bn = weight.fit_rows(tile.bn, constants["GROUPS"])
+    m_tiles, n_tiles = triton.cdiv(M, tile.bm), triton.cdiv(weight.band_rows, weight.tile_rows(bn))
+    splits = splits_for(m_tiles * n_tiles, triton.cdiv(K, tile.bk), x)
+    accumulator = torch.promote_types(x.dtype, torch.float32)
+    part = count = x
+    if splits > 1:
+        part = empty(x, (splits, M, weight.N), accumulator)
+        count = torch.zeros(m_tiles * n_tiles, dtype=torch.int32, device=x.device)
+    with on_device(x):
+        linear_fwd_kernel[(m_tiles, n_tiles, splits)](
+            x, x if d is None else d.contiguous(), x if adapter_index is None else adapter_index.contiguous(),
+            weight.packed, weight.scale, weight.zero, x if bias is None else bias.contiguous(), y, part, count,
+            M, *weight.sizes(), x.stride(0), d.stride(0) if d is not None and adapter_index is not None else 0,
+            d.shape[0] if d is not None and adapter_index is not None else 1, **constants,
+            EVEN=K % tile.bk == 0,
+            ROTATED=d is not None, INDEXED=d is not None and adapter_index is not None,
+            SHARED=d is not None and d.shape[-3] == 1, BIASED=bias is not None, B=1 if d is None else d.shape[-1],
+            SPLITS=splits, BM=tile.bm, BN=bn, BK=tile.bk, ACC=wide(accumulator),
+            OPERAND=wide(accumulator) if d is None else operand(x, d), PRECISION=product_precision(accumulator),
+            enable_fp_fusion=True, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return y
+
+
+@torch.no_grad()
+def scratch_linear(x: Tensor, d: Tensor | None, weight: Packed, bias: Tensor | None) -> Tensor:
+    """The product by the vendor's GEMM with `W * R^T` decoded into a scratch, a chunk of outputs at a time."""
+    M, K = x.shape
+    if d is not None and slice_width(d.shape[-1], K) > WIDEST_ROTATED_SLICE:
+        x, d = rotate(x, d, None, False), None
+    y = empty(x, (M, weight.N))
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    bands = weight.fields if weight.banded else 1
+    chunk = min(weight.band_rows, max(1, scratch_bytes() // (bands * K * x.element_size())))
+    scratch = empty(x, (bands * chunk, K))
+    for first in range(0, weight.band_rows, chunk):
+        rows = min(chunk, weight.band_rows - first)
+        dense = dequantize_into(scratch[: bands * rows], weight, d, rows=(first, first + rows))
+        if rows == weight.band_rows:  # all bands, whole: the rows are in their own order
+            _multiply(x, dense, bias, y)
+            continue
+        for band in range(bands):
+            outputs = slice(band * weight.band_rows + first, band * weight.band_rows + first + rows)
+            part = None if bias is None else bias[outputs]
+            _multiply(x, dense[band * rows : (band + 1) * rows], part, y[:, outputs])
+    return y
+
+
+def _multiply(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, w.t(), out=out)
+    else:
+        torch.addmm(bias, x, w.t(), out=out)
+
+
+def linear(
+    x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int,
+    bits: int, group_size: int, axis: int, bias: Tensor | None, adapter_index: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`hqq_oft.reference.linear`, the way that M asks for."""
+    check_device(x)
+    weight = Packed.of(packed, scale, zero, out_features, in_features, bits, group_size, axis)
+    M = x.shape[0]
+    if M == 0:
+        return empty(x, (0, out_features))
+    if _tiles.regime(x, "scratch_from_m") > M:
+        return fused_linear(x, d, weight, bias, adapter_index)
+    if d is not None and adapter_index is not None:
+        x, d = rotate(x, d, adapter_index, False), None
+    return scratch_linear(x, d, weight, bias)
+
+
+OPERATIONS: dict[str, Any] = {"linear": linear}

@@ -1,0 +1,211 @@
+"""Block rotation of rows: `x + x * blockdiag(D)`, its transpose, and its gradients in one pass over (x, g).
+
+Bytes, forward: x in and out, 2 M K elements; D, b K elements, once per tile of rows. Operations: 2 M K b.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+from hqq_oft.reference import wide_dtype
+
+from . import _tiles
+from ._launch import check_device, empty, on_device, product_precision, rows_contiguous, splits_for, wide
+from ._pieces import dot, rotation_tile
+
+_NARROWEST_SLICE = 32
+_WIDEST_SLICE = 128  # wider blocks are cut into tiles
+
+
+@triton.jit(do_not_specialize=["M"])
+def rotate_fwd_kernel(
+    x_ptr, d_ptr, index_ptr, y_ptr, M, K, stride_xm, stride_da, adapters,
+    B: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr, TRANSPOSE: tl.constexpr, INDEXED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`y = x + x * blockdiag(D)` for BM rows and BN columns of one slice of WIDTH columns, whole blocks.
+
+    Grid: (tiles of rows, slices, tiles of columns of a slice). Products in OPERAND, sums in ACC, rounded once.
+    """
+    i_m, i_slice = tl.program_id(0), tl.program_id(1)
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_j = tl.program_id(2) * BN + tl.arange(0, BN)
+    m_m = o_m < M
+    p_x = x_ptr + o_m[:, None].to(tl.int64) * stride_xm + i_slice * WIDTH
+    m_j = (o_j < WIDTH) & (i_slice * WIDTH + o_j < K)
+    x = tl.load(p_x + o_j[None, :], mask=m_m[:, None] & m_j[None, :], other=0.0)
+    y = x.to(ACC)
+    for start in range(0, WIDTH, BK):
+        o_i = start + tl.arange(0, BK)
+        m_i = (o_i < WIDTH) & (i_slice * WIDTH + o_i < K)
+        x_i = tl.load(p_x + o_i[None, :], mask=m_m[:, None] & m_i[None, :], other=0.0).to(OPERAND)
+        if INDEXED:
+            adapter = tl.load(index_ptr + o_m, mask=m_m, other=-1).to(tl.int32)
+            p_d = d_ptr
+            for a in range(adapters):
+                if tl.max((adapter == a).to(tl.int32), 0) > 0:
+                    d = rotation_tile(p_d, i_slice, o_i, o_j, K, B, WIDTH, SHARED, TRANSPOSE).to(OPERAND)
+                    y = dot(tl.where((adapter == a)[:, None], x_i, 0.0).to(OPERAND), d, y, PRECISION)
+                p_d += stride_da
+        else:
+            d = rotation_tile(d_ptr, i_slice, o_i, o_j, K, B, WIDTH, SHARED, TRANSPOSE).to(OPERAND)
+            y = dot(x_i, d, y, PRECISION)
+    p_y = y_ptr + o_m[:, None].to(tl.int64) * K + (i_slice * WIDTH + o_j)[None, :]
+    tl.store(p_y, y.to(y_ptr.dtype.element_ty), mask=m_m[:, None] & m_j[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_split"])
+def rotate_bwd_kernel(
+    g_ptr, x_ptr, d_ptr, index_ptr, dx_ptr, part_ptr, M, K, stride_gm, stride_xm, stride_dxm, rows_per_split,
+    B: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr, TRANSPOSE: tl.constexpr, INDEXED: tl.constexpr,
+    NEED_X: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
+    ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`dD_i = x_i^T g_i` over one split of the rows, [BI, BJ] of one slice; with NEED_X also `dx = g + g * D^T`.
+
+    With TRANSPOSE the rotation was by D^T: `dD_i = g_i^T x_i`, `dx = g + g * D`. NEED_X takes a tile that is the whole
+    slice, so that the rows of `g` are read once; `dx` may be `g` itself.
+
+    Grid: (splits, slices * TILES * TILES, adapters). `part_ptr`: [splits, adapters, K / B, B, B].
+    """
+    i_split, i_tile, i_a = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_slice = i_tile // (TILES * TILES)
+    o_i = (i_tile // TILES % TILES) * BI + tl.arange(0, BI)
+    o_j = (i_tile % TILES) * BJ + tl.arange(0, BJ)
+    m_i, m_j = (o_i < WIDTH) & (i_slice * WIDTH + o_i < K), (o_j < WIDTH) & (i_slice * WIDTH + o_j < K)
+    o_ki, o_kj = i_slice * WIDTH + o_i, i_slice * WIDTH + o_j
+    if NEED_X:
+        d = rotation_tile(d_ptr, i_slice, o_i, o_j, K, B, WIDTH, SHARED, not TRANSPOSE).to(OPERAND)
+    acc = tl.zeros((BI, BJ), ACC)
+    for start in range(i_split * rows_per_split, tl.minimum((i_split + 1) * rows_per_split, M), BM):
+        o_m = start + tl.arange(0, BM)
+        m_m = o_m < M
+        o_rows = o_m[:, None].to(tl.int64)
+        if TRANSPOSE:
+            left = tl.load(g_ptr + o_rows * stride_gm + o_ki[None, :], mask=m_m[:, None] & m_i[None, :], other=0.0)
+            right = tl.load(x_ptr + o_rows * stride_xm + o_kj[None, :], mask=m_m[:, None] & m_j[None, :], other=0.0)
+        else:
+            left = tl.load(x_ptr + o_rows * stride_xm + o_ki[None, :], mask=m_m[:, None] & m_i[None, :], other=0.0)
+            right = tl.load(g_ptr + o_rows * stride_gm + o_kj[None, :], mask=m_m[:, None] & m_j[None, :], other=0.0)
+        if NEED_X:
+            g = left if TRANSPOSE else right
+            dx = dot(g.to(OPERAND), d, g.to(ACC), PRECISION)
+            p_dx = dx_ptr + o_rows * stride_dxm + o_kj[None, :]
+            tl.store(p_dx, dx.to(dx_ptr.dtype.element_ty), mask=m_m[:, None] & m_j[None, :])
+        if INDEXED:
+            adapter = tl.load(index_ptr + o_m, mask=m_m, other=-1)
+            left = tl.where((adapter == i_a)[:, None], left, 0.0).to(left.dtype)
+        acc = dot(tl.trans(left.to(OPERAND)), right.to(OPERAND), acc, PRECISION)
+    block = i_slice.to(tl.int64) * (WIDTH // B) + o_i // B
+    i_part = i_split.to(tl.int64) * tl.num_programs(2) + i_a
+    p_part = part_ptr + i_part * (K * B) + block[:, None] * (B * B) + (o_i % B)[:, None] * B + (o_j % B)[None, :]
+    tl.store(p_part, acc, mask=m_i[:, None] & m_j[None, :] & (o_i[:, None] // B == o_j[None, :] // B))
+
+
+# --- Launchers -------------------------------------------------------------------------------------------------------
+
+
+def slice_width(block_size: int, features: int) -> int:
+    """Columns that one program rotates: whole blocks, at least 32 columns where there are as many."""
+    return block_size * max(1, min(_NARROWEST_SLICE, features) // block_size)
+
+
+def operand(x: Tensor, d: Tensor) -> Any:
+    """The dtype of a product's operands: that of x and D where they agree, else the wider one."""
+    if x.dtype == d.dtype:
+        return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(x.dtype, wide(x.dtype))
+    return wide(x.dtype, d.dtype)
+
+
+def rotate(x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) -> Tensor:
+    """`hqq_oft.reference.rotate`."""
+    check_device(x)
+    M, K = x.shape
+    y = empty(x, (M, K))
+    if y.numel() == 0:
+        return y
+    x, d = rows_contiguous(x), d.contiguous()
+    b, width = d.shape[-1], slice_width(d.shape[-1], K)
+    tile = _tiles.choose(x, "rotate", M)
+    if width <= _WIDEST_SLICE:
+        bn = bk = max(16, triton.next_power_of_2(width))
+    else:
+        bn, bk = tile.bn, tile.bk
+    operands = operand(x, d)
+    grid = (triton.cdiv(M, tile.bm), triton.cdiv(K, width), triton.cdiv(width, bn))
+    with on_device(x):
+        rotate_fwd_kernel[grid](
+            x, d, x if adapter_index is None else adapter_index.contiguous(), y, M, K, x.stride(0),
+            d.stride(0) if adapter_index is not None else 0, d.shape[0] if adapter_index is not None else 1,
+            B=b, WIDTH=width, SHARED=d.shape[-3] == 1, TRANSPOSE=transpose, INDEXED=adapter_index is not None,
+            BM=tile.bm, BN=bn, BK=bk, ACC=wide(x.dtype, d.dtype), OPERAND=operands,
+            PRECISION=product_precision(torch.promote_types(x.dtype, d.dtype)), enable_fp_fusion=True,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return y
+
+
+def rotate_backward(
+    grad: Tensor, x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool, need_x: bool, need_d: bool
+) -> tuple[Tensor, Tensor]:
+    """`hqq_oft.reference.rotate_backward`."""
+    check_device(grad)
+    dx = grad.new_empty(0)
+    if not need_d:
+        dx = rotate(grad, d, adapter_index, not transpose) if need_x else dx
+        return dx, d.new_empty(0, dtype=wide_dtype(x.dtype, d.dtype))
+    one_pass = need_x and adapter_index is None and slice_width(d.shape[-1], x.shape[1]) <= _WIDEST_SLICE
+    if one_pass:
+        dx = empty(grad, tuple(grad.shape))
+    elif need_x:
+        dx = rotate(grad, d, adapter_index, not transpose)
+    return dx, rotation_gradient(grad, x, d, adapter_index, transpose, dx if one_pass else None)
+
+
+def rotation_gradient(
+    grad: Tensor, x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool, dx: Tensor | None
+) -> Tensor:
+    """`dD`, shaped as `d`, in float32 or wider; in the same pass also `dx`, into the buffer given, or none.
+
+    `dx` may be `grad`; it takes blocks up to 128 and no `adapter_index`.
+    """
+    M, K = x.shape
+    b, width = d.shape[-1], slice_width(d.shape[-1], K)
+    accumulator = wide_dtype(x.dtype, d.dtype)
+    if x.numel() == 0:
+        return empty(d, tuple(d.shape), accumulator).zero_()
+    grad, x, d = rows_contiguous(grad), rows_contiguous(x), d.contiguous()
+    tile = _tiles.choose(x, "rotate_backward", M)
+    side = max(16, triton.next_power_of_2(width)) if width <= _WIDEST_SLICE else tile.bk
+    bm, warps = (tile.bm, tile.warps) if side <= 64 else (tile.bm // 2, tile.warps * 2)
+    tiles, adapters = triton.cdiv(width, side), 1 if adapter_index is None else d.shape[0]
+    programs = triton.cdiv(K, width) * tiles * tiles
+    splits = splits_for(programs * adapters, triton.cdiv(M, bm), x)
+    rows_per_split = triton.cdiv(triton.cdiv(M, bm), splits) * bm
+    part = empty(x, (splits, adapters, K // b, b, b), accumulator)
+    narrow = x.dtype if x.dtype == grad.dtype else torch.promote_types(x.dtype, grad.dtype)
+    operands = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(narrow, wide(narrow))
+    if dx is not None and operand(grad, d) != operands:
+        operands = wide(x.dtype, d.dtype)
+    with on_device(x):
+        rotate_bwd_kernel[(splits, programs, adapters)](
+            grad, x, d, x if adapter_index is None else adapter_index.contiguous(), grad if dx is None else dx, part,
+            M, K, grad.stride(0), x.stride(0), K, rows_per_split,
+            B=b, WIDTH=width, SHARED=d.shape[-3] == 1, TRANSPOSE=transpose, INDEXED=adapter_index is not None,
+            NEED_X=dx is not None, TILES=tiles, BM=bm, BI=side, BJ=side, ACC=wide(x.dtype, d.dtype),
+            OPERAND=operands, PRECISION=product_precision(torch.promote_types(x.dtype, d.dtype)),
+            enable_fp_fusion=True, num_warps=warps, num_stages=tile.stages,
+        )  # fmt: skip
+    if d.shape[-3] == 1:
+        part = part.sum(dim=2, keepdim=True)
+    dd = part.sum(dim=0) if splits > 1 else part[0]  # in a fixed order
+    return dd if adapter_index is not None else dd[0]
+
+
+OPERATIONS: dict[str, Any] = {"rotate": rotate, "rotate_backward": rotate_backward}
