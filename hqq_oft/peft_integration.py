@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
 import importlib.machinery
@@ -326,25 +325,24 @@ class ConversionReport:
         return "\n".join(lines)
 
 
-def _transplant(old: OFTLayer, new_class: type[OFTLayer]) -> OFTLayer:
-    """A `new_class` layer with everything that `old` holds: parameters and modules are shared, not copied."""
-    new: Any = object.__new__(new_class)
-    new.__dict__.update(
-        {name: copy.copy(value) if isinstance(value, dict) else value for name, value in vars(old).items()}
-    )
-    if isinstance(new, HqqOFTLinear):
-        new._take_base_layer()
+def _become(layer: OFTLayer, new_class: type[OFTLayer]) -> None:
+    layer.__class__ = new_class
+    if isinstance(layer, HqqOFTLinear):
+        layer._take_base_layer()
     else:
-        new.fan_in_fan_out = new.is_target_conv_1d_layer = False
-    return new
+        layer.fan_in_fan_out = layer.is_target_conv_1d_layer = False
 
 
-def _swap(
+def _turn(
     peft_model: nn.Module, new_class: type[OFTLayer], why_keep: Callable[[OFTLayer], str | None]
 ) -> ConversionReport:
+    """Make every OFT layer of the model that `why_keep` has nothing against a `new_class`.
+
+    A layer changes its class and stays the object it is: hooks and their handles, other modules that hold the layer,
+    and its compiled call stay valid.
+    """
     report = ConversionReport()
-    places: list[tuple[nn.Module, str, OFTLayer]] = []
-    replacements: dict[int, OFTLayer] = {}  # a module that stands in several places is replaced by one in all
+    classes: dict[OFTLayer, type[OFTLayer]] = {}  # by layer: one may stand in several places
     for parent_name, parent in peft_model.named_modules():
         for child_name, child in parent._modules.items():
             if not isinstance(child, OFTLayer):
@@ -356,17 +354,20 @@ def _swap(
             if reason is not None:
                 report.kept[name] = reason
                 continue
-            if id(child) not in replacements:
-                replacements[id(child)] = _transplant(child, new_class)
-            places.append((parent, child_name, replacements[id(child)]))
+            classes[child] = type(child)
             report.replaced.append(name)
     if not report.replaced and not report.kept:
         raise TypeError(
             f"expected a model with OFT adapters, got {type(peft_model).__name__} without any; make one with "
             "get_peft_model(model, OFTConfig(...))."
         )
-    for parent, child_name, layer in places:
-        setattr(parent, child_name, layer)
+    try:
+        for layer in classes:
+            _become(layer, new_class)
+    except BaseException:
+        for layer, old_class in classes.items():
+            layer.__class__ = old_class
+        raise
     return report
 
 
@@ -389,10 +390,10 @@ def _why_not_revert(layer: OFTLayer) -> str | None:
 
 
 def convert(peft_model: nn.Module) -> ConversionReport:
-    """Swap the OFT layers that PEFT put on HQQ layers for `HqqOFTLinear`, in place.
+    """Turn the OFT layers that PEFT put on HQQ layers into `HqqOFTLinear`, in place.
 
-    Parameters are shared, so an optimizer that holds them stays valid; training mode, active adapters and hooks are
-    kept. The tuner of a `PeftModel` learns to unload HQQ layers and to mix adapters in a batch, without `patch_peft`.
+    Parameters stay, so an optimizer that holds them stays valid; training mode, active adapters and hooks are kept.
+    The tuner of a `PeftModel` learns to unload HQQ layers and to mix adapters in a batch, without `patch_peft`.
 
     Args:
         peft_model: a `PeftModel` with an `OFTConfig`, or any module with OFT layers in it.
@@ -403,14 +404,14 @@ def convert(peft_model: nn.Module) -> ConversionReport:
     Raises:
         TypeError: the model has no OFT adapters.
     """
-    report = _swap(peft_model, HqqOFTLinear, _why_not_convert)
+    report = _turn(peft_model, HqqOFTLinear, _why_not_convert)
     if any(isinstance(module, HqqOFTLinear) for module in peft_model.modules()):
         _adopt(getattr(peft_model, "base_model", peft_model))
     return report
 
 
 def revert(peft_model: nn.Module) -> ConversionReport:
-    """Put PEFT's own layers in the place of each `HqqOFTLinear`, sharing the parameters.
+    """Turn each `HqqOFTLinear` into PEFT's own layer, in place.
 
     Args:
         peft_model: a model with `HqqOFTLinear` layers, from `convert` or built under `patch_peft`.
@@ -421,7 +422,7 @@ def revert(peft_model: nn.Module) -> ConversionReport:
     Raises:
         TypeError: the model has no OFT adapters.
     """
-    report = _swap(peft_model, _PeftHqqLayer, _why_not_revert)
+    report = _turn(peft_model, _PeftHqqLayer, _why_not_revert)
     tuner = getattr(peft_model, "base_model", peft_model)
     if type(tuner) is HqqOFTModel and not any(isinstance(module, HqqOFTLinear) for module in tuner.modules()):
         tuner.__class__ = OFTModel

@@ -579,6 +579,65 @@ def test_hooks_survive_conversion(tokens):
     assert seen == [HqqOFTLinear]
 
 
+def test_handles_of_hooks_remove_them_after_conversion(tokens):
+    model = plain_peft_model()
+    layer, seen = model.base_model.model.model.layers[0].self_attn.q_proj, []
+
+    def note(*args):
+        seen.append(args)
+
+    handles = [
+        layer.register_forward_hook(note),
+        layer.register_forward_pre_hook(note),
+        layer.register_forward_hook(lambda *args, **kwargs: note(args, kwargs), with_kwargs=True, always_call=True),
+        layer.register_state_dict_post_hook(note),
+        layer.register_load_state_dict_pre_hook(note),
+        layer.register_load_state_dict_post_hook(note),
+    ]
+
+    def use():
+        seen.clear()
+        logits(model, tokens)
+        layer.load_state_dict(layer.state_dict())
+        return len(seen)
+
+    for switch in (hqq_oft.convert, hqq_oft.revert, hqq_oft.convert):
+        switch(model)
+    assert use() == len(handles)
+    for handle in handles:
+        handle.remove()
+    assert use() == 0
+
+
+@peft_runs
+def test_a_compiled_layer_is_compiled_anew_after_conversion():
+    torch._dynamo.reset()
+    holder = nn.ModuleList([plain_peft_model().base_model.model.model.layers[0].self_attn.q_proj])
+    holder[0].compile(backend="eager")
+    x = torch.randn(2, holder[0].in_features)
+    expected = holder[0](x)
+    hqq_oft.convert(holder)
+    assert relative_error(holder[0](x), expected) <= 1e-5
+    assert holder[0](x.half()).dtype == torch.float16  # PEFT's layer refuses another dtype than the base's
+
+
+def test_a_conversion_that_fails_changes_no_layer(monkeypatch):
+    model = plain_peft_model()
+    classes = [type(module) for module in model.modules()]
+    original, calls = HqqOFTLinear._take_base_layer, []
+
+    def fail_at_the_second(self):
+        calls.append(self)
+        if len(calls) == 2:
+            raise MemoryError
+        original(self)
+
+    monkeypatch.setattr(HqqOFTLinear, "_take_base_layer", fail_at_the_second)
+    with pytest.raises(MemoryError):
+        hqq_oft.convert(model)
+    assert [type(module) for module in model.modules()] == classes
+
+
 def test_a_layer_in_two_places_stays_one():
     model = plain_peft_model()
     attention = [model.base_model.model.model.layers[i].self_attn for i in (0, 1)]
