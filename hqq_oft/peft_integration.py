@@ -183,9 +183,28 @@ def _merge_undone_on_error(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
         raise
 
 
+class HqqMixedModel(MixedModel):
+    """The tuner of a `PeftMixedModel` that can unload HQQ layers."""
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        _replace_module(super()._replace_module, parent, child_name, new_module, child)
+
+
+_OUR_TUNERS: dict[type[nn.Module], type[nn.Module]] = {OFTModel: HqqOFTModel, MixedModel: HqqMixedModel}
+_PEFT_TUNERS = {ours: theirs for theirs, ours in _OUR_TUNERS.items()}
+
+
 def _adopt(tuner: nn.Module) -> None:
-    if type(tuner) is OFTModel:
-        tuner.__class__ = HqqOFTModel
+    tuner.__class__ = _OUR_TUNERS.get(type(tuner), type(tuner))
+
+
+def _match_tuners(model: nn.Module) -> None:
+    """Make each tuner in `model` ours or PEFT's, by whether there are layers of ours in it."""
+    for tuner in [module for module in model.modules() if type(module) in {*_OUR_TUNERS, *_PEFT_TUNERS}]:
+        if any(isinstance(module, HqqOFTLinear) for module in tuner.modules()):
+            _adopt(tuner)
+        else:
+            tuner.__class__ = _PEFT_TUNERS.get(type(tuner), type(tuner))
 
 
 def _replace_module(
@@ -393,10 +412,11 @@ def convert(peft_model: nn.Module) -> ConversionReport:
     """Turn the OFT layers that PEFT put on HQQ layers into `HqqOFTLinear`, in place.
 
     Parameters stay, so an optimizer that holds them stays valid; training mode, active adapters and hooks are kept.
-    The tuner of a `PeftModel` learns to unload HQQ layers and to mix adapters in a batch, without `patch_peft`.
+    A tuner in the model learns to unload HQQ layers and to mix adapters in a batch, without `patch_peft`.
 
     Args:
-        peft_model: a `PeftModel` with an `OFTConfig`, or any module with OFT layers in it.
+        peft_model: a `PeftModel` or `PeftMixedModel` with an `OFTConfig`, its tuner, or any module with OFT layers in
+            it.
 
     Returns:
         What was replaced, and what was not and why.
@@ -405,8 +425,7 @@ def convert(peft_model: nn.Module) -> ConversionReport:
         TypeError: the model has no OFT adapters.
     """
     report = _turn(peft_model, HqqOFTLinear, _why_not_convert)
-    if any(isinstance(module, HqqOFTLinear) for module in peft_model.modules()):
-        _adopt(getattr(peft_model, "base_model", peft_model))
+    _match_tuners(peft_model)
     return report
 
 
@@ -423,7 +442,5 @@ def revert(peft_model: nn.Module) -> ConversionReport:
         TypeError: the model has no OFT adapters.
     """
     report = _turn(peft_model, _PeftHqqLayer, _why_not_revert)
-    tuner = getattr(peft_model, "base_model", peft_model)
-    if type(tuner) is HqqOFTModel and not any(isinstance(module, HqqOFTLinear) for module in tuner.modules()):
-        tuner.__class__ = OFTModel
+    _match_tuners(peft_model)
     return report

@@ -443,11 +443,15 @@ def test_a_patch_asked_for_to_last_outlives_a_block_around_it():
         assert not layers(get_peft_model(quantized_llama(), OFTConfig(**USE_1)))
 
 
-def test_mixed_models_unload_hqq_layers():
+@pytest.mark.parametrize("outlived", [False, True])
+@pytest.mark.parametrize("action", ["unload", "merge_and_unload"])
+def test_mixed_models_unload_hqq_layers(action, outlived):
     settings = {"r": 0, "oft_block_size": 8, "target_modules": ["q_proj"]}
     model = get_peft_model(quantized_llama(), OFTConfig(**settings), mixed=True)
     assert len(layers(model)) == 2
-    unloaded = model.unload()
+    if outlived:
+        hqq_oft.unpatch_peft()
+    unloaded = getattr(model, action)()
     assert isinstance(unloaded.model.layers[0].self_attn.q_proj, HQQLinear)
 
 
@@ -483,14 +487,14 @@ def test_layers_that_are_not_hqq_are_pefts():
 # --- Converting ------------------------------------------------------------------------------------------------------
 
 
-def plain_peft_model(**settings):
+def plain_peft_model(mixed=False, **settings):
     settings = {"r": 0, "oft_block_size": 8, "target_modules": ["q_proj", "v_proj"], **settings}
     if not PEFT_BUILDS:
-        model = get_peft_model(quantized_llama(), OFTConfig(**settings))
+        model = get_peft_model(quantized_llama(), OFTConfig(**settings), mixed=mixed)
         hqq_oft.revert(model)
     hqq_oft.unpatch_peft()
     if PEFT_BUILDS:
-        model = get_peft_model(quantized_llama(), OFTConfig(**settings))
+        model = get_peft_model(quantized_llama(), OFTConfig(**settings), mixed=mixed)
     assert not layers(model)
     for name, parameter in model.named_parameters():
         if "oft_R" in name:
@@ -521,6 +525,23 @@ def test_convert_shares_parameters_and_revert_undoes_it(tokens):
     hqq_oft.convert(model)
     assert torch.equal(logits(model, tokens), converted)
     assert not layers(model.unload())
+
+
+@pytest.mark.parametrize("action", ["unload", "merge_and_unload"])
+@pytest.mark.parametrize("given", ["model", "tuner", "a module around it"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_tuner_is_converted_and_reverted_wherever_it_stands(mixed, given, action):
+    model = plain_peft_model(mixed)
+    tuner = model.base_model
+    given = {"model": model, "tuner": tuner, "a module around it": nn.ModuleList([model])}[given]
+    original = type(tuner)
+    hqq_oft.convert(given)
+    hqq_oft.revert(given)
+    assert type(tuner) is original
+    hqq_oft.convert(given)
+    assert len(layers(tuner)) == 4
+    unloaded = getattr(tuner, action)()
+    assert isinstance(unloaded.model.layers[0].self_attn.q_proj, HQQLinear)
 
 
 @peft_runs
