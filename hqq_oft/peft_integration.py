@@ -7,10 +7,11 @@ import importlib
 import importlib.machinery
 import importlib.util
 import logging
+import math
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,17 @@ class HqqOFTModel(OFTModel):
     The tuner of a model becomes one when the first of our layers is put into it.
     """
 
+    _unloaded_errors: Mapping[str, float] = {}  # a tuner that becomes one runs no __init__
+
+    def merge_errors(self) -> dict[str, float]:
+        """How far quantizing has moved the weight of each merged HQQ layer: name -> |W'_q - W'| / |W'|.
+
+        After `merge_and_unload`, which leaves no layers to ask, those of the layers that it merged.
+        """
+        layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, HqqOFTLinear)]
+        merged = {name: layer.merge_error for name, layer in layers if layer.merge_error is not None}
+        return merged if layers else dict(self._unloaded_errors)
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         _replace_module(super()._replace_module, parent, child_name, new_module, child)
 
@@ -69,11 +81,14 @@ class HqqOFTModel(OFTModel):
         layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, BaseTunerLayer)]
         with _merge_undone_on_error([layer for _, layer in layers]):
             # disable=None shows the bar on a terminal alone
-            for name, layer in tqdm(layers, disable=tqdm_disable, desc="Merging OFT layers", unit="layer"):
+            progress, worst = tqdm(layers, disable=tqdm_disable, desc="Merging OFT layers", unit="layer"), 0.0
+            for name, layer in progress:
                 with onload_layer(layer):
                     layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-                if isinstance(layer, HqqOFTLinear) and layer.merged:
+                if isinstance(layer, HqqOFTLinear) and layer.merge_error is not None:
                     logger.info("%s: quantizing the merged weight changed it by %.2e", name, layer.merge_error)
+                    worst = max(worst, layer.merge_error, key=lambda error: (math.isnan(error), error))
+                    progress.set_postfix(error=f"{layer.merge_error:.1e}", worst=f"{worst:.1e}")
 
     def _unload_and_optionally_merge(
         self,
@@ -97,11 +112,14 @@ class HqqOFTModel(OFTModel):
         with _merge_undone_on_error([child for _, _, child in places]):
             try:
                 self._merge_all(not progressbar, safe_merge, adapter_names)
+                errors = self.merge_errors()
                 with warnings.catch_warnings():
                     warnings.filterwarnings(
                         "ignore", message="All adapters are already merged|Already following adapters"
                     )
-                    return super()._unload_and_optionally_merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                    model = super()._unload_and_optionally_merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                self._unloaded_errors = errors
+                return model
             except BaseException:
                 for parent, name, child in places:
                     setattr(parent, name, child)

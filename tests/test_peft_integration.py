@@ -323,13 +323,46 @@ def test_dense_layers_are_put_back_too(tokens, action, broken):
     assert torch.equal(logits(peft_model, tokens), expected)
 
 
-def test_merging_reports_the_error_of_each_layer(tokens, caplog):
+def test_merging_reports_the_error_of_each_layer(caplog):
     model = adapted()
+    assert model.merge_errors() == {}
     with caplog.at_level("INFO", logger="hqq_oft"):
         model.merge_adapter()
-    lines = [r.getMessage() for r in caplog.records if "quantizing the merged weight changed it by" in r.getMessage()]
-    assert len(lines) == 4
-    assert lines[0].startswith("model.layers.0.self_attn.q_proj: ")
+    errors = {
+        f"model.layers.{i}.self_attn.{name}_proj": getattr(model.model.model.layers[i].self_attn, f"{name}_proj")
+        for i in (0, 1)
+        for name in "qv"
+    }
+    errors = {name: layer.merge_error for name, layer in errors.items()}
+    assert len(errors) == 4
+    assert all(0 < error < 0.5 for error in errors.values())
+    assert model.merge_errors() == errors
+    expected = [f"{name}: quantizing the merged weight changed it by {error:.2e}" for name, error in errors.items()]
+    assert [record.getMessage() for record in caplog.records if record.name == "hqq_oft"] == expected
+    model.unmerge_adapter()
+    assert model.merge_errors() == {}
+    model.merge_and_unload()
+    assert model.merge_errors() == errors
+
+
+def test_unloading_without_a_merge_reports_no_errors():
+    model = adapted()
+    model.unload()
+    assert model.merge_errors() == {}
+
+
+def test_the_progress_bar_shows_the_errors(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    model = adapted()
+    layers(model)[0].oft_R["default"].weight.data[0, 0] = float("nan")
+    model.merge_adapter()
+    last = list(model.merge_errors().values())[-1]
+    assert f"error={last:.1e}, worst=nan]" in capsys.readouterr().err.split("\r")[-1]
+    model.unmerge_adapter()
+    with torch.no_grad():
+        layers(model)[0].oft_R["default"].weight.zero_()
+    model.merge_and_unload(progressbar=True)
+    assert f"worst={max(model.merge_errors().values()):.1e}" in capsys.readouterr().err
 
 
 # --- Mixed batches ---------------------------------------------------------------------------------------------------
