@@ -529,7 +529,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
             if view.is_floating_point:
                 base.W_q = nn.Parameter(base.W_q.detach().view(view), requires_grad=False)
         device = base.W_q.device
-        if torch.device(base.device) != device:
+        if base.device is None or torch.device(base.device) != device:  # None: made where its linear layer was
             base.meta = merging.move_meta(base.meta, device)
             if base.bias is not None and not isinstance(base.bias, nn.Parameter):
                 base.bias = base.bias.to(device)

@@ -158,7 +158,9 @@ def quantization_settings(base: HQQLinear) -> dict[str, Any]:
     """The settings `base` was quantized with; read off its meta data where it has forgotten them."""
     if getattr(base, "quant_config", None):
         names = ("weight_quant_params", "scale_quant_params", "zero_quant_params")
-        return {name: copy.deepcopy(base.quant_config.get(name)) for name in names}
+        settings = {name: copy.deepcopy(base.quant_config.get(name)) for name in names}
+        settings["weight_quant_params"]["nbits"] = _bits(settings["weight_quant_params"]["nbits"], base.meta)
+        return settings
     meta = base.meta
     weight_settings = _settings_of(meta)
     # HQQ's own defaults
@@ -170,11 +172,19 @@ def quantization_settings(base: HQQLinear) -> dict[str, Any]:
     }
 
 
+def _bits(nbits: float, meta: dict[str, Any]) -> float:
+    """The number of bits that was asked for: HQQ's state dicts keep the whole part alone, so that 1.58 comes back as 1.
+
+    The packing tells the two apart.
+    """
+    return 1.58 if nbits == 1 and meta["packing"] == "2bit_u8" else nbits
+
+
 def _settings_of(meta: dict[str, Any]) -> dict[str, Any]:
     """Arguments of HQQ's quantizer that give meta data like these."""
     scale = meta.get("scale")
     return {
-        "nbits": meta["nbits"],
+        "nbits": _bits(meta["nbits"], meta),
         "channel_wise": scale is None or scale.dim() > 0,
         "group_size": meta["group_size"],
         "optimize": False,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
 import importlib.machinery
 import importlib.util
 import logging
+import math
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +58,17 @@ class HqqOFTModel(OFTModel):
     The tuner of a model becomes one when the first of our layers is put into it.
     """
 
+    _unloaded_errors: Mapping[str, float] = {}  # a tuner that becomes one runs no __init__
+
+    def merge_errors(self) -> dict[str, float]:
+        """How far quantizing has moved the weight of each merged HQQ layer: name -> |W'_q - W'| / |W'|.
+
+        After `merge_and_unload`, which leaves no layers to ask, those of the layers that it merged.
+        """
+        layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, HqqOFTLinear)]
+        merged = {name: layer.merge_error for name, layer in layers if layer.merge_error is not None}
+        return merged if layers else dict(self._unloaded_errors)
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         _replace_module(super()._replace_module, parent, child_name, new_module, child)
 
@@ -70,11 +81,14 @@ class HqqOFTModel(OFTModel):
         layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, BaseTunerLayer)]
         with _merge_undone_on_error([layer for _, layer in layers]):
             # disable=None shows the bar on a terminal alone
-            for name, layer in tqdm(layers, disable=tqdm_disable, desc="Merging OFT layers", unit="layer"):
+            progress, worst = tqdm(layers, disable=tqdm_disable, desc="Merging OFT layers", unit="layer"), 0.0
+            for name, layer in progress:
                 with onload_layer(layer):
                     layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-                if isinstance(layer, HqqOFTLinear) and layer.merged:
+                if isinstance(layer, HqqOFTLinear) and layer.merge_error is not None:
                     logger.info("%s: quantizing the merged weight changed it by %.2e", name, layer.merge_error)
+                    worst = max(worst, layer.merge_error, key=lambda error: (math.isnan(error), error))
+                    progress.set_postfix(error=f"{layer.merge_error:.1e}", worst=f"{worst:.1e}")
 
     def _unload_and_optionally_merge(
         self,
@@ -98,11 +112,14 @@ class HqqOFTModel(OFTModel):
         with _merge_undone_on_error([child for _, _, child in places]):
             try:
                 self._merge_all(not progressbar, safe_merge, adapter_names)
+                errors = self.merge_errors()
                 with warnings.catch_warnings():
                     warnings.filterwarnings(
                         "ignore", message="All adapters are already merged|Already following adapters"
                     )
-                    return super()._unload_and_optionally_merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                    model = super()._unload_and_optionally_merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                self._unloaded_errors = errors
+                return model
             except BaseException:
                 for parent, name, child in places:
                     setattr(parent, name, child)
@@ -184,9 +201,28 @@ def _merge_undone_on_error(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
         raise
 
 
+class HqqMixedModel(MixedModel):
+    """The tuner of a `PeftMixedModel` that can unload HQQ layers."""
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        _replace_module(super()._replace_module, parent, child_name, new_module, child)
+
+
+_OUR_TUNERS: dict[type[nn.Module], type[nn.Module]] = {OFTModel: HqqOFTModel, MixedModel: HqqMixedModel}
+_PEFT_TUNERS = {ours: theirs for theirs, ours in _OUR_TUNERS.items()}
+
+
 def _adopt(tuner: nn.Module) -> None:
-    if type(tuner) is OFTModel:
-        tuner.__class__ = HqqOFTModel
+    tuner.__class__ = _OUR_TUNERS.get(type(tuner), type(tuner))
+
+
+def _match_tuners(model: nn.Module) -> None:
+    """Make each tuner in `model` ours or PEFT's, by whether there are layers of ours in it."""
+    for tuner in [module for module in model.modules() if type(module) in {*_OUR_TUNERS, *_PEFT_TUNERS}]:
+        if any(isinstance(module, HqqOFTLinear) for module in tuner.modules()):
+            _adopt(tuner)
+        else:
+            tuner.__class__ = _PEFT_TUNERS.get(type(tuner), type(tuner))
 
 
 def _replace_module(
@@ -326,25 +362,24 @@ class ConversionReport:
         return "\n".join(lines)
 
 
-def _transplant(old: OFTLayer, new_class: type[OFTLayer]) -> OFTLayer:
-    """A `new_class` layer with everything that `old` holds: parameters and modules are shared, not copied."""
-    new: Any = object.__new__(new_class)
-    new.__dict__.update(
-        {name: copy.copy(value) if isinstance(value, dict) else value for name, value in vars(old).items()}
-    )
-    if isinstance(new, HqqOFTLinear):
-        new._take_base_layer()
+def _become(layer: OFTLayer, new_class: type[OFTLayer]) -> None:
+    layer.__class__ = new_class
+    if isinstance(layer, HqqOFTLinear):
+        layer._take_base_layer()
     else:
-        new.fan_in_fan_out = new.is_target_conv_1d_layer = False
-    return new
+        layer.fan_in_fan_out = layer.is_target_conv_1d_layer = False
 
 
-def _swap(
+def _turn(
     peft_model: nn.Module, new_class: type[OFTLayer], why_keep: Callable[[OFTLayer], str | None]
 ) -> ConversionReport:
+    """Make every OFT layer of the model that `why_keep` has nothing against a `new_class`.
+
+    A layer changes its class and stays the object it is: hooks and their handles, other modules that hold the layer,
+    and its compiled call stay valid.
+    """
     report = ConversionReport()
-    places: list[tuple[nn.Module, str, OFTLayer]] = []
-    replacements: dict[int, OFTLayer] = {}  # a module that stands in several places is replaced by one in all
+    classes: dict[OFTLayer, type[OFTLayer]] = {}  # by layer: one may stand in several places
     for parent_name, parent in peft_model.named_modules():
         for child_name, child in parent._modules.items():
             if not isinstance(child, OFTLayer):
@@ -356,17 +391,20 @@ def _swap(
             if reason is not None:
                 report.kept[name] = reason
                 continue
-            if id(child) not in replacements:
-                replacements[id(child)] = _transplant(child, new_class)
-            places.append((parent, child_name, replacements[id(child)]))
+            classes[child] = type(child)
             report.replaced.append(name)
     if not report.replaced and not report.kept:
         raise TypeError(
             f"expected a model with OFT adapters, got {type(peft_model).__name__} without any; make one with "
             "get_peft_model(model, OFTConfig(...))."
         )
-    for parent, child_name, layer in places:
-        setattr(parent, child_name, layer)
+    try:
+        for layer in classes:
+            _become(layer, new_class)
+    except BaseException:
+        for layer, old_class in classes.items():
+            layer.__class__ = old_class
+        raise
     return report
 
 
@@ -389,13 +427,14 @@ def _why_not_revert(layer: OFTLayer) -> str | None:
 
 
 def convert(peft_model: nn.Module) -> ConversionReport:
-    """Swap the OFT layers that PEFT put on HQQ layers for `HqqOFTLinear`, in place.
+    """Turn the OFT layers that PEFT put on HQQ layers into `HqqOFTLinear`, in place.
 
-    Parameters are shared, so an optimizer that holds them stays valid; training mode, active adapters and hooks are
-    kept. The tuner of a `PeftModel` learns to unload HQQ layers and to mix adapters in a batch, without `patch_peft`.
+    Parameters stay, so an optimizer that holds them stays valid; training mode, active adapters and hooks are kept.
+    A tuner in the model learns to unload HQQ layers and to mix adapters in a batch, without `patch_peft`.
 
     Args:
-        peft_model: a `PeftModel` with an `OFTConfig`, or any module with OFT layers in it.
+        peft_model: a `PeftModel` or `PeftMixedModel` with an `OFTConfig`, its tuner, or any module with OFT layers in
+            it.
 
     Returns:
         What was replaced, and what was not and why.
@@ -403,14 +442,13 @@ def convert(peft_model: nn.Module) -> ConversionReport:
     Raises:
         TypeError: the model has no OFT adapters.
     """
-    report = _swap(peft_model, HqqOFTLinear, _why_not_convert)
-    if any(isinstance(module, HqqOFTLinear) for module in peft_model.modules()):
-        _adopt(getattr(peft_model, "base_model", peft_model))
+    report = _turn(peft_model, HqqOFTLinear, _why_not_convert)
+    _match_tuners(peft_model)
     return report
 
 
 def revert(peft_model: nn.Module) -> ConversionReport:
-    """Put PEFT's own layers in the place of each `HqqOFTLinear`, sharing the parameters.
+    """Turn each `HqqOFTLinear` into PEFT's own layer, in place.
 
     Args:
         peft_model: a model with `HqqOFTLinear` layers, from `convert` or built under `patch_peft`.
@@ -421,8 +459,6 @@ def revert(peft_model: nn.Module) -> ConversionReport:
     Raises:
         TypeError: the model has no OFT adapters.
     """
-    report = _swap(peft_model, _PeftHqqLayer, _why_not_revert)
-    tuner = getattr(peft_model, "base_model", peft_model)
-    if type(tuner) is HqqOFTModel and not any(isinstance(module, HqqOFTLinear) for module in tuner.modules()):
-        tuner.__class__ = OFTModel
+    report = _turn(peft_model, _PeftHqqLayer, _why_not_revert)
+    _match_tuners(peft_model)
     return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,15 @@ def test_the_whole_job(tmp_path):
     assert losses(tmp_path) == results  # and the job repeats itself
 
 
+def test_an_adapter_smaller_than_a_quantization_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo", *FEW, "--steps", "1", "--block-size", "2", "--out", str(tmp_path)])
+    demo.run(demo.arguments())
+    assert "ok: the merged model is what quantizing the adapted weights gives" in capsys.readouterr().out
+    facts = json.loads((tmp_path / "results.json").read_text())["facts"]
+    moved = re.fullmatch(r"moved (.*)% by the adapter, (.*)% by quantizing the merged weights", facts["logits on code"])
+    assert 0.5 < float(moved[1]) / float(moved[2]) < 2
+
+
 @pytest.mark.parametrize("fault", ["unmerge", "merge", "forward"])
 def test_it_fails_loudly(tmp_path, monkeypatch, fault):
     monkeypatch.setattr(sys, "argv", ["demo", *FEW, "--out", str(tmp_path)])
@@ -66,7 +76,7 @@ def test_it_fails_loudly(tmp_path, monkeypatch, fault):
             return original(weight, [(name, d.transpose(1, 2) * 4) for name, d in rotations], check)
 
         monkeypatch.setattr(merging, "rotate_weight", transposed)
-        message = "FAILED: the merged model is nearer to the adapted than to the quantized one"
+        message = "FAILED: the merged model is what quantizing the adapted weights gives"
     else:
         original = HqqOFTLinear.forward
         monkeypatch.setattr(HqqOFTLinear, "forward", lambda self, x: original(self, x) * float("nan"))

@@ -673,6 +673,19 @@ def test_moving_takes_everything_along(merged):
     assert layer(torch.empty(3, 96, device="meta")).shape == (3, 64)
 
 
+@pytest.mark.parametrize("move", [lambda layer: layer.to("meta"), lambda layer: layer.half()])
+def test_a_layer_made_without_a_device_moves_and_casts(move):
+    config = BaseQuantizeConfig(nbits=4, group_size=32, axis=1)
+    layer = oft_layer(HQQLinear(nn.Linear(96, 64), config, compute_dtype=torch.float32, device=None))
+    assert layer.base_layer.device is None
+    assert move(layer) is layer
+    base, adapter = layer.base_layer, layer.oft_R["default"].weight
+    tensors = [base.W_q, base.bias, base.meta["scale"], base.meta["zero"]]
+    assert {t.device for t in tensors} == {adapter.device}
+    assert base.device == str(adapter.device)
+    assert base.bias.dtype == base.meta["scale"].dtype == torch.float32
+
+
 def test_a_new_adapter_goes_where_the_packed_weight_is(monkeypatch):
     layer = oft_layer()
     moved = []

@@ -172,6 +172,23 @@ def test_settings_are_read_off_the_meta_data_where_the_layer_has_forgotten_them(
     assert relative_error(layer(x), expected) <= 5e-2
 
 
+@pytest.mark.parametrize("forgotten", [False, True])
+@pytest.mark.parametrize("nbits", [8, 6, 5, 4, 3, 2, 1.58, 1])
+def test_a_layer_that_went_through_a_state_dict_merges_to_the_same_bytes(nbits, forgotten):
+    layer = oft_layer(hqq_layer(nbits=nbits))
+    layer.merge()
+    expected, error = packed_bytes(layer.base_layer), layer.merge_error
+    packing = layer.base_layer.meta["packing"]
+    layer.unmerge()
+    layer.load_state_dict(layer.state_dict())
+    if forgotten:
+        layer.base_layer.quant_config = None
+    layer.merge()
+    assert same_bytes(layer.base_layer, expected)
+    assert layer.base_layer.meta["packing"] == packing
+    assert layer.merge_error == error
+
+
 @pytest.mark.parametrize("form", ["offloaded", "quantized"])
 def test_deprecated_forms_merge_and_unmerge(form):
     if form == "offloaded":

@@ -323,13 +323,46 @@ def test_dense_layers_are_put_back_too(tokens, action, broken):
     assert torch.equal(logits(peft_model, tokens), expected)
 
 
-def test_merging_reports_the_error_of_each_layer(tokens, caplog):
+def test_merging_reports_the_error_of_each_layer(caplog):
     model = adapted()
+    assert model.merge_errors() == {}
     with caplog.at_level("INFO", logger="hqq_oft"):
         model.merge_adapter()
-    lines = [r.getMessage() for r in caplog.records if "quantizing the merged weight changed it by" in r.getMessage()]
-    assert len(lines) == 4
-    assert lines[0].startswith("model.layers.0.self_attn.q_proj: ")
+    errors = {
+        f"model.layers.{i}.self_attn.{name}_proj": getattr(model.model.model.layers[i].self_attn, f"{name}_proj")
+        for i in (0, 1)
+        for name in "qv"
+    }
+    errors = {name: layer.merge_error for name, layer in errors.items()}
+    assert len(errors) == 4
+    assert all(0 < error < 0.5 for error in errors.values())
+    assert model.merge_errors() == errors
+    expected = [f"{name}: quantizing the merged weight changed it by {error:.2e}" for name, error in errors.items()]
+    assert [record.getMessage() for record in caplog.records if record.name == "hqq_oft"] == expected
+    model.unmerge_adapter()
+    assert model.merge_errors() == {}
+    model.merge_and_unload()
+    assert model.merge_errors() == errors
+
+
+def test_unloading_without_a_merge_reports_no_errors():
+    model = adapted()
+    model.unload()
+    assert model.merge_errors() == {}
+
+
+def test_the_progress_bar_shows_the_errors(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    model = adapted()
+    layers(model)[0].oft_R["default"].weight.data[0, 0] = float("nan")
+    model.merge_adapter()
+    last = list(model.merge_errors().values())[-1]
+    assert f"error={last:.1e}, worst=nan]" in capsys.readouterr().err.split("\r")[-1]
+    model.unmerge_adapter()
+    with torch.no_grad():
+        layers(model)[0].oft_R["default"].weight.zero_()
+    model.merge_and_unload(progressbar=True)
+    assert f"worst={max(model.merge_errors().values()):.1e}" in capsys.readouterr().err
 
 
 # --- Mixed batches ---------------------------------------------------------------------------------------------------
@@ -443,11 +476,15 @@ def test_a_patch_asked_for_to_last_outlives_a_block_around_it():
         assert not layers(get_peft_model(quantized_llama(), OFTConfig(**USE_1)))
 
 
-def test_mixed_models_unload_hqq_layers():
+@pytest.mark.parametrize("outlived", [False, True])
+@pytest.mark.parametrize("action", ["unload", "merge_and_unload"])
+def test_mixed_models_unload_hqq_layers(action, outlived):
     settings = {"r": 0, "oft_block_size": 8, "target_modules": ["q_proj"]}
     model = get_peft_model(quantized_llama(), OFTConfig(**settings), mixed=True)
     assert len(layers(model)) == 2
-    unloaded = model.unload()
+    if outlived:
+        hqq_oft.unpatch_peft()
+    unloaded = getattr(model, action)()
     assert isinstance(unloaded.model.layers[0].self_attn.q_proj, HQQLinear)
 
 
@@ -483,14 +520,14 @@ def test_layers_that_are_not_hqq_are_pefts():
 # --- Converting ------------------------------------------------------------------------------------------------------
 
 
-def plain_peft_model(**settings):
+def plain_peft_model(mixed=False, **settings):
     settings = {"r": 0, "oft_block_size": 8, "target_modules": ["q_proj", "v_proj"], **settings}
     if not PEFT_BUILDS:
-        model = get_peft_model(quantized_llama(), OFTConfig(**settings))
+        model = get_peft_model(quantized_llama(), OFTConfig(**settings), mixed=mixed)
         hqq_oft.revert(model)
     hqq_oft.unpatch_peft()
     if PEFT_BUILDS:
-        model = get_peft_model(quantized_llama(), OFTConfig(**settings))
+        model = get_peft_model(quantized_llama(), OFTConfig(**settings), mixed=mixed)
     assert not layers(model)
     for name, parameter in model.named_parameters():
         if "oft_R" in name:
@@ -521,6 +558,23 @@ def test_convert_shares_parameters_and_revert_undoes_it(tokens):
     hqq_oft.convert(model)
     assert torch.equal(logits(model, tokens), converted)
     assert not layers(model.unload())
+
+
+@pytest.mark.parametrize("action", ["unload", "merge_and_unload"])
+@pytest.mark.parametrize("given", ["model", "tuner", "a module around it"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_tuner_is_converted_and_reverted_wherever_it_stands(mixed, given, action):
+    model = plain_peft_model(mixed)
+    tuner = model.base_model
+    given = {"model": model, "tuner": tuner, "a module around it": nn.ModuleList([model])}[given]
+    original = type(tuner)
+    hqq_oft.convert(given)
+    hqq_oft.revert(given)
+    assert type(tuner) is original
+    hqq_oft.convert(given)
+    assert len(layers(tuner)) == 4
+    unloaded = getattr(tuner, action)()
+    assert isinstance(unloaded.model.layers[0].self_attn.q_proj, HQQLinear)
 
 
 @peft_runs
@@ -577,6 +631,65 @@ def test_hooks_survive_conversion(tokens):
     hqq_oft.convert(model)
     logits(model, tokens)
     assert seen == [HqqOFTLinear]
+
+
+def test_handles_of_hooks_remove_them_after_conversion(tokens):
+    model = plain_peft_model()
+    layer, seen = model.base_model.model.model.layers[0].self_attn.q_proj, []
+
+    def note(*args):
+        seen.append(args)
+
+    handles = [
+        layer.register_forward_hook(note),
+        layer.register_forward_pre_hook(note),
+        layer.register_forward_hook(lambda *args, **kwargs: note(args, kwargs), with_kwargs=True, always_call=True),
+        layer.register_state_dict_post_hook(note),
+        layer.register_load_state_dict_pre_hook(note),
+        layer.register_load_state_dict_post_hook(note),
+    ]
+
+    def use():
+        seen.clear()
+        logits(model, tokens)
+        layer.load_state_dict(layer.state_dict())
+        return len(seen)
+
+    for switch in (hqq_oft.convert, hqq_oft.revert, hqq_oft.convert):
+        switch(model)
+    assert use() == len(handles)
+    for handle in handles:
+        handle.remove()
+    assert use() == 0
+
+
+@peft_runs
+def test_a_compiled_layer_is_compiled_anew_after_conversion():
+    torch._dynamo.reset()
+    holder = nn.ModuleList([plain_peft_model().base_model.model.model.layers[0].self_attn.q_proj])
+    holder[0].compile(backend="eager")
+    x = torch.randn(2, holder[0].in_features)
+    expected = holder[0](x)
+    hqq_oft.convert(holder)
+    assert relative_error(holder[0](x), expected) <= 1e-5
+    assert holder[0](x.half()).dtype == torch.float16  # PEFT's layer refuses another dtype than the base's
+
+
+def test_a_conversion_that_fails_changes_no_layer(monkeypatch):
+    model = plain_peft_model()
+    classes = [type(module) for module in model.modules()]
+    original, calls = HqqOFTLinear._take_base_layer, []
+
+    def fail_at_the_second(self):
+        calls.append(self)
+        if len(calls) == 2:
+            raise MemoryError
+        original(self)
+
+    monkeypatch.setattr(HqqOFTLinear, "_take_base_layer", fail_at_the_second)
+    with pytest.raises(MemoryError):
+        hqq_oft.convert(model)
+    assert [type(module) for module in model.modules()] == classes
 
 
 def test_a_layer_in_two_places_stays_one():
