@@ -7,10 +7,10 @@ PYTEST := $(BIN)/python -m pytest -n 2
 PYTEST_ARGS ?=
 DEMO ?=
 
-.PHONY: help venv check format test test-matrix coverage demo clean
+.PHONY: help venv check format test test-matrix test-triton-3.6 gpu-test coverage offline demo clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 17
 
 venv: $(STAMP) ## make .venv with the package (editable) and everything the other commands need
 
@@ -37,17 +37,22 @@ test: $(STAMP) ## the tests (options: PYTEST_ARGS="-k merge")
 coverage: PYTEST_ARGS += --cov --cov-report=term-missing
 coverage: test ## the tests with line coverage of hqq_oft/, at least 90%
 
-# Each version in an environment of its own that sees the packages of $(VENV) behind its own.
+# An environment that sees the packages of $(VENV) behind its own.
+define behind_own
+rm -rf $(1)
+$(BIN)/python -m venv $(1)
+$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+	> $$(echo $(1)/lib/python3*/site-packages)/base.pth
+endef
+
+# Each version in an environment of its own.
 MATRIX := 0.18.1-4.57.6 0.19.1-4.57.6 0.20.0-5.23.0 0.21.2-5.23.0
 MATRIX_TESTS := tests/test_peft_integration.py tests/test_layer.py tests/test_merge.py
 
 test-matrix: $(MATRIX:%=.venv-matrix/%/.passed) ## the layer and PEFT tests on every supported PEFT and transformers
 
 .venv-matrix/%/.installed: $(STAMP)
-	rm -rf $(@D)
-	$(BIN)/python -m venv $(@D)
-	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
-		> $$(echo $(@D)/lib/python3*/site-packages)/base.pth
+	$(call behind_own,$(@D))
 	$(@D)/bin/python -m pip install --quiet "peft==$(word 1,$(subst -, ,$*))" \
 		"transformers==$(word 2,$(subst -, ,$*))"
 	touch $@
@@ -58,6 +63,32 @@ $(MATRIX:%=.venv-matrix/%/.passed): .venv-matrix/%/.passed: .venv-matrix/%/.inst
 	$(@D)/bin/python -c 'import peft, transformers; \
 		assert [peft.__version__, transformers.__version__] == "$*".split("-"), (peft, transformers)'
 	$(@D)/bin/python -m pytest -n 2 --durations=0 -k "not compile" $(MATRIX_TESTS)
+
+# The oldest Triton supported; its interpreter fails on newer numpy.
+OLD_TRITON := .venv-matrix/triton-3.6.0
+
+test-triton-3.6: $(OLD_TRITON)/.installed ## the kernels compiled and interpreted by Triton 3.6
+	$(OLD_TRITON)/bin/python -c 'import triton; assert triton.__version__ == "3.6.0", triton.__version__'
+	TRITON_DEFAULT_FP_FUSION=1 $(OLD_TRITON)/bin/python -m bench.offline --dtypes bf16 --targets sm_80 sm_90
+	$(OLD_TRITON)/bin/python -m pytest -n 2 -q tests/triton_kernels
+
+$(OLD_TRITON)/.installed: $(STAMP)
+	$(call behind_own,$(@D))
+	$(@D)/bin/python -m pip install --quiet triton==3.6.0 'numpy<2.3'
+	touch $@
+
+offline: $(STAMP) ## compile every kernel for GPUs that are not here, into bench/results/offline.md
+	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m bench.offline --out bench/results/offline.md
+
+# Nothing is installed: where the package is not, first `pip install --no-deps --no-build-isolation -e .`. The summary is
+# build/gpu-test.txt; copies of it and of the logs go to $(OUT) if given. ONLY=tests or ONLY=sanitizers does half of it.
+PYTHON_GPU ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+OUT ?=
+ONLY ?=
+
+gpu-test: ## the tests that need a GPU, and compute-sanitizer where it is found (options: OUT=folder, PYTEST_ARGS="-n 8")
+	PYTHONPATH=.:tests$${PYTHONPATH:+:$$PYTHONPATH} TRITON_INTERPRET=0 $(PYTHON_GPU) -m gpu.run \
+		$(if $(OUT),--out "$(OUT)") $(if $(ONLY),--only $(ONLY)) -- $(PYTEST_ARGS)
 
 demo: $(STAMP) ## the main job: train, quantize, fine-tune, save, load, merge, unmerge (options: DEMO="--steps 100 ...")
 	$(BIN)/python -m bench.demo $(DEMO)

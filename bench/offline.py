@@ -40,6 +40,8 @@ TARGETS = {
 }
 SHARED_LIMIT = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227}  # KiB per block
 MULTIPROCESSORS = 132
+GEMMS = ("linear_fwd_kernel", "linear_bwd_kernel")
+ROTATIONS = ("rotate_fwd_kernel", "rotate_bwd_kernel")
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,22 @@ def _type_name(dtype: torch.dtype) -> str:
     return names.get(dtype) or str(dtype).removeprefix("torch.").replace("uint", "u").replace("int", "i")
 
 
+def _repeated(launch: Launch) -> bool:
+    """Whether to compile it for every dtype: every tile that multiplies, on one storage of the weight."""
+    constants = dict(launch.constants)
+    four_bits = (constants.get("BITS"), constants.get("AXIS")) == (4, 1)
+    return launch.name in ROTATIONS or (launch.name in GEMMS and four_bits)
+
+
 def launches(device: str, dtypes: tuple[torch.dtype, ...]) -> list[Launch]:
-    """Every distinct launch of the cases below, with the tiles of `device`."""
+    """Every distinct launch of the cases below, with the tiles of `device`; after the first dtype `_repeated` ones."""
     found: dict[Launch, None] = {}
     label = ""
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        found[_describe(kernel, label, args, kwargs)] = None
+        launch = _describe(kernel, label, args, kwargs)
+        if dtype == dtypes[0] or _repeated(launch):
+            found[launch] = None
 
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(JITFunction, "run", run))
@@ -289,7 +300,7 @@ def faults(compiled: Compiled) -> list[str]:
         found.append(f"{compiled.spills} bytes spilled")
     if compiled.shared > SHARED_LIMIT[compiled.target] * 1024:
         found.append(f"{compiled.shared} bytes of shared memory, the limit is {SHARED_LIMIT[compiled.target]} KiB")
-    gemm = compiled.launch.name in ("linear_fwd_kernel", "linear_bwd_kernel")
+    gemm = compiled.launch.name in GEMMS
     if gemm and not compiled.matrix:
         found.append("no matrix instruction")
     if gemm and compiled.target == "sm_90" and constants["BM"] >= 64 and compiled.matrix != "wgmma":
@@ -327,7 +338,13 @@ def main() -> None:
     """Compile everything, print the table, exit with 1 where something is not as it must be."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
-    parser.add_argument("--dtypes", nargs="+", choices=["fp16", "bf16"], default=["bf16", "fp16"])
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=["fp16", "bf16"],
+        default=["bf16", "fp16"],
+        help="everything in the first, the 4-bit products and the rotations in the others too",
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, help="write the table there too")
     options = parser.parse_args()

@@ -25,6 +25,17 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """`x` rounded to DTYPE, to nearest even. Results go through here: the interpreter truncates to bfloat16."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return bits.to(tl.float32, bitcast=True).to(DTYPE)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
 def tile_rows(start, limit, band_rows, FIELDS: tl.constexpr, BANDED: tl.constexpr, BN: tl.constexpr):
     """Rows of the weight in one tile and which of them exist.
 
@@ -141,14 +152,14 @@ def sum_splits(acc, part_ptr, count_ptr, i_tile, i_split, o_out, m_out, size, SP
         o_out: offsets of `acc` within `size`, int64.
 
     Returns:
-        The sum, and whether this is the program that has it.
+        The sum, and `m_out` where this is the program that has it, else nothing.
     """
     tl.store(part_ptr + i_split.to(tl.int64) * size + o_out, acc, mask=m_out)
     tl.debug_barrier()  # all threads' parts are written before one of them says so
-    last = tl.atomic_add(count_ptr + i_tile, 1, sem="acq_rel") == SPLITS - 1
-    if last:
+    arrived = tl.atomic_add(count_ptr + i_tile, 1, sem="acq_rel")
+    if arrived == SPLITS - 1:
         acc = tl.zeros_like(acc)
         for i in range(SPLITS):
             # .cg: not from this multiprocessor's own cache, which knows nothing of the other programs' stores
             acc += tl.load(part_ptr + i * size + o_out, mask=m_out, other=0.0, cache_modifier=".cg")
-    return acc, last
+    return acc, m_out & (tl.zeros_like(acc).to(tl.int32) + arrived == SPLITS - 1)

@@ -22,7 +22,7 @@ import triton.language as tl
 from hqq_oft.reference import series_coefficients
 
 from ._launch import INTERPRETED, check_device, empty, on_device, wide
-from ._pieces import dot
+from ._pieces import dot, narrow
 
 _LARGEST_BLOCK = 128  # in one launch
 
@@ -54,7 +54,8 @@ def bound_factor(p_v, max_norm, B: tl.constexpr, ACC: tl.constexpr):
         total += v * v
     norm = tl.sqrt(2.0 * tl.sum(total))
     bound = tl.load(max_norm)
-    return tl.where(norm <= bound * (1.0 + EPSILON), 1.0, bound / norm)
+    within = norm <= bound * (1.0 + EPSILON)
+    return tl.where(within, 1.0, bound / tl.where(within, 1.0, norm))
 
 
 @triton.jit
@@ -108,7 +109,7 @@ def cayley_fwd_kernel(
         kept = tl.load(keep_ptr + i_b).to(tl.int1)
         d = tl.where(kept, d, 0.0)  # not a product: what is dropped may be NaN
     p_d = d_ptr + i_b * (B * B) + o_i[:, None] * B + o_j[None, :]
-    tl.store(p_d, d.to(d_ptr.dtype.element_ty), mask=(o_i < B)[:, None] & (o_j < B)[None, :])
+    tl.store(p_d, narrow(d, d_ptr.dtype.element_ty), mask=(o_i < B)[:, None] & (o_j < B)[None, :])
 
 
 @triton.jit
@@ -179,7 +180,7 @@ def cayley_bwd_kernel(
         dq = tl.where(kept, dq, 0.0)
     low, high = o_i[:, None], o_j[None, :]
     p_dv = dv_ptr + i_b * SIZE + (low * (2 * B - low - 1)) // 2 + high - low - 1
-    tl.store(p_dv, dq.to(dv_ptr.dtype.element_ty), mask=(low < high) & (high < B))
+    tl.store(p_dv, narrow(dq, dv_ptr.dtype.element_ty), mask=(low < high) & (high < B))
 
 
 @triton.jit
@@ -204,7 +205,7 @@ def unskew_kernel(dq_ptr, dv_ptr, B: tl.constexpr, BT: tl.constexpr, ACC: tl.con
     dv = gradient_tile(dq_ptr + i_b * B * B, low, high, -1, B, ACC)
     low, high = low[:, None], high[None, :]
     p_dv = dv_ptr + i_b * (B * (B - 1) // 2) + (low * (2 * B - low - 1)) // 2 + high - low - 1
-    tl.store(p_dv, dv.to(dv_ptr.dtype.element_ty), mask=(low < high) & (high < B))
+    tl.store(p_dv, narrow(dv, dv_ptr.dtype.element_ty), mask=(low < high) & (high < B))
 
 
 # --- Launchers -------------------------------------------------------------------------------------------------------

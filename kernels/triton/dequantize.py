@@ -18,7 +18,7 @@ from hqq_oft.weight import LEVELS_PER_ELEMENT
 
 from . import _tiles
 from ._launch import check_device, empty, on_device, product_precision, wide
-from ._pieces import dot, rotation_tile, tile_rows, weight_tile
+from ._pieces import dot, narrow, rotation_tile, tile_rows, weight_tile
 from .rotate import rotate, slice_width
 
 WIDEST_ROTATED_SLICE = 128  # wider blocks are rotated apart
@@ -60,13 +60,13 @@ def dequantize_kernel(
         )  # fmt: skip
         if ROTATED:
             # columns outside the slice hold decoded rubbish, which must not meet the rotation: 0 * NaN is NaN
-            w = dot(tl.where(m_k[None, :], w, 0.0).to(OPERAND), d, w, PRECISION)
+            w = dot(narrow(tl.where(m_k[None, :], w, 0.0), OPERAND), d, w, PRECISION)
         if BANDED:
             o_out = (o_n // band_rows) * rows + o_n % band_rows - first_row
         else:
             o_out = o_n - first_row
         p_out = out_ptr + o_out[:, None] * columns + (i_slice * WIDTH + o_s)[None, :]
-        tl.store(p_out, w.to(out_ptr.dtype.element_ty), mask=m_n[:, None] & m_k[None, :])
+        tl.store(p_out, narrow(w, out_ptr.dtype.element_ty), mask=m_n[:, None] & m_k[None, :])
 
 
 @dataclass(frozen=True)

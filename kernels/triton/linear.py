@@ -25,7 +25,7 @@ from hqq_oft._config import scratch_bytes
 
 from . import _tiles
 from ._launch import check_device, empty, on_device, product_precision, rows_contiguous, splits_for, wide
-from ._pieces import dot, rotation_tile, sum_splits, tile_rows, weight_tile
+from ._pieces import dot, narrow, rotation_tile, sum_splits, tile_rows, weight_tile
 from .dequantize import WIDEST_ROTATED_SLICE, Packed, dequantize_into
 from .rotate import operand, rotate, slice_width
 
@@ -73,22 +73,21 @@ def linear_fwd_kernel(
             else:
                 d = rotation_tile(d_ptr, i_k, o_s, o_s, K, B, BK, SHARED, False).to(OPERAND)
                 rotated = dot(x.to(OPERAND), d, rotated, PRECISION)
-            x = rotated.to(x.dtype)
+            x = narrow(rotated, x.dtype)
         w = weight_tile(
             w_ptr, s_ptr, z_ptr, i_n * TILE_ROWS, band_rows, o_n, m_n, o_k, m_k, k0, N, K, band_rows, band_elements,
             groups, BITS, FIELDS, GROUP, AXIS, BANDED, ALIGNED, GROUPS, BN, BK, ACC,
         )  # fmt: skip
-        acc = dot(x, tl.trans(w.to(x.dtype)), acc, PRECISION)
+        acc = dot(x, tl.trans(narrow(w, x.dtype)), acc, PRECISION)
     o_out = o_m[:, None].to(tl.int64) * N + o_n[None, :]
     m_out = m_m[:, None] & m_n[None, :]
     if SPLITS > 1:
         i_tile = i_m * tl.num_programs(1) + i_n
         size = M.to(tl.int64) * N
-        acc, last = sum_splits(acc, part_ptr, count_ptr, i_tile, i_split, o_out, m_out, size, SPLITS)
-        m_out = m_out & last
+        acc, m_out = sum_splits(acc, part_ptr, count_ptr, i_tile, i_split, o_out, m_out, size, SPLITS)
     if BIASED:
         acc += tl.load(bias_ptr + o_n, mask=m_n, other=0.0).to(ACC)[None, :]
-    tl.store(y_ptr + o_out, acc.to(y_ptr.dtype.element_ty), mask=m_out)
+    tl.store(y_ptr + o_out, narrow(acc, y_ptr.dtype.element_ty), mask=m_out)
 
 
 # --- Launchers -------------------------------------------------------------------------------------------------------

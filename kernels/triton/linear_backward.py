@@ -18,7 +18,7 @@ from hqq_oft.reference import wide_dtype
 
 from . import _tiles
 from ._launch import check_device, empty, on_device, product_precision, rows_contiguous, splits_for, wide
-from ._pieces import dot, sum_splits, tile_rows, weight_tile
+from ._pieces import dot, narrow, sum_splits, tile_rows, weight_tile
 from .dequantize import Packed, dequantize_into
 from .rotate import rotate, rotation_gradient, slice_width
 
@@ -53,15 +53,14 @@ def linear_bwd_kernel(
             w_ptr, s_ptr, z_ptr, start, band_rows, o_n, m_n, o_k, m_k, k0, N, K, band_rows, band_elements, groups,
             BITS, FIELDS, GROUP, AXIS, BANDED, ALIGNED, GROUPS, BN, BK, ACC,
         )  # fmt: skip
-        acc = dot(g, w.to(g.dtype), acc, PRECISION)
+        acc = dot(g, narrow(w, g.dtype), acc, PRECISION)
     o_out = o_m[:, None].to(tl.int64) * K + o_k[None, :]
     m_out = m_m[:, None] & m_k[None, :]
     if SPLITS > 1:
         i_tile = i_m * tl.num_programs(1) + i_k
         size = M.to(tl.int64) * K
-        acc, last = sum_splits(acc, part_ptr, count_ptr, i_tile, i_split, o_out, m_out, size, SPLITS)
-        m_out = m_out & last
-    tl.store(out_ptr + o_out, acc.to(out_ptr.dtype.element_ty), mask=m_out)
+        acc, m_out = sum_splits(acc, part_ptr, count_ptr, i_tile, i_split, o_out, m_out, size, SPLITS)
+    tl.store(out_ptr + o_out, narrow(acc, out_ptr.dtype.element_ty), mask=m_out)
 
 
 # --- Launchers -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from hqq_oft.reference import wide_dtype
 
 from . import _tiles
 from ._launch import check_device, empty, on_device, product_precision, rows_contiguous, splits_for, wide
-from ._pieces import dot, rotation_tile
+from ._pieces import dot, narrow, rotation_tile
 
 _NARROWEST_SLICE = 32
 _WIDEST_SLICE = 128  # wider blocks are cut into tiles
@@ -57,7 +57,7 @@ def rotate_fwd_kernel(
             d = rotation_tile(d_ptr, i_slice, o_i, o_j, K, B, WIDTH, SHARED, TRANSPOSE).to(OPERAND)
             y = dot(x_i, d, y, PRECISION)
     p_y = y_ptr + o_m[:, None].to(tl.int64) * K + (i_slice * WIDTH + o_j)[None, :]
-    tl.store(p_y, y.to(y_ptr.dtype.element_ty), mask=m_m[:, None] & m_j[None, :])
+    tl.store(p_y, narrow(y, y_ptr.dtype.element_ty), mask=m_m[:, None] & m_j[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_split"])
@@ -97,7 +97,7 @@ def rotate_bwd_kernel(
             g = left if TRANSPOSE else right
             dx = dot(g.to(OPERAND), d, g.to(ACC), PRECISION)
             p_dx = dx_ptr + o_rows * stride_dxm + o_kj[None, :]
-            tl.store(p_dx, dx.to(dx_ptr.dtype.element_ty), mask=m_m[:, None] & m_j[None, :])
+            tl.store(p_dx, narrow(dx, dx_ptr.dtype.element_ty), mask=m_m[:, None] & m_j[None, :])
         if INDEXED:
             adapter = tl.load(index_ptr + o_m, mask=m_m, other=-1)
             left = tl.where((adapter == i_a)[:, None], left, 0.0).to(left.dtype)

@@ -1,0 +1,198 @@
+"""Bytes and operations that each operation needs, and the least time they take: what measurements are compared with.
+
+`python -m bench.model` prints the limits for the layers of an 8B Llama. An operation is one or more passes over memory;
+a pass takes as long as the slower of its two limits, and passes follow one another. In each pass every operand counts
+once, however often a kernel fetches it; what stays in cache from one pass to the next counts in both. Launches cost
+nothing.
+
+Symbols: `tokens` M, out-features N, in-features K, OFT block size b, e bytes per element of inputs, outputs, rotations,
+scales and zeros. A multiplication and an addition are two operations.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hqq_oft.reference import series_coefficients
+
+# Measured on an H200: a copy, and a bfloat16 matrix product.
+BANDWIDTH = 4.3e12
+RATE = 790e12
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one pass needs.
+
+    Attributes:
+        bytes: read from memory and written to it.
+        operations: arithmetic, at the rate of the matrix units.
+    """
+
+    bytes: float
+    operations: float
+
+    def __add__(self, other: Cost) -> Cost:
+        """The cost of both in one pass."""
+        return Cost(self.bytes + other.bytes, self.operations + other.operations)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A quantized linear layer with its rotation.
+
+    Attributes:
+        N: out-features.
+        K: in-features.
+        block: b, which divides K; None without a rotation.
+        bits: per level: 8, 6, 5, 4, 3, 2, 1.58 or 1.
+        group: levels that share a scale and a zero; None for a whole row.
+        element: e, bytes per element.
+    """
+
+    N: int
+    K: int
+    block: int | None = 32
+    bits: float = 4
+    group: int | None = 64
+    element: int = 2
+
+    @property
+    def weight_bytes(self) -> float:
+        """`N K (stored bits / 8 + 2 e / group)`; ten 3-bit levels take 4 bytes, 5 and 6 bits are stored as 8."""
+        stored = {8: 8, 6: 8, 5: 8, 4: 4, 3: 3.2, 2: 2, 1.58: 2, 1: 1}[self.bits]
+        return self.N * self.K * (stored / 8 + 2 * self.element / (self.group or self.K))
+
+    @property
+    def rotation_bytes(self) -> int:
+        """`K b e` for D, 0 without a rotation."""
+        return self.K * (self.block or 0) * self.element
+
+
+def predicted_seconds(passes: Cost | Iterable[Cost], bandwidth: float = BANDWIDTH, rate: float = RATE) -> float:
+    """Sum over the passes of `max(bytes / bandwidth, operations / rate)`, in bytes and operations per second."""
+    passes = (passes,) if isinstance(passes, Cost) else passes
+    return sum(max(cost.bytes / bandwidth, cost.operations / rate) for cost in passes)
+
+
+def decode_floor(layer: Layer, bandwidth: float = BANDWIDTH) -> float:
+    """Seconds to read the packed weight, its scales and zeros once."""
+    return layer.weight_bytes / bandwidth
+
+
+def cayley(layer: Layer, terms: int | None = 5) -> Cost:
+    """`v` to D: `K (b - 1) / 2` float32 in, D out.
+
+    Series with p powers of Q, by Horner's rule: p - 1 products of `2 b^3` operations for each of the `K / b` blocks.
+    Exact (`terms` None): one LU decomposition and b right-hand sides, `(2/3 + 2) b^3`.
+    """
+    b = layer.block or 1
+    products = 4 / 3 if terms is None else max(0, len(series_coefficients(terms)) - 1)
+    return Cost(layer.K * (b - 1) / 2 * 4 + layer.rotation_bytes, layer.K * 2 * b**2 * products)
+
+
+def cayley_backward(layer: Layer, terms: int | None = 5) -> Cost:
+    """`dD` in float32 and `v` to `dv`: `K b + 2 K (b - 1) / 2` float32.
+
+    Series with p powers: 3 (p - 1) products at the least, each step of Horner's rule for both factors and one with
+    `dD`. Exact: the forward again and two products.
+    """
+    b = layer.block or 1
+    products = 4 / 3 + 2 if terms is None else 3 * max(0, len(series_coefficients(terms)) - 1)
+    return Cost(layer.K * b * 4 + layer.K * (b - 1) * 4, layer.K * 2 * b**2 * products)
+
+
+def rotate(layer: Layer, tokens: int) -> Cost:
+    """`x + x D`: `2 M K e` bytes and D, `2 M K b` operations."""
+    b = layer.block or 0
+    return Cost(2 * tokens * layer.K * layer.element + layer.rotation_bytes, 2 * tokens * layer.K * b)
+
+
+def rotate_backward(layer: Layer, tokens: int) -> Cost:
+    """`dx = g + g D^T` and `dD = x^T g` per block, in one pass.
+
+    `3 M K e` bytes for g, x and dx, D, and `4 K b` for dD in float32; `4 M K b` operations.
+    """
+    b = layer.block or 0
+    moved = 3 * tokens * layer.K * layer.element + layer.rotation_bytes + 4 * layer.K * b
+    return Cost(moved, 4 * tokens * layer.K * b)
+
+
+def dequantize(layer: Layer) -> Cost:
+    """`(level - zero) scale`: the packed weight in, `N K e` bytes out, `2 N K` operations."""
+    return Cost(layer.weight_bytes + layer.N * layer.K * layer.element, 2 * layer.N * layer.K)
+
+
+def dequantize_rotate(layer: Layer) -> Cost:
+    """`W + W D^T` from the packed weight: `dequantize` and D, `2 N K b` operations more."""
+    return dequantize(layer) + Cost(layer.rotation_bytes, 2 * layer.N * layer.K * (layer.block or 0))
+
+
+def gemm(layer: Layer, tokens: int) -> Cost:
+    """A dense product, `x W^T` or `dy W`: `(M K + N K + M N) e` bytes, `2 M N K` operations."""
+    N, K = layer.N, layer.K
+    return Cost((tokens * K + N * K + tokens * N) * layer.element, 2 * tokens * N * K)
+
+
+def linear(layer: Layer, tokens: int, *, scratch: bool) -> tuple[Cost, ...]:
+    """`x R W^T`.
+
+    Fused: one pass with the packed weight in place of `N K e` bytes, D, and `2 M K b` operations more than a dense
+    product. Scratch: `dequantize_rotate`, then a dense product.
+    """
+    if scratch:
+        return dequantize_rotate(layer), gemm(layer, tokens)
+    rotation = Cost(layer.rotation_bytes, 2 * tokens * layer.K * (layer.block or 0))
+    return (_packed_gemm(layer, tokens) + rotation,)
+
+
+def linear_backward(layer: Layer, tokens: int, *, scratch: bool) -> tuple[Cost, ...]:
+    """`g = dy W`, then `rotate_backward` where there is a rotation.
+
+    Fused: g from the packed weight in one pass. Scratch: `dequantize`, then a dense product.
+    """
+    product = (dequantize(layer), gemm(layer, tokens)) if scratch else (_packed_gemm(layer, tokens),)
+    return product if layer.block is None else (*product, rotate_backward(layer, tokens))
+
+
+def _packed_gemm(layer: Layer, tokens: int) -> Cost:
+    N, K = layer.N, layer.K
+    return Cost((tokens * K + tokens * N) * layer.element + layer.weight_bytes, 2 * tokens * N * K)
+
+
+LLAMA_8B = {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)}
+
+
+def table(block: int, bits: float, group: int, bandwidth: float, rate: float) -> str:
+    """Limits in microseconds for the layers of an 8B Llama, as Markdown."""
+    lines = [
+        "| layer | N x K | M | dense | fused | scratch | dense backward | fused backward | scratch backward |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, (n, k) in LLAMA_8B.items():
+        layer = Layer(n, k, block, bits, group)
+        for m in (1, 16, 256, 4096):
+            dense = gemm(layer, m)
+            ways = [(dense,), linear(layer, m, scratch=False), linear(layer, m, scratch=True)]
+            ways += [(dense,), linear_backward(layer, m, scratch=False), linear_backward(layer, m, scratch=True)]
+            times = " | ".join(f"{1e6 * predicted_seconds(way, bandwidth, rate):.2f}" for way in ways)
+            lines.append(f"| {name} | {n} x {k} | {m} | {times} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description="Least times, in microseconds, for the layers of an 8B Llama.")
+    parser.add_argument("--bandwidth", type=float, default=BANDWIDTH, help="bytes per second (default: an H200)")
+    parser.add_argument("--rate", type=float, default=RATE, help="operations per second (default: an H200, bf16)")
+    parser.add_argument("--block", type=int, default=32, help="OFT block size")
+    parser.add_argument("--bits", type=float, default=4)
+    parser.add_argument("--group", type=int, default=64)
+    options = parser.parse_args()
+    print(table(options.block, options.bits, options.group, options.bandwidth, options.rate))
+
+
+if __name__ == "__main__":
+    main()

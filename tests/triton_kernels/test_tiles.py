@@ -1,0 +1,91 @@
+"""Tile tables, refusals, and what the launchers decide without a device."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hqq_oft.triton_kernels import _launch, _tiles
+
+from hqq_oft import BackendError, backend, functional
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    for cached in (_tiles.table, _tiles.tiles, _tiles._choose):
+        cached.cache_clear()
+    monkeypatch.setattr(_tiles.resources, "files", lambda package: tmp_path)
+    yield tmp_path
+    monkeypatch.undo()
+    for cached in (_tiles.table, _tiles.tiles, _tiles._choose):
+        cached.cache_clear()
+
+
+def entry(m, **changes):
+    return {"m": m, "bm": 16, "bn": 64, "bk": 64, "warps": 4, "stages": 2, **changes}
+
+
+def test_the_entry_nearest_above_m_is_taken(tables):
+    own = {"linear": [entry(64, bn=128), entry(16)]}
+    (tables / "default.json").write_text(json.dumps({"linear": [entry(1)], "rotate": [entry(8)], "regimes": {"r": 7}}))
+    (tables / "interpreter.json").write_text(json.dumps(own))
+    x = torch.empty(0)
+    assert [_tiles.choose(x, "linear", m).bn for m in (1, 16, 17, 64, 1000)] == [64, 64, 128, 128, 128]
+    assert _tiles.choose(x, "rotate", 99).m == 8  # from the default table
+    assert _tiles.regime(x, "r") == 7
+
+
+def test_a_malformed_entry_is_refused(tables):
+    (tables / "default.json").write_text(json.dumps({"linear": [{"m": 1, "bm": 16}]}))
+    with pytest.raises(
+        ValueError, match=r"a tile of 'linear' for 'interpreter' must have .*'stages'.*got \['bm', 'm'\]"
+    ):
+        _tiles.choose(torch.empty(0), "linear", 1)
+
+
+def test_the_shipped_tables_serve_every_operation():
+    for operation in ("linear", "linear_rotated", "linear_backward", "rotate", "rotate_backward", "dequantize"):
+        assert _tiles.tiles("default", operation)
+
+
+@pytest.mark.parametrize(
+    ("programs", "steps", "splits"), [(1, 1, 1), (1, 3, 1), (1, 4, 2), (1, 100, 16), (8, 100, 2), (16, 100, 1)]
+)
+def test_splits_fill_the_device_and_keep_work_for_each(programs, steps, splits):
+    assert _launch.splits_for(programs, steps, torch.empty(0)) == splits
+
+
+def test_devices_that_are_not_served():
+    with pytest.raises(BackendError, match="run on CUDA and ROCm devices, and the tensor is on xpu"):
+        from hqq_oft.backends import Unsupported
+
+        try:
+            _launch.check_device(type("T", (), {"device": torch.device("xpu", 0)})())
+        except Unsupported as refusal:
+            raise BackendError(str(refusal)) from refusal
+
+
+def test_auto_leaves_the_cpu_to_the_reference(monkeypatch):
+    x, d = torch.randn(3, 8), torch.randn(2, 4, 4)
+    kernels = []
+    monkeypatch.setattr(_launch, "on_device", lambda tensor: kernels.append(tensor))
+    with backend("auto"):
+        functional.rotate(x, d)
+    assert kernels == []
+
+
+def test_without_the_interpreter_the_cpu_is_refused(monkeypatch):
+    monkeypatch.setattr(_launch, "INTERPRETED", False)
+    with pytest.raises(BackendError, match="the tensor is on the CPU; Triton needs a GPU"):
+        functional.rotate(torch.randn(3, 8), torch.randn(2, 4, 4))
+
+
+def test_tf32_only_where_the_user_allowed_it():
+    assert _launch.product_precision(torch.float32) == "ieee"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert _launch.product_precision(torch.float32) == "tf32"
+        assert _launch.product_precision(torch.float64) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False

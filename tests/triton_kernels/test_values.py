@@ -1,0 +1,273 @@
+"""Each kernel, interpreted, against the reference in float64: values, every layout, every way to run an operation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import TOLERANCE, hqq_layer, relative_error
+
+from hqq_oft import QuantizedWeight, ops, reference, triton_kernels
+
+BLOCKS = (1, 2, 3, 8, 16, 32, 64, 96, 112, 128, 130)
+HALF = (torch.float16, torch.bfloat16)
+
+
+def skew_parameters(blocks, b, dtype=torch.float32):
+    return (torch.randn(blocks, b * (b - 1) // 2) * (0.3 / math.sqrt(b))).to(dtype)
+
+
+def rotations(blocks, b, dtype=torch.float32):
+    return (torch.randn(blocks, b, b) * (0.2 / math.sqrt(b))).to(dtype)
+
+
+def weight_arguments(n=40, k=96, **settings):
+    settings = {"group_size": 32, "optimize": False, **settings}
+    return QuantizedWeight.from_hqq(hqq_layer(n, k, **settings)).arguments()
+
+
+def wide(arguments):
+    """The same call in float64, on the same stored values."""
+    widened = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in arguments]
+    return [torch.float64 if isinstance(t, torch.dtype) else t for t in widened]
+
+
+def check(name, *arguments, tolerance=None):
+    """Run an operator on Triton; each result within tolerance of the reference in float64, and no further from it than
+    twice the reference in the same dtype."""
+    out = getattr(ops, name)(*arguments)
+    truth = getattr(reference, name)(*wide(arguments))
+    plain = getattr(reference, name)(*arguments)
+    for result, expected, ours in zip(*(x if isinstance(x, tuple) else (x,) for x in (out, truth, plain)), strict=True):
+        assert result.shape == expected.shape
+        assert result.dtype == ours.dtype
+        limit = (
+            tolerance
+            or TOLERANCE[next(t.dtype for t in arguments if isinstance(t, torch.Tensor) and t.is_floating_point())]
+        )
+        error = relative_error(result, expected)
+        assert error <= limit
+        assert error <= 2 * relative_error(ours, expected) + 1e-6
+    return out
+
+
+# --- Cayley ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("b", BLOCKS)
+@pytest.mark.parametrize("terms", [1, 2, 4, 5, None])
+def test_cayley(b, terms):
+    v = skew_parameters(2, b)
+    check("cayley", v, b, terms, None, None, torch.float32, tolerance=1e-6)
+    check("cayley_backward", torch.randn(2, b, b), v, b, terms, None, None)
+
+
+@pytest.mark.parametrize("b", [3, 32, 96, 130])
+@pytest.mark.parametrize("terms", [5, None])
+@pytest.mark.parametrize("stored", [3, 1])
+def test_cayley_with_dropped_and_bounded_blocks(b, terms, stored):
+    v, keep = skew_parameters(stored, b), torch.tensor([True, False, True])
+    check("cayley", v, b, terms, keep, 0.2, torch.float32, tolerance=1e-6)
+    check("cayley_backward", torch.randn(3, b, b), v, b, terms, keep, 0.2)
+    if stored == 3:
+        v[1] = float("nan")  # a dropped block may hold anything
+        assert torch.isfinite(ops.cayley(v, b, terms, keep, None, torch.float32)).all()
+
+
+@pytest.mark.parametrize("b", [32, 96])
+@pytest.mark.parametrize("dtype", HALF)
+def test_cayley_computes_wide_and_rounds_once(b, dtype):
+    v = skew_parameters(2, b, dtype)
+    truth = reference.cayley(v.double(), b, 5, None, None, torch.float64)
+    assert relative_error(ops.cayley(v, b, 5, None, None, torch.float32), truth) <= 1e-6
+    assert relative_error(ops.cayley(v, b, 5, None, None, dtype), truth) <= 1.02 * relative_error(
+        truth.to(dtype), truth
+    )
+
+
+@pytest.mark.parametrize("b", [8, 130])
+def test_projecting_is_bit_for_bit_that_of_the_reference(b):
+    v = skew_parameters(4, b) * torch.tensor([[0.01], [1.0], [3.0], [0.0]])
+    projected = reference.project(v, 0.3)
+    expected = ops.cayley(projected, b, 2, None, None, torch.float32)
+    assert torch.equal(ops.cayley(v, b, 2, None, 0.3, torch.float32), expected)
+
+
+# --- Rotation --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("b", BLOCKS)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_rotate(b, shared, transpose):
+    k = b * max(3, 70 // b)
+    d, x, grad = rotations(1 if shared else k // b, b), torch.randn(k, 37).T, torch.randn(37, k)
+    check("rotate", x, d, None, transpose)
+    for need_x, need_d in ((True, True), (False, True), (True, False)):
+        check("rotate_backward", grad, x, d, None, transpose, need_x, need_d)
+
+
+@pytest.mark.parametrize("b", [8, 32, 160])
+@pytest.mark.parametrize("dtype", HALF)
+def test_rotate_in_half_precision(b, dtype):
+    d, x, grad = rotations(2, b, dtype), torch.randn(70, 2 * b).to(dtype), torch.randn(70, 2 * b).to(dtype)
+    check("rotate", x, d, None, False)
+    check("rotate", x, d.float(), None, True)  # D wider than x
+    check("rotate_backward", grad, x, d, None, False, True, True)
+
+
+@pytest.mark.parametrize("b", [3, 32, 130])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_rotate_by_an_index_per_row(b, shared, transpose):
+    d = torch.stack([rotations(1 if shared else 2, b) for _ in range(3)])
+    x, grad = torch.randn(21, 2 * b), torch.randn(21, 2 * b)
+    index = torch.tensor([-1, 0, 2])[torch.arange(21) % 3]  # nobody has adapter 1
+    check("rotate", x, d, index, transpose)
+    dx, dd = check("rotate_backward", grad, x, d, index, transpose, True, True)
+    assert not dd[1].any()
+
+
+def test_token_splits_cover_every_row_once():
+    d, x, grad = rotations(1, 32), torch.randn(1000, 32), torch.randn(1000, 32)
+    check("rotate_backward", grad, x, d, None, False, True, True)
+
+
+# --- Weights ---------------------------------------------------------------------------------------------------------
+
+LAYOUTS = [
+    {"nbits": nbits, "axis": axis, "group_size": group_size, "n": n, "k": k}
+    for nbits in (8, 4, 3, 2, 1)
+    for axis in (0, 1)
+    for n, k, group_size in ((40, 96, 8), (40, 96, 32), (40, 96, None), (24, 128, 64), (20, 96, 64), (32, 72, 96))
+    if n * k % ((group_size or 1) * 8) == 0
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout.values())))
+def test_every_layout(layout):
+    try:
+        weight = weight_arguments(**layout)
+    except ValueError:
+        pytest.skip("HQQ cannot pack it")
+    k = layout["k"]
+    check("dequantize", *weight, torch.float32, tolerance=1e-6)
+    check("dequantize_rotate", *weight, rotations(k // 8, 8), torch.float32)
+    x, d, grad = torch.randn(19, k), rotations(k // 8, 8), torch.randn(19, layout["n"])
+    check("linear", x, d, *weight, torch.randn(layout["n"]), None)
+    check("linear_backward", grad, x, d, *weight, None, True, True)
+
+
+@pytest.mark.parametrize("b", [1, 2, 3, 16, 32, 64, 96, 128, 192])
+@pytest.mark.parametrize("shared", [False, True])
+def test_dequantize_rotate_at_every_block_size(b, shared):
+    k = 384
+    weight = weight_arguments(16, k, group_size=64)
+    check("dequantize_rotate", *weight, rotations(1 if shared else k // b, b), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("nbits", [4, 3])
+def test_half_precision_weights(dtype, nbits):
+    weight = weight_arguments(nbits=nbits, dtype=dtype)
+    check("dequantize", *weight, dtype, tolerance=TOLERANCE[dtype])
+    check("dequantize_rotate", *weight, rotations(12, 8, dtype), dtype, tolerance=TOLERANCE[dtype])
+
+
+def test_poisoned_padding_does_not_leak():
+    """A slice of 22 columns is decoded in a tile of 32, whose last ten may hold anything: infinite scales, here."""
+    packed, scale, zero, *rest = weight_arguments(8, 88, group_size=8)
+    scale = scale.clone().reshape(8, 11)
+    scale[:, 3] = float("inf")  # columns 24 to 31
+    out = ops.dequantize_rotate(packed, scale.reshape(-1), zero, *rest, rotations(4, 22), torch.float32)
+    assert torch.isfinite(out[:, :22]).all()
+    assert not torch.isfinite(out[:, 22:44]).any()
+
+
+# --- Products --------------------------------------------------------------------------------------------------------
+
+MS = (1, 16, 17, 33, 70, 260)  # each tile of the table, and from 256 on the scratch
+
+
+@pytest.mark.parametrize("m", MS)
+@pytest.mark.parametrize("b", [8, 32, 48, 96, None])
+def test_linear_at_every_m(m, b):
+    weight = weight_arguments()
+    d = None if b is None else rotations(96 // b, b)
+    x, grad = torch.randn(96, m).T, torch.randn(40, m).T
+    check("linear", x, d, *weight, torch.randn(40), None)
+    check("linear_backward", grad, x, d, *weight, None, True, b is not None)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("m", [1, 33, 260])
+def test_linear_in_half_precision(dtype, m):
+    weight = weight_arguments(nbits=4, dtype=dtype, k=192, group_size=64)
+    d, x, grad = rotations(6, 32, dtype), torch.randn(m, 192).to(dtype), torch.randn(m, 40).to(dtype)
+    check("linear", x, d, *weight, torch.randn(40).to(dtype), None)
+    check("linear_backward", grad, x, d, *weight, None, True, True)
+
+
+@pytest.mark.parametrize("steps", [4, 9, 33])
+def test_split_sums(steps, monkeypatch):
+    """K, and N in the backward, in 1 to 8 parts; each part is added once and in the same order."""
+    kernel, seen = triton_kernels.linear.linear_fwd_kernel, []
+    original = type(kernel).run
+
+    def run(self, *args, **kwargs):
+        seen.append(kwargs["SPLITS"])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(kernel), "run", run)
+    weight = weight_arguments(16, 64 * steps, group_size=64)
+    x, bias = torch.randn(5, 64 * steps), torch.randn(16)
+    once = check("linear", x, None, *weight, bias, None)
+    assert seen == [{4: 2, 9: 4, 33: 16}[steps]]
+    assert torch.equal(ops.linear(x, None, *weight, bias, None), once)
+    weight = weight_arguments(128 * steps, 32, group_size=32)
+    seen.clear()
+    check("linear_backward", torch.randn(5, 128 * steps), torch.randn(5, 32), None, *weight, None, True, False)
+    assert max(seen) > 1
+
+
+@pytest.mark.parametrize("m", [21, 260])
+@pytest.mark.parametrize("b", [8, 48])
+@pytest.mark.parametrize("shared", [False, True])
+def test_linear_by_an_index_per_row(m, b, shared):
+    weight = weight_arguments()
+    d = torch.stack([rotations(1 if shared else 96 // b, b) for _ in range(3)])
+    x, index = torch.randn(m, 96), torch.tensor([-1, 0, 2])[torch.arange(m) % 3]
+    check("linear", x, d, *weight, torch.randn(40), index)
+    check("linear_backward", torch.randn(m, 40), x, d, *weight, index, True, True)
+
+
+@pytest.mark.parametrize("nbits", [4, 3])
+@pytest.mark.parametrize("b", [8, 192])
+@pytest.mark.parametrize("kib", [1, 9, 60])
+def test_a_scratch_in_chunks(nbits, b, kib, monkeypatch):
+    for module in (triton_kernels.linear, triton_kernels.linear_backward):
+        monkeypatch.setattr(module, "scratch_bytes", lambda: kib * 1024)
+    weight = weight_arguments(nbits=nbits, k=192)
+    d, x, bias = rotations(192 // b, b), torch.randn(260, 192), torch.randn(40)
+    check("linear", x, d, *weight, bias, None)
+    check("linear_backward", torch.randn(260, 40), x, d, *weight, None, True, True)
+
+
+def test_empty_batches():
+    weight, d, x, grad = weight_arguments(), rotations(12, 8), torch.randn(0, 96), torch.randn(0, 40)
+    assert ops.linear(x, d, *weight, None, None).shape == (0, 40)
+    dx, dd = ops.linear_backward(grad, x, d, *weight, None, True, True)
+    assert dx.shape == (0, 96)
+    assert torch.equal(dd, torch.zeros(12, 8, 8))
+    assert ops.rotate(x, d, None, False).shape == (0, 96)
+
+
+def test_the_callers_gradient_is_left_alone():
+    weight, d, x = weight_arguments(), rotations(12, 8), torch.randn(5, 96)
+    grad, g = torch.randn(5, 40), torch.randn(5, 96)
+    before, g_before = grad.clone(), g.clone()
+    ops.linear_backward(grad, x, d, *weight, None, True, True)
+    ops.rotate_backward(g, x, d, None, False, True, True)
+    assert torch.equal(grad, before)
+    assert torch.equal(g, g_before)
