@@ -24,6 +24,7 @@ from ._config import KeepPristine, keep_pristine_from_environment
 from .adapter_settings import AdapterSettings
 from .merging import PackedState
 from .reference import project
+from .rotation_cache import RotationCache
 from .weight import QuantizedWeight
 
 
@@ -132,6 +133,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
             self.keep_pristine = keep_pristine_from_environment()
         self._pristine: PackedState | None = vars(self).get("_pristine")
         self.merge_error: float | None = vars(self).get("merge_error")
+        self._rotations: RotationCache = vars(self).get("_rotations") or RotationCache()
         merging.mend(self.get_base_layer())
         if _after_load not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_after_load)
@@ -205,6 +207,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
             num_cayley_neumann_terms=settings.num_cayley_neumann_terms,
         )
         self.oft_R[adapter_name], self.oft_dropout[adapter_name] = module, dropout
+        self._rotations.drop(adapter_name)
         self.reset_oft_parameters(adapter_name, settings.init_weights)
         self.r[adapter_name] = r
         self.oft_block_size[adapter_name] = oft_block_size
@@ -226,6 +229,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         """
         if adapter_name in self.merged_adapters:
             raise ValueError(f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Unmerge them first.")
+        self._rotations.drop(adapter_name)
         super().delete_adapter(adapter_name)
 
     def _cayley_arguments(self, adapter_name: str) -> dict[str, Any]:
@@ -347,13 +351,33 @@ class HqqOFTLinear(nn.Module, OFTLayer):
             return self.base_layer(x, *args, **kwargs)
         fused = None if args or kwargs or not self._base_is_plain() else names.pop()
         for name in names:
-            v, arguments = self._begin_forward(name)
-            x = functional.oft_rotate(x, v, **arguments)
+            if self._keeps_rotation(name, x):
+                x = functional.rotate(x, self._kept_rotation(name, x.dtype))
+            else:
+                v, arguments = self._begin_forward(name)
+                x = functional.oft_rotate(x, v, **arguments)
         if fused is None:
             return self.base_layer(x, *args, **kwargs)
-        v, arguments = self._begin_forward(fused)
         base = self.base_layer
-        return functional.oft_linear(x, v, QuantizedWeight.from_hqq(base), base.bias, **arguments)
+        weight = QuantizedWeight.from_hqq(base)
+        if self._keeps_rotation(fused, x):
+            return functional.linear(x, self._kept_rotation(fused, x.dtype), weight, base.bias)
+        v, arguments = self._begin_forward(fused)
+        return functional.oft_linear(x, v, weight, base.bias, **arguments)
+
+    def _keeps_rotation(self, adapter_name: str, x: Tensor) -> bool:
+        """Whether `D` may come from, and stay in, the cache: in evaluation, where nothing records a gradient."""
+        if self.training or torch.compiler.is_compiling():
+            return False
+        recorded = x.requires_grad or self.oft_R[adapter_name].weight.requires_grad
+        return not (torch.is_grad_enabled() and recorded)
+
+    def _kept_rotation(self, adapter_name: str, dtype: torch.dtype) -> Tensor:
+        v, arguments = self._begin_forward(adapter_name)
+        settings = (dtype, self.oft_R[adapter_name].block_share, *arguments.values())
+        return self._rotations.get(
+            adapter_name, v, settings, lambda: functional.cayley(v, dtype=dtype, **arguments).detach()
+        )
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """Each sample with its own adapter; a name this layer does not have gets the base layer, as in PEFT's LoRA.
@@ -369,7 +393,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         for names in stacks.values():
             index = torch.tensor([names.index(name) if name in names else -1 for name in adapter_names])
             index = index.to(x.device).repeat_interleave(rows_per_sample)
-            steps.append((self._stacked_rotations(names, x.dtype), index))
+            steps.append((self._stacked_rotations(names, x), index))
         fused = steps.pop() if steps and not (args or kwargs) and self._base_is_plain() else None
         for d, index in steps:
             x = functional.rotate(x, d, adapter_index=index)
@@ -379,12 +403,15 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         base = self.base_layer
         return functional.linear(x, d, QuantizedWeight.from_hqq(base), base.bias, adapter_index=index)
 
-    def _stacked_rotations(self, names: list[str], dtype: torch.dtype) -> Tensor:
-        """`D` of several adapters of one block size, `[A, B or 1, b, b]`."""
+    def _stacked_rotations(self, names: list[str], x: Tensor) -> Tensor:
+        """`D` of several adapters of one block size, `[A, B or 1, b, b]`, in the dtype of `x`."""
         rotations = []
         for name in names:
-            v, arguments = self._begin_forward(name)
-            rotations.append(functional.cayley(v, dtype=dtype, **arguments))
+            if self._keeps_rotation(name, x):
+                rotations.append(self._kept_rotation(name, x.dtype))
+            else:
+                v, arguments = self._begin_forward(name)
+                rotations.append(functional.cayley(v, dtype=x.dtype, **arguments))
         blocks = max(d.shape[0] for d in rotations)
         return torch.stack([d.expand(blocks, -1, -1) for d in rotations])
 
@@ -519,6 +546,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         HQQ ignores `.to()` for its meta data and bias, and a packed weight viewed as floats would be cast as if it
         were numbers.
         """
+        self._rotations.clear()
         base = self.get_base_layer()
         view = base.W_q.dtype
         if view.is_floating_point:
@@ -537,6 +565,15 @@ class HqqOFTLinear(nn.Module, OFTLayer):
             if self._pristine is not None and self.keep_pristine == "device":
                 self._pristine = self._pristine.to(device)
         return self
+
+    def train(self, mode: bool = True) -> HqqOFTLinear:
+        """As for any module; the rotations kept in evaluation are forgotten."""
+        self._rotations.clear()
+        return super().train(mode)
+
+    def clear_rotations(self) -> None:
+        """Forget the rotations kept in evaluation; needed only after a change of a parameter through `.data`."""
+        self._rotations.clear()
 
     def requires_grad_(self, requires_grad: bool = True) -> HqqOFTLinear:
         """As for any module, for the parameters that can have a gradient: the packed weight never can."""

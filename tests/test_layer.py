@@ -740,3 +740,128 @@ def test_compile_without_graph_breaks():
         grads.append([x.grad, layer.oft_R["a"].weight.grad.clone(), layer.oft_R["b"].weight.grad.clone()])
     for eager, compiled in zip(*grads, strict=True):
         assert relative_error(compiled, eager) <= 1e-6
+
+
+# --- Rotations kept in inference -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cayleys(monkeypatch):
+    """The blocks of each `cayley` that runs."""
+    dispatch, seen = ops.dispatch, []
+
+    def counted(operation, *args):
+        if operation == "cayley":
+            seen.append(args[0].shape[0])
+        return dispatch(operation, *args)
+
+    monkeypatch.setattr(ops, "dispatch", counted)
+    return seen
+
+
+def two_adapters():
+    layer = oft_layer(adapter="a")
+    add_adapter(layer, "b", block_share=True)
+    layer.set_adapter(["a", "b"])
+    return layer.eval()
+
+
+@torch.no_grad()
+def test_rotations_are_computed_once_in_inference(cayleys):
+    layer, x = two_adapters(), torch.randn(2, 96)
+    first = layer(x)
+    assert torch.equal(layer(x), first)
+    assert relative_error(first, truth(layer, x, "a", "b")) <= 1e-5
+    assert cayleys == [12, 1]
+    mixed = layer(x, adapter_names=["b", "a"])
+    assert cayleys == [12, 1]  # the same rotations
+    assert relative_error(mixed[1], truth(layer, x, "a")[1]) <= 1e-5
+
+
+CHANGES = {
+    "in place": lambda layer: layer.oft_R["a"].weight.mul_(2),
+    "new data": lambda layer: setattr(layer.oft_R["a"].weight, "data", layer.oft_R["a"].weight * 2),
+    "new parameter": lambda layer: setattr(layer.oft_R["a"], "weight", nn.Parameter(layer.oft_R["a"].weight * 2)),
+    "loaded": lambda layer: layer.oft_R["a"].load_state_dict({"weight": layer.oft_R["a"].weight * 2}),
+    "replaced": lambda layer: layer.update_layer("a", 0, oft_block_size=16, init_weights=False),
+    "cast": lambda layer: layer.half(),
+    "told": lambda layer: (layer.oft_R["a"].weight.data.mul_(2), layer.clear_rotations()),
+    "trained and back": lambda layer: (layer.train(), layer.oft_R["a"].weight.data.mul_(2), layer.eval()),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_stale_rotation_is_never_used(change):
+    layer, x = two_adapters(), torch.randn(2, 96)
+    layer(x)
+    CHANGES[change](layer)
+    assert relative_error(layer(x), truth(layer, x, "a", "b")) <= 1e-5
+
+
+def test_no_rotation_is_kept_where_gradients_are_recorded(cayleys):
+    layer, x = two_adapters(), torch.randn(2, 96, requires_grad=True)
+    layer(x).sum().backward()
+    layer(x).sum().backward()
+    assert len(layer._rotations) == 0
+    assert x.grad is not None
+    assert layer.oft_R["a"].weight.grad is not None
+
+
+def test_kept_rotations_are_freed_and_not_copied():
+    layer = two_adapters()
+    with torch.no_grad():
+        layer(torch.randn(2, 96))
+    assert len(layer._rotations) == 2
+    assert len(copy.deepcopy(layer)._rotations) == len(pickle.loads(pickle.dumps(layer))._rotations) == 0
+    layer.delete_adapter("b")
+    assert len(layer._rotations) == 1
+    layer.train()
+    assert len(layer._rotations) == 0
+
+
+def test_inference_mode_leaves_nothing_that_training_could_not_use():
+    layer, x = two_adapters(), torch.randn(2, 96)
+    with torch.inference_mode():
+        expected = layer(x)
+    for name in ("a", "b"):
+        layer.oft_R[name].weight.requires_grad_(False)
+    y = layer(x.requires_grad_())
+    y.sum().backward()
+    assert torch.equal(y, expected)
+
+
+# --- Memory at full size ---------------------------------------------------------------------------------------------
+
+
+def test_what_forward_keeps_at_full_size_beside_peft():
+    """4096 tokens through a 4096x4096 bfloat16 layer, on tensors without memory: ours keeps x and v, PEFT more."""
+    from peft.tuners.oft.layer import Linear as PeftLinear
+
+    if "config" not in PeftLinear.__init__.__code__.co_varnames:
+        pytest.skip("this PEFT's layer does not take HQQ layers")
+    n = 4096
+    base = hqq_layer(64, 64, group_size=64, dtype=torch.bfloat16, bias=False, optimize=False)
+    base.W_q = nn.Parameter(torch.empty(n * n // 64 // 2, 64, dtype=torch.uint8, device="meta"), requires_grad=False)
+    base.in_features = base.out_features = n
+    base.device = "meta"
+    groups = {name: torch.empty(n * n // 64, 1, dtype=torch.bfloat16, device="meta") for name in ("scale", "zero")}
+    base.meta = {**base.meta, **groups, "shape": (n, n)}
+    config = OFTConfig(r=0, oft_block_size=32, use_cayley_neumann=True)
+    kept = {}
+    for cls in (HqqOFTLinear, PeftLinear):
+        layer = cls(base, "default", config=config, r=0).to("meta")
+        x = torch.empty(n, n, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: (saved.__setitem__(id(t), t), t)[1], lambda t: t
+        ):
+            layer(x)
+        kept[cls] = [t for t in saved.values() if t.shape != base.W_q.shape]
+    v = layer.oft_R["default"].weight
+    assert sorted((tuple(t.shape), t.dtype) for t in kept[HqqOFTLinear]) == sorted(
+        [((n, n), torch.bfloat16), (tuple(v.shape), torch.float32)], key=str
+    )
+    size = {cls: sum(t.numel() * t.element_size() for t in tensors) for cls, tensors in kept.items()}
+    assert size[HqqOFTLinear] < 1.01 * n * n * 2
+    assert size[PeftLinear] > 3 * n * n * 2  # an fp32 copy of x and a rotated x besides

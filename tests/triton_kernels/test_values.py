@@ -125,13 +125,23 @@ def test_rotate_by_an_index_per_row(b, shared, transpose):
     x, grad = torch.randn(21, 2 * b), torch.randn(21, 2 * b)
     index = torch.tensor([-1, 0, 2])[torch.arange(21) % 3]  # nobody has adapter 1
     check("rotate", x, d, index, transpose)
-    dx, dd = check("rotate_backward", grad, x, d, index, transpose, True, True)
+    _, dd = check("rotate_backward", grad, x, d, index, transpose, True, True)
     assert not dd[1].any()
 
 
 def test_token_splits_cover_every_row_once():
     d, x, grad = rotations(1, 32), torch.randn(1000, 32), torch.randn(1000, 32)
     check("rotate_backward", grad, x, d, None, False, True, True)
+
+
+def test_what_lies_behind_the_last_block_is_not_read():
+    behind = torch.full((8, 8, 8), float("nan"))
+    behind[:5] = rotations(5, 8)
+    x, grad, weight = torch.randn(9, 40), torch.randn(9, 40), weight_arguments(16, 40, group_size=8)
+    check("rotate", x, behind[:5], None, False)
+    check("rotate_backward", grad, x, behind[:5], None, False, True, True)
+    check("dequantize_rotate", *weight, behind[:5], torch.float32)
+    check("linear", x, behind[:5], *weight, None, None)
 
 
 # --- Weights ---------------------------------------------------------------------------------------------------------
