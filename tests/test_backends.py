@@ -161,3 +161,17 @@ def test_environment_report_of_a_backend_that_serves_nothing(monkeypatch, regist
 
     monkeypatch.setenv("HQQ_OFT_BACKEND", "native")
     assert "rotate              none: the native backend has no kernel for rotate" in env.report()
+
+
+def test_without_triton_everything_else_works():
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, hqq_oft\n"
+        "from hqq_oft import backends, functional\n"
+        "print(backends.registry()['triton'].why_not('linear'))\n"
+        "print(functional.rotate(torch.ones(1, 4), torch.zeros(2, 2, 2)).sum().item())\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HQQ_OFT_BACKEND"}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == ["Triton is not installed: `pip install triton`", "4.0"]
