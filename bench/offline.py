@@ -178,6 +178,14 @@ def _cases(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], 
                 ),
             )
 
+    # Rotations in float32: float32 layers, and every merge.
+    f32 = torch.float32
+    for b in (32, 96, 128):
+        d, x = tensor(k // b, b, b, dtype=f32), tensor(4096, k, dtype=f32)
+        four = packed(n, k, 4, 64, 1)
+        yield f"float32 b={b}", lambda d=d, x=x: rotate.rotate(x, d, None, False)
+        yield f"float32 b={b}", lambda d=d, x=x: rotate.rotate_backward(x, x, d, None, False, True, True)
+        yield f"float32 b={b}", lambda d=d, four=four: dequantize.dequantize_rotate(*four, d, f32)
     d32 = tensor(k // 32, 32, 32)
     for bits, axis in ((4, 1), (4, 0), (8, 1), (3, 1), (2, 1), (1, 1)):
         weight = packed(n, k, bits, 64, axis)
@@ -265,7 +273,7 @@ def _global_loads(ptx: str) -> str:
     """Widths in bytes of the asynchronous copies and of the plain loads from global memory, widest first."""
     copies = {int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^\n]*?\], (0x\w+|\d+)", ptx)}
     loads = set()
-    for vector, bits in re.findall(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.[bufs](\d+)", ptx):
+    for vector, bits in re.findall(r"ld\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bufs](\d+)", ptx):
         loads.add(int(vector or 1) * int(bits) // 8)
     parts = [f"cp.async {'/'.join(map(str, sorted(copies, reverse=True)))}"] if copies else []
     parts += [f"ld {'/'.join(map(str, sorted(loads, reverse=True)))}"] if loads else []
@@ -307,9 +315,10 @@ def faults(compiled: Compiled) -> list[str]:
         found.append(f"{compiled.matrix} in place of wgmma")
     # Three-bit words are fetched level by level.
     decode = gemm and constants["BM"] <= 32 and constants["BANDED"]
+    packed = decode or (compiled.launch.name == "dequantize_kernel" and constants["BANDED"] and constants["BITS"] > 1)
     if decode and not re.search(r"cp\.async 16\b|ld 16\b", compiled.loads):
         found.append(f"no 16-byte loads, but {compiled.loads}")
-    if decode and re.search(r"ld (?:\d+/)*1\b", compiled.loads):
+    if packed and re.search(r"ld (?:\d+/)*1\b", compiled.loads):
         found.append("loads of single bytes")
     return found
 

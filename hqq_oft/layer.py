@@ -375,9 +375,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
     def _kept_rotation(self, adapter_name: str, dtype: torch.dtype) -> Tensor:
         v, arguments = self._begin_forward(adapter_name)
         settings = (dtype, self.oft_R[adapter_name].block_share, *arguments.values())
-        return self._rotations.get(
-            adapter_name, v, settings, lambda: functional.cayley(v, dtype=dtype, **arguments).detach()
-        )
+        return self._rotations.get(adapter_name, v, settings, lambda: functional.cayley(v, dtype=dtype, **arguments))
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """Each sample with its own adapter; a name this layer does not have gets the base layer, as in PEFT's LoRA.

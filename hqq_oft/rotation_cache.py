@@ -34,18 +34,19 @@ class RotationCache:
             settings: what else decides `D`.
             compute: makes it.
         """
-        if v.is_inference():  # has no count of changes
+        # An inference tensor has no count of changes. A captured CUDA graph would hold on to the address of a `D` that
+        # it does not own, and never see a change: it computes its own.
+        if v.is_inference() or (v.is_cuda and torch.cuda.is_current_stream_capturing()):
             return compute()
-        key = (v.data_ptr(), v._version, *settings)
+        # Another stream would have to wait for what this one computes.
+        stream = torch.cuda.current_stream(v.device).cuda_stream if v.is_cuda else None
+        key = (v.data_ptr(), v._version, stream, *settings)
         kept = self._entries.get(adapter)
         if kept is not None and kept[0] is v and kept[1] == key:
             return kept[2]
-        d = compute()
-        # What is computed while a CUDA graph is captured exists only when that graph is replayed; and an inference
-        # tensor could not be used where gradients are recorded.
-        capturing = v.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not capturing and not d.is_inference():
-            self._entries[adapter] = (v, key, d)
+        with torch.inference_mode(False), torch.no_grad():  # what is kept may meet a forward that records gradients
+            d = compute()
+        self._entries[adapter] = (v, key, d)
         return d
 
     def drop(self, adapter: str) -> None:

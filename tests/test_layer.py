@@ -820,10 +820,12 @@ def test_kept_rotations_are_freed_and_not_copied():
     assert len(layer._rotations) == 0
 
 
-def test_inference_mode_leaves_nothing_that_training_could_not_use():
+def test_inference_mode_keeps_rotations_that_training_could_use(cayleys):
     layer, x = two_adapters(), torch.randn(2, 96)
     with torch.inference_mode():
         expected = layer(x)
+        layer(x)
+    assert cayleys == [12, 1]
     for name in ("a", "b"):
         layer.oft_R[name].weight.requires_grad_(False)
     y = layer(x.requires_grad_())

@@ -48,7 +48,8 @@ def test_kernels_compile_for_every_target():
     assert {(row["kernel"], row["target"]) for row in rows} == {(k, t) for k in kernels() for t in TARGETS}
     for kernel in ("linear_fwd", "linear_bwd", "rotate_fwd", "rotate_bwd"):
         seen = {(row["case"].split()[-1], row["target"]) for row in rows if row["kernel"] == kernel}
-        assert seen == {(dtype, target) for dtype in ("fp16", "bf16") for target in TARGETS}, kernel
+        dtypes = ("fp16", "bf16", "fp32") if kernel.startswith("rotate") else ("fp16", "bf16")
+        assert seen == {(dtype, target) for dtype in dtypes for target in TARGETS}, kernel
 
 
 def compiled(offline, target="sm_90", **changes):
@@ -120,3 +121,11 @@ def test_interpreted_kernels_are_refused(offline, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench.offline"])
     with pytest.raises(SystemExit, match="Unset it"):
         offline.main()
+
+
+def test_single_bytes_of_packed_weights_are_a_fault_in_dequantizing_too():
+    offline = pytest.importorskip("bench.offline")
+    good = compiled(offline)
+    for loads, faulty in (("ld 8/2", False), ("ld 8/1", True)):
+        dequantize = replace(good, launch=replace(good.launch, name="dequantize_kernel"), matrix="", loads=loads)
+        assert (offline.faults(dequantize) == ["loads of single bytes"]) is faulty

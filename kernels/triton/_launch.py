@@ -23,6 +23,10 @@ def check_device(tensor: Tensor) -> None:
     """Raise `Unsupported` where Triton has no business with the tensor."""
     kind = tensor.device.type
     if kind == "cuda":
+        if torch.version.hip is None and _properties(tensor.device.index).major < 8:
+            raise Unsupported("the Triton kernels need compute capability 8.0 (Ampere) or later")
+        if tensor.dtype == torch.float64:
+            raise Unsupported("the Triton kernels compute in float32 on a GPU, and the input is float64")
         return
     if kind != "cpu":
         raise Unsupported(f"the Triton kernels run on CUDA and ROCm devices, and the tensor is on {tensor.device}")
@@ -56,9 +60,22 @@ def wide(*dtypes: torch.dtype) -> Any:
     return tl.float64 if torch.float64 in dtypes else tl.float32
 
 
-def product_precision(dtype: torch.dtype) -> str:
-    """How products of float32 operands are computed: TF32 only where the user has allowed it for matrix products."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def float32_precision() -> str:
+    """Three TF32 products in place of a float32 one: all but its last bits (2^-21), on tensor cores.
+
+    Without them the compiler keeps whole operands in registers and spills. Where there are none: float32 products.
+    """
+    return "ieee" if INTERPRETED or torch.version.hip is not None else "tf32x3"
+
+
+def product_precision(operands: Any) -> str:
+    """How products of such operands are computed: one TF32 product only where the user allowed it for matrix products.
+
+    16-bit operands have exact products, to which this does not apply.
+    """
+    if operands != tl.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else float32_precision()
 
 
 @functools.lru_cache

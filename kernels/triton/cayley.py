@@ -7,7 +7,7 @@ each term follow from Horner's rule, in panels of columns again. Closed forms af
 `hqq_oft.reference.cayley`.
 
 Blocks up to 128 take one launch: Q is built from `v` in registers. Larger blocks, and the exact map, which takes a
-library's batched solve, go through dense Q and the library's batched products.
+library's batched solve, go through dense Q and the library's batched products. The linear term, most of D, is exact.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from hqq_oft.reference import series_coefficients
 
-from ._launch import INTERPRETED, check_device, empty, on_device, wide
+from ._launch import check_device, empty, float32_precision, on_device, wide
 from ._pieces import dot, narrow
 
 _LARGEST_BLOCK = 128  # in one launch
@@ -219,11 +219,7 @@ def _panels(block_size: int) -> dict[str, int]:
 
 
 def _precision(v: Tensor) -> str:
-    """Three TF32 products in place of a float32 one: all but its last bits (2^-21), on tensor cores.
-
-    Without them the compiler keeps whole operands in registers and spills. The linear term, most of D, is exact.
-    """
-    return "ieee" if INTERPRETED or torch.version.hip is not None or v.dtype == torch.float64 else "tf32x3"
+    return "ieee" if v.dtype == torch.float64 else float32_precision()
 
 
 def _norm(max_norm: float | None, v: Tensor) -> Tensor:

@@ -19,13 +19,12 @@ from hqq_oft.weight import LEVELS_PER_ELEMENT
 from . import _tiles
 from ._launch import check_device, empty, on_device, product_precision, wide
 from ._pieces import dot, narrow, rotation_tile, tile_rows, weight_tile
-from .rotate import rotate, slice_width
+from .rotate import holds_slices, rotate, slice_width
 
-WIDEST_ROTATED_SLICE = 128  # wider blocks are rotated apart
 _TILES = 4  # tiles of rows that share a tile of D
 
 
-@triton.jit(do_not_specialize=["first_row", "rows", "first_column"])
+@triton.jit(do_not_specialize=["first_row", "rows"])
 def dequantize_kernel(
     w_ptr, s_ptr, z_ptr, d_ptr, out_ptr, N, K, band_rows, band_elements, groups, first_row, rows, first_column, columns,
     BITS: tl.constexpr, FIELDS: tl.constexpr, GROUP: tl.constexpr, AXIS: tl.constexpr, BANDED: tl.constexpr,
@@ -40,9 +39,9 @@ def dequantize_kernel(
     In the banded layout the range counts packed rows, and `out` holds the bands' rows one band after the other:
     [FIELDS * rows, columns]; elsewhere it is [rows, columns].
 
-    Grid: (slices of columns, TILES tiles of rows each).
+    Grid: (TILES tiles of rows each, slices of columns).
     """
-    i_slice = tl.program_id(0)
+    i_slice = tl.program_id(1)
     TILE_ROWS: tl.constexpr = BN // FIELDS if BANDED else BN
     limit = first_row + rows
     o_s = tl.arange(0, BK)
@@ -52,7 +51,7 @@ def dequantize_kernel(
     if ROTATED:
         d = rotation_tile(d_ptr, i_slice, o_s, o_s, K, B, WIDTH, SHARED, True).to(OPERAND)
     for i_tile in range(TILES):
-        start = first_row + (tl.program_id(1) * TILES + i_tile) * TILE_ROWS
+        start = first_row + (tl.program_id(0) * TILES + i_tile) * TILE_ROWS
         o_n, m_n = tile_rows(start, limit, band_rows, FIELDS, BANDED, BN)
         w = weight_tile(
             w_ptr, s_ptr, z_ptr, start, limit, o_n, m_n, o_k, m_k, k0, N, K, band_rows, band_elements, groups,
@@ -159,7 +158,7 @@ def dequantize_into(
     Args:
         out: `[rows, columns]`; for a banded weight `[fields * rows, columns]`.
         weight: the weight.
-        d: `[B or 1, b, b]` with blocks up to 128, or None; then the range takes all columns.
+        d: `[B or 1, b, b]` whose slices a tile holds (`holds_slices`), or None; with it the range takes all columns.
         rows: first and past the last row, of the packed rows if the weight is banded; by default all.
         columns: first and past the last column, the first a multiple of 128; by default all.
 
@@ -181,15 +180,15 @@ def dequantize_into(
     constants = weight.constants(bk)
     if width != bk:
         constants["GROUPS"] = 0  # a slice that is padded begins anywhere in a group
-    bn = weight.fit_rows(tile.bn, constants["GROUPS"])
+    bn = weight.fit_rows(tile.bn if d is None or operands in half.values() else tile.bn // 2, constants["GROUPS"])
     n_tiles = triton.cdiv(end_row - first_row, weight.tile_rows(bn))
     tiles = 1 if d is None else min(_TILES, triton.next_power_of_2(n_tiles))
     with on_device(out):
-        dequantize_kernel[(triton.cdiv(end_column - first_column, width), triton.cdiv(n_tiles, tiles))](
+        dequantize_kernel[(triton.cdiv(n_tiles, tiles), triton.cdiv(end_column - first_column, width))](
             weight.packed, weight.scale, weight.zero, out if d is None else d.contiguous(), out, *weight.sizes(),
             first_row, end_row - first_row, first_column, end_column - first_column, **constants,
             ROTATED=d is not None, B=b, WIDTH=width, SHARED=d is not None and d.shape[0] == 1, TILES=tiles,
-            BN=bn, BK=bk, ACC=wide(accumulator), OPERAND=operands, PRECISION=product_precision(accumulator),
+            BN=bn, BK=bk, ACC=wide(accumulator), OPERAND=operands, PRECISION=product_precision(operands),
             enable_fp_fusion=True, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out
@@ -209,10 +208,10 @@ def dequantize_rotate(
     packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int, bits: int, group_size: int,
     axis: int, d: Tensor, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """`hqq_oft.reference.dequantize_rotate`; blocks over 128 are rotated in a second pass."""
+    """`hqq_oft.reference.dequantize_rotate`; blocks that no tile holds are rotated in a second pass."""
     check_device(packed)
     weight = Packed.of(packed, scale, zero, out_features, in_features, bits, group_size, axis)
-    if slice_width(d.shape[-1], in_features) <= WIDEST_ROTATED_SLICE:
+    if holds_slices(dtype, d, in_features):
         return dequantize_into(empty(packed, (out_features, in_features), dtype), weight, d)
     wide_out = torch.promote_types(dtype, torch.promote_types(scale.dtype, torch.float32))
     dense = dequantize_into(empty(packed, (out_features, in_features), wide_out), weight)

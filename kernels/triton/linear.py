@@ -26,8 +26,8 @@ from hqq_oft._config import scratch_bytes
 from . import _tiles
 from ._launch import check_device, empty, on_device, product_precision, rows_contiguous, splits_for, wide
 from ._pieces import dot, narrow, rotation_tile, sum_splits, tile_rows, weight_tile
-from .dequantize import WIDEST_ROTATED_SLICE, Packed, dequantize_into
-from .rotate import operand, rotate, slice_width
+from .dequantize import Packed, dequantize_into
+from .rotate import holds_slices, operand, rotate
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -93,6 +93,9 @@ def linear_fwd_kernel(
 # --- Launchers -------------------------------------------------------------------------------------------------------
 
 
+_ROWS = 128  # chunks of the scratch begin at multiples of it where they can: the vendor's GEMM wants aligned outputs
+
+
 def rotates_in_tile(d: Tensor, bk: int) -> bool:
     """Whether whole blocks fill the tile's columns."""
     return bk % d.shape[-1] == 0
@@ -129,7 +132,7 @@ def fused_linear(
             ROTATED=d is not None, INDEXED=d is not None and adapter_index is not None,
             SHARED=d is not None and d.shape[-3] == 1, BIASED=bias is not None, B=1 if d is None else d.shape[-1],
             SPLITS=splits, BM=tile.bm, BN=bn, BK=tile.bk, ACC=wide(accumulator),
-            OPERAND=wide(accumulator) if d is None else operand(x, d), PRECISION=product_precision(accumulator),
+            OPERAND=wide(accumulator) if d is None else operand(x, d), PRECISION=product_precision(wide(accumulator)),
             enable_fp_fusion=True, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y
@@ -139,13 +142,14 @@ def fused_linear(
 def scratch_linear(x: Tensor, d: Tensor | None, weight: Packed, bias: Tensor | None) -> Tensor:
     """The product by the vendor's GEMM with `W * R^T` decoded into a scratch, a chunk of outputs at a time."""
     M, K = x.shape
-    if d is not None and slice_width(d.shape[-1], K) > WIDEST_ROTATED_SLICE:
+    if d is not None and not holds_slices(x.dtype, d, K):
         x, d = rotate(x, d, None, False), None
     y = empty(x, (M, weight.N))
     if bias is not None:
         bias = bias.to(x.dtype)
     bands = weight.fields if weight.banded else 1
-    chunk = min(weight.band_rows, max(1, scratch_bytes() // (bands * K * x.element_size())))
+    fit = scratch_bytes() // (bands * K * x.element_size())
+    chunk = min(weight.band_rows, max(fit // _ROWS * _ROWS, min(fit, _ROWS), 1))
     scratch = empty(x, (bands * chunk, K))
     for first in range(0, weight.band_rows, chunk):
         rows = min(chunk, weight.band_rows - first)
@@ -167,6 +171,11 @@ def _multiply(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, x, w.t(), out=out)
 
 
+def takes_one_launch(x: Tensor) -> bool:
+    """Whether the product with so many rows is fused; float32 on a GPU never is: Triton's float32 products spill."""
+    return x.shape[0] < _tiles.regime(x, "scratch_from_m") and not (x.is_cuda and x.element_size() > 2)
+
+
 def linear(
     x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int,
     bits: int, group_size: int, axis: int, bias: Tensor | None, adapter_index: Tensor | None,
@@ -177,7 +186,7 @@ def linear(
     M = x.shape[0]
     if M == 0:
         return empty(x, (0, out_features))
-    if _tiles.regime(x, "scratch_from_m") > M:
+    if takes_one_launch(x):
         return fused_linear(x, d, weight, bias, adapter_index)
     if d is not None and adapter_index is not None:
         x, d = rotate(x, d, adapter_index, False), None

@@ -20,9 +20,9 @@ from . import _tiles
 from ._launch import check_device, empty, on_device, product_precision, rows_contiguous, splits_for, wide
 from ._pieces import dot, narrow, sum_splits, tile_rows, weight_tile
 from .dequantize import Packed, dequantize_into
-from .rotate import rotate, rotation_gradient, slice_width
+from .linear import takes_one_launch
+from .rotate import holds_slices, rotate, rotation_gradient
 
-_WIDEST_SLICE = 128
 _COLUMNS = 128  # chunks of the scratch begin at multiples of it
 
 
@@ -85,7 +85,7 @@ def fused_input_gradient(grad: Tensor, weight: Packed) -> Tensor:
         linear_bwd_kernel[(m_tiles, k_tiles, splits)](
             grad, weight.packed, weight.scale, weight.zero, g, part, count, M, *weight.sizes(), grad.stride(0),
             **constants, EVEN=weight.K % tile.bk == 0, SPLITS=splits, BM=tile.bm, BN=bn, BK=tile.bk,
-            ACC=wide(accumulator), PRECISION=product_precision(accumulator), enable_fp_fusion=True,
+            ACC=wide(accumulator), PRECISION=product_precision(wide(accumulator)), enable_fp_fusion=True,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return g
@@ -115,7 +115,7 @@ def linear_backward(
     M = grad.shape[0]
     if M == 0:
         g = empty(grad, (0, in_features))
-    elif _tiles.regime(grad, "scratch_from_m") > M:
+    elif takes_one_launch(grad):
         g = fused_input_gradient(grad, weight)
     else:
         g = scratch_input_gradient(grad, weight)
@@ -126,7 +126,7 @@ def linear_backward(
         return dx, d.new_empty(0, dtype=wide_dtype(x.dtype, d.dtype))
     if not need_x:
         return g.new_empty(0), rotation_gradient(g, x, d, adapter_index, False, None)
-    if adapter_index is None and slice_width(d.shape[-1], in_features) <= _WIDEST_SLICE:
+    if adapter_index is None and holds_slices(x.dtype, d, in_features):
         return g, rotation_gradient(g, x, d, None, False, g)  # in place: g is ours
     dd = rotation_gradient(g, x, d, adapter_index, False, None)
     return rotate(g, d, adapter_index, True), dd

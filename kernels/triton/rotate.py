@@ -19,7 +19,6 @@ from ._launch import check_device, empty, on_device, product_precision, rows_con
 from ._pieces import dot, narrow, rotation_tile
 
 _NARROWEST_SLICE = 32
-_WIDEST_SLICE = 128  # wider blocks are cut into tiles
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -116,6 +115,12 @@ def slice_width(block_size: int, features: int) -> int:
     return block_size * max(1, min(_NARROWEST_SLICE, features) // block_size)
 
 
+def holds_slices(dtype: torch.dtype, d: Tensor, features: int) -> bool:
+    """Whether one tile holds a slice of rows of `dtype` and its rotation; wider blocks are cut into tiles."""
+    halves = dtype == d.dtype and dtype.itemsize == 2
+    return slice_width(d.shape[-1], features) <= (128 if halves else 64)
+
+
 def operand(x: Tensor, d: Tensor) -> Any:
     """The dtype of a product's operands: that of x and D where they agree, else the wider one."""
     if x.dtype == d.dtype:
@@ -133,19 +138,19 @@ def rotate(x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) 
     x, d = rows_contiguous(x), d.contiguous()
     b, width = d.shape[-1], slice_width(d.shape[-1], K)
     tile = _tiles.choose(x, "rotate", M)
-    if width <= _WIDEST_SLICE:
+    halves = x.element_size() == d.element_size() == 2
+    bm, bn, bk = (tile.bm, tile.bn, tile.bk) if halves else (max(16, tile.bm // 2), tile.bn, tile.bk // 2)
+    if holds_slices(x.dtype, d, K):
         bn = bk = max(16, triton.next_power_of_2(width))
-    else:
-        bn, bk = tile.bn, tile.bk
     operands = operand(x, d)
-    grid = (triton.cdiv(M, tile.bm), triton.cdiv(K, width), triton.cdiv(width, bn))
+    grid = (triton.cdiv(M, bm), triton.cdiv(K, width), triton.cdiv(width, bn))
     with on_device(x):
         rotate_fwd_kernel[grid](
             x, d, x if adapter_index is None else adapter_index.contiguous(), y, M, K, x.stride(0),
             d.stride(0) if adapter_index is not None else 0, d.shape[0] if adapter_index is not None else 1,
             B=b, WIDTH=width, SHARED=d.shape[-3] == 1, TRANSPOSE=transpose, INDEXED=adapter_index is not None,
-            BM=tile.bm, BN=bn, BK=bk, ACC=wide(x.dtype, d.dtype), OPERAND=operands,
-            PRECISION=product_precision(torch.promote_types(x.dtype, d.dtype)), enable_fp_fusion=True,
+            BM=bm, BN=bn, BK=bk, ACC=wide(x.dtype, d.dtype), OPERAND=operands,
+            PRECISION=product_precision(operands), enable_fp_fusion=True,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y
@@ -160,7 +165,7 @@ def rotate_backward(
     if not need_d:
         dx = rotate(grad, d, adapter_index, not transpose) if need_x else dx
         return dx, d.new_empty(0, dtype=wide_dtype(x.dtype, d.dtype))
-    one_pass = need_x and adapter_index is None and slice_width(d.shape[-1], x.shape[1]) <= _WIDEST_SLICE
+    one_pass = need_x and adapter_index is None and holds_slices(x.dtype, d, x.shape[1])
     if one_pass:
         dx = empty(grad, tuple(grad.shape))
     elif need_x:
@@ -173,7 +178,7 @@ def rotation_gradient(
 ) -> Tensor:
     """`dD`, shaped as `d`, in float32 or wider; in the same pass also `dx`, into the buffer given, or none.
 
-    `dx` may be `grad`; it takes blocks up to 128 and no `adapter_index`.
+    `dx` may be `grad`; it takes a tile that holds whole slices (`holds_slices`) and no `adapter_index`.
     """
     M, K = x.shape
     b, width = d.shape[-1], slice_width(d.shape[-1], K)
@@ -182,8 +187,9 @@ def rotation_gradient(
         return empty(d, tuple(d.shape), accumulator).zero_()
     grad, x, d = rows_contiguous(grad), rows_contiguous(x), d.contiguous()
     tile = _tiles.choose(x, "rotate_backward", M)
-    side = max(16, triton.next_power_of_2(width)) if width <= _WIDEST_SLICE else tile.bk
-    bm, warps = (tile.bm, tile.warps) if side <= 64 else (tile.bm // 2, tile.warps * 2)
+    side = max(16, triton.next_power_of_2(width)) if holds_slices(x.dtype, d, K) else tile.bk
+    halves = x.element_size() == d.element_size() == 2
+    bm, warps = (tile.bm, tile.warps) if side <= 64 and halves else (tile.bm // 2, tile.warps * 2)
     tiles, adapters = triton.cdiv(width, side), 1 if adapter_index is None else d.shape[0]
     programs = triton.cdiv(K, width) * tiles * tiles
     splits = splits_for(programs * adapters, triton.cdiv(M, bm), x)
@@ -199,7 +205,7 @@ def rotation_gradient(
             M, K, grad.stride(0), x.stride(0), K, rows_per_split,
             B=b, WIDTH=width, SHARED=d.shape[-3] == 1, TRANSPOSE=transpose, INDEXED=adapter_index is not None,
             NEED_X=dx is not None, TILES=tiles, BM=bm, BI=side, BJ=side, ACC=wide(x.dtype, d.dtype),
-            OPERAND=operands, PRECISION=product_precision(torch.promote_types(x.dtype, d.dtype)),
+            OPERAND=operands, PRECISION=product_precision(operands),
             enable_fp_fusion=True, num_warps=warps, num_stages=tile.stages,
         )  # fmt: skip
     if d.shape[-3] == 1:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -79,10 +82,15 @@ def test_without_the_interpreter_the_cpu_is_refused(monkeypatch):
 
 
 def test_tf32_only_where_the_user_allowed_it():
-    assert _launch.product_precision(torch.float32) == "ieee"
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        assert _launch.product_precision(torch.float32) == "tf32"
-        assert _launch.product_precision(torch.float64) == "ieee"
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
+    program = (
+        "import torch, triton.language as tl\n"
+        "from hqq_oft.triton_kernels._launch import product_precision as precision\n"
+        "print(precision(tl.float32))\n"
+        "{allow}\n"
+        "print(precision(tl.float32), precision(tl.float64), precision(tl.bfloat16))\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    for allow in ("allow_tf32 = True", "fp32_precision = 'tf32'"):  # PyTorch's older and newer way to say so
+        source = program.format(allow=f"torch.backends.cuda.matmul.{allow}")
+        run = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=environment)
+        assert run.stdout.split() == ["tf32x3", "tf32", "ieee", "ieee"], run.stderr
