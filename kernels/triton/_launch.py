@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from hqq_oft import backends
 from hqq_oft.backends import Unsupported
 
@@ -60,6 +60,13 @@ def wide(*dtypes: torch.dtype) -> Any:
     return tl.float64 if torch.float64 in dtypes else tl.float32
 
 
+def operand(*dtypes: torch.dtype) -> Any:
+    """The dtype of a product's operands: that of all where they agree, else the wider one."""
+    if len(set(dtypes)) == 1:
+        return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtypes[0], wide(*dtypes))
+    return wide(*dtypes)
+
+
 def float32_precision() -> str:
     """Three TF32 products in place of a float32 one: all but its last bits (2^-21), on tensor cores.
 
@@ -94,6 +101,14 @@ def device_name(tensor: Tensor) -> str:
     """Name of the tensor's device, as the files of tuned tiles are named: `nvidia_h100_80gb_hbm3`."""
     name = _properties(tensor.device.index).name if tensor.is_cuda else "interpreter"
     return "_".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def split_buffers(like: Tensor, splits: int, shape: tuple[int, int], tiles: int) -> tuple[Tensor, Tensor]:
+    """What `_pieces.sum_splits` needs: room for the parts, and a zero for each tile. Nothing where nothing is split."""
+    if splits == 1:
+        return like, like
+    part = empty(like, (splits, *shape), torch.promote_types(like.dtype, torch.float32))
+    return part, torch.zeros(tiles, dtype=torch.int32, device=like.device)
 
 
 def splits_for(programs: int, steps: int, tensor: Tensor, most: int = 16) -> int:

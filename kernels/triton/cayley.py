@@ -15,10 +15,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from hqq_oft.reference import series_coefficients
 
 from ._launch import check_device, empty, float32_precision, on_device, wide

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from hqq_oft.weight import LEVELS_PER_ELEMENT
 
 from . import _tiles
-from ._launch import check_device, empty, on_device, product_precision, wide
+from ._launch import check_device, empty, on_device, operand, product_precision, wide
 from ._pieces import dot, narrow, rotation_tile, tile_rows, weight_tile
 from .rotate import holds_slices, rotate, slice_width
 
@@ -174,13 +174,12 @@ def dequantize_into(
         width = tile.bk
     bk = max(16, triton.next_power_of_2(width))
     accumulator = torch.promote_types(out.dtype, weight.scale.dtype)
-    half = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-    same = d is not None and d.dtype == out.dtype
-    operands = half[out.dtype] if same and out.dtype in half else wide(accumulator)
+    halves = d is not None and d.dtype == out.dtype and out.element_size() == 2
+    operands = operand(out.dtype) if halves else wide(accumulator)
     constants = weight.constants(bk)
     if width != bk:
         constants["GROUPS"] = 0  # a slice that is padded begins anywhere in a group
-    bn = weight.fit_rows(tile.bn if d is None or operands in half.values() else tile.bn // 2, constants["GROUPS"])
+    bn = weight.fit_rows(tile.bn if d is None or halves else tile.bn // 2, constants["GROUPS"])
     n_tiles = triton.cdiv(end_row - first_row, weight.tile_rows(bn))
     tiles = 1 if d is None else min(_TILES, triton.next_power_of_2(n_tiles))
     with on_device(out):

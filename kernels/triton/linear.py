@@ -17,17 +17,27 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from hqq_oft._config import scratch_bytes
 
 from . import _tiles
-from ._launch import check_device, empty, on_device, product_precision, rows_contiguous, splits_for, wide
+from ._launch import (
+    check_device,
+    empty,
+    on_device,
+    operand,
+    product_precision,
+    rows_contiguous,
+    split_buffers,
+    splits_for,
+    wide,
+)
 from ._pieces import dot, narrow, rotation_tile, sum_splits, tile_rows, weight_tile
 from .dequantize import Packed, dequantize_into
-from .rotate import holds_slices, operand, rotate
+from .rotate import holds_slices, rotate
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -117,11 +127,8 @@ def fused_linear(
     bn = weight.fit_rows(tile.bn, constants["GROUPS"])
     m_tiles, n_tiles = triton.cdiv(M, tile.bm), triton.cdiv(weight.band_rows, weight.tile_rows(bn))
     splits = splits_for(m_tiles * n_tiles, triton.cdiv(K, tile.bk), x)
-    accumulator = torch.promote_types(x.dtype, torch.float32)
-    part = count = x
-    if splits > 1:
-        part = empty(x, (splits, M, weight.N), accumulator)
-        count = torch.zeros(m_tiles * n_tiles, dtype=torch.int32, device=x.device)
+    accumulator = wide(x.dtype)
+    part, count = split_buffers(x, splits, (M, weight.N), m_tiles * n_tiles)
     with on_device(x):
         linear_fwd_kernel[(m_tiles, n_tiles, splits)](
             x, x if d is None else d.contiguous(), x if adapter_index is None else adapter_index.contiguous(),
@@ -131,8 +138,8 @@ def fused_linear(
             EVEN=K % tile.bk == 0,
             ROTATED=d is not None, INDEXED=d is not None and adapter_index is not None,
             SHARED=d is not None and d.shape[-3] == 1, BIASED=bias is not None, B=1 if d is None else d.shape[-1],
-            SPLITS=splits, BM=tile.bm, BN=bn, BK=tile.bk, ACC=wide(accumulator),
-            OPERAND=wide(accumulator) if d is None else operand(x, d), PRECISION=product_precision(wide(accumulator)),
+            SPLITS=splits, BM=tile.bm, BN=bn, BK=tile.bk, ACC=accumulator,
+            OPERAND=accumulator if d is None else operand(x.dtype, d.dtype), PRECISION=product_precision(accumulator),
             enable_fp_fusion=True, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y

@@ -9,15 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from hqq_oft._config import scratch_bytes
 from hqq_oft.reference import wide_dtype
 
 from . import _tiles
-from ._launch import check_device, empty, on_device, product_precision, rows_contiguous, splits_for, wide
+from ._launch import check_device, empty, on_device, product_precision, rows_contiguous, split_buffers, splits_for, wide
 from ._pieces import dot, narrow, sum_splits, tile_rows, weight_tile
 from .dequantize import Packed, dequantize_into
 from .linear import takes_one_launch
@@ -76,16 +76,13 @@ def fused_input_gradient(grad: Tensor, weight: Packed) -> Tensor:
     bn = weight.fit_rows(tile.bn, constants["GROUPS"])
     m_tiles, k_tiles = triton.cdiv(M, tile.bm), triton.cdiv(weight.K, tile.bk)
     splits = splits_for(m_tiles * k_tiles, triton.cdiv(weight.band_rows, weight.tile_rows(bn)), grad)
-    accumulator = torch.promote_types(grad.dtype, torch.float32)
-    part = count = grad
-    if splits > 1:
-        part = empty(grad, (splits, M, weight.K), accumulator)
-        count = torch.zeros(m_tiles * k_tiles, dtype=torch.int32, device=grad.device)
+    accumulator = wide(grad.dtype)
+    part, count = split_buffers(grad, splits, (M, weight.K), m_tiles * k_tiles)
     with on_device(grad):
         linear_bwd_kernel[(m_tiles, k_tiles, splits)](
             grad, weight.packed, weight.scale, weight.zero, g, part, count, M, *weight.sizes(), grad.stride(0),
             **constants, EVEN=weight.K % tile.bk == 0, SPLITS=splits, BM=tile.bm, BN=bn, BK=tile.bk,
-            ACC=wide(accumulator), PRECISION=product_precision(wide(accumulator)), enable_fp_fusion=True,
+            ACC=accumulator, PRECISION=product_precision(accumulator), enable_fp_fusion=True,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return g

@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from hqq_oft.reference import wide_dtype
 
 from . import _tiles
-from ._launch import check_device, empty, on_device, product_precision, rows_contiguous, splits_for, wide
+from ._launch import check_device, empty, on_device, operand, product_precision, rows_contiguous, splits_for, wide
 from ._pieces import dot, narrow, rotation_tile
 
 _NARROWEST_SLICE = 32
@@ -121,13 +121,6 @@ def holds_slices(dtype: torch.dtype, d: Tensor, features: int) -> bool:
     return slice_width(d.shape[-1], features) <= (128 if halves else 64)
 
 
-def operand(x: Tensor, d: Tensor) -> Any:
-    """The dtype of a product's operands: that of x and D where they agree, else the wider one."""
-    if x.dtype == d.dtype:
-        return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(x.dtype, wide(x.dtype))
-    return wide(x.dtype, d.dtype)
-
-
 def rotate(x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) -> Tensor:
     """`hqq_oft.reference.rotate`."""
     check_device(x)
@@ -142,7 +135,7 @@ def rotate(x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) 
     bm, bn, bk = (tile.bm, tile.bn, tile.bk) if halves else (max(16, tile.bm // 2), tile.bn, tile.bk // 2)
     if holds_slices(x.dtype, d, K):
         bn = bk = max(16, triton.next_power_of_2(width))
-    operands = operand(x, d)
+    operands = operand(x.dtype, d.dtype)
     grid = (triton.cdiv(M, bm), triton.cdiv(K, width), triton.cdiv(width, bn))
     with on_device(x):
         rotate_fwd_kernel[grid](
@@ -195,10 +188,7 @@ def rotation_gradient(
     splits = splits_for(programs * adapters, triton.cdiv(M, bm), x)
     rows_per_split = triton.cdiv(triton.cdiv(M, bm), splits) * bm
     part = empty(x, (splits, adapters, K // b, b, b), accumulator)
-    narrow = x.dtype if x.dtype == grad.dtype else torch.promote_types(x.dtype, grad.dtype)
-    operands = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(narrow, wide(narrow))
-    if dx is not None and operand(grad, d) != operands:
-        operands = wide(x.dtype, d.dtype)
+    operands = operand(x.dtype, grad.dtype) if dx is None else operand(x.dtype, grad.dtype, d.dtype)
     with on_device(x):
         rotate_bwd_kernel[(splits, programs, adapters)](
             grad, x, d, x if adapter_index is None else adapter_index.contiguous(), grad if dx is None else dx, part,

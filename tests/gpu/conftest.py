@@ -41,8 +41,10 @@ def poisoned_outputs(monkeypatch):
     """Every output, and every buffer for parts of a sum, is NaN before its kernel runs."""
     from hqq_oft.triton_kernels import _launch, cayley, dequantize, linear, linear_backward, rotate
 
-    def poisoned(like, shape, dtype=None):
-        return _launch.empty(like, shape, dtype).fill_(float("nan"))
+    empty = _launch.empty
 
-    for module in (cayley, dequantize, linear, linear_backward, rotate):
+    def poisoned(like, shape, dtype=None):
+        return empty(like, shape, dtype).fill_(float("nan"))
+
+    for module in (_launch, cayley, dequantize, linear, linear_backward, rotate):
         monkeypatch.setattr(module, "empty", poisoned)
