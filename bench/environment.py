@@ -1,0 +1,74 @@
+"""Where a figure was measured: device, versions, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "triton", "peft", "hqq", "transformers", "gemlite", "numpy")
+
+
+def version(package: str) -> str:
+    """A package's version, or `not installed`."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def commit() -> str:
+    """The checked-out commit, and whether the sources differ from it; `unknown` outside a repository."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+
+    try:
+        changed = [line for line in git("status", "--porcelain").splitlines() if "bench/results/" not in line]
+        return git("rev-parse", "HEAD") + (", with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def device_names() -> list[str]:
+    """The GPUs that torch can use."""
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def processor() -> str:
+    """The CPU as the system calls it, the cores that this process may use, and torch's instruction set."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = names[0] if names else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def describe(device: str) -> dict[str, str]:
+    """Device, versions and commit."""
+    cuda = torch.device(device).type == "cuda"
+    facts = {
+        "device": torch.cuda.get_device_name(device) if cuda else processor(),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "cuda": str(torch.version.cuda),
+        "commit": commit(),
+    }
+    return facts | {package: version(package) for package in PACKAGES}
+
+
+def folder_name(device: str) -> str:
+    """The device's folder under bench/results: `cpu`, or the GPU's name as the tile tables spell it."""
+    if torch.device(device).type != "cuda":
+        return torch.device(device).type
+    name = torch.cuda.get_device_name(device).lower()
+    return "_".join("".join(c if c.isalnum() else " " for c in name).split())

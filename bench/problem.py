@@ -1,0 +1,168 @@
+"""A layer to measure: its shape and settings, a random quantized weight, a random rotation.
+
+Packed levels are drawn, not quantized from a dense weight: random bytes are what a kernel sees, and drawing them takes
+no time.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+from torch import Tensor, nn
+
+from hqq_oft import QuantizedWeight, reference
+from hqq_oft.weight import LEVELS_PER_ELEMENT
+
+from . import model
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a layer is quantized and rotated.
+
+    Attributes:
+        bits, group, axis: of the weight.
+        block: OFT block size b.
+        dtype: of inputs, outputs, scales and zeros: bf16, fp16 or fp32.
+        share: one block for all positions.
+        exact: the Cayley map in place of the series of five terms.
+    """
+
+    bits: int = 4
+    group: int = 64
+    axis: int = 1
+    block: int = 32
+    dtype: str = "bf16"
+    share: bool = False
+    exact: bool = False
+
+    @property
+    def label(self) -> str:
+        """Short text, unique among settings."""
+        extra = (" shared" if self.share else "") + (" exact" if self.exact else "")
+        return f"{self.bits}-bit g{self.group} axis {self.axis} b={self.block} {self.dtype}{extra}"
+
+    @property
+    def terms(self) -> int | None:
+        """Of the series; None for the exact map."""
+        return None if self.exact else 5
+
+    def layer(self, n: int, k: int) -> model.Layer:
+        """The layer in the cost model."""
+        element = DTYPES[self.dtype].itemsize
+        return model.Layer(n, k, self.block, self.bits, self.group, element)
+
+
+def quantized_weight(
+    n: int, k: int, device: Any, *, bits: int = 4, group: int = 64, axis: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> QuantizedWeight:
+    """Random packed levels, scale and zero; rows of about unit norm."""
+    groups, levels, fields = n * k // group, 2**bits, LEVELS_PER_ELEMENT[bits]
+    rows, columns = (groups, group) if axis == 1 else (group, groups)
+    largest, storage = (2**30, torch.int32) if bits == 3 else (256, torch.uint8)
+    packed = torch.randint(0, largest, (-(-rows // fields), columns), dtype=storage, device=device)
+    deviation = math.sqrt((levels**2 - 1) / 12)
+    scale = (0.5 + torch.rand(groups, device=device)) / (deviation * math.sqrt(k))
+    zero = (levels - 1) * (0.4 + 0.2 * torch.rand(groups, device=device))
+    return QuantizedWeight(packed, scale.to(dtype), zero.to(dtype), n, k, bits, group, axis)
+
+
+def skew_parameters(blocks: int, b: int, device: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Blocks of the same spectral norm, about 0.4, whatever b is."""
+    return (torch.randn(blocks, b * (b - 1) // 2, device=device) * (0.2 / math.sqrt(b))).to(dtype)
+
+
+def hqq_layer(weight: QuantizedWeight, dtype: torch.dtype) -> HQQLinear:
+    """An `HQQLinear` that holds the weight's tensors."""
+    settings = BaseQuantizeConfig(nbits=weight.bits, group_size=weight.group_size, axis=weight.axis)
+    # HQQ fills in the rest of its meta data when it quantizes something.
+    small = nn.Linear(weight.group_size, 40, bias=False)
+    small.weight.requires_grad_(False)
+    layer = HQQLinear(small, settings, compute_dtype=dtype, device="cpu")
+    device = weight.packed.device
+    layer.in_features, layer.out_features = weight.in_features, weight.out_features
+    layer.W_q = nn.Parameter(weight.packed, requires_grad=False)
+    layer.device, layer.bias = str(device), None
+    stored = (-1, 1) if weight.axis == 1 else (1, -1)
+    layer.meta.update(
+        scale=weight.scale.view(stored),
+        zero=weight.zero.view(stored),
+        shape=torch.Size((weight.out_features, weight.in_features)),
+    )
+    return layer
+
+
+class Problem:
+    """One layer with random contents, made when first asked for.
+
+    Args:
+        n: out-features.
+        k: in-features, which the setting's block size divides.
+        setting: how it is quantized and rotated.
+        device: where it lives.
+        copies: sets of buffers with the same contents, for timing out of the cache.
+    """
+
+    def __init__(self, n: int, k: int, setting: Setting, device: torch.device, copies: int = 1) -> None:
+        self.n, self.k, self.setting, self.device, self.copies = n, k, setting, device, copies
+        self.dtype = DTYPES[setting.dtype]
+
+    @property
+    def layer(self) -> model.Layer:
+        """The layer in the cost model."""
+        return self.setting.layer(self.n, self.k)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Columns of a table."""
+        return {"N": self.n, "K": self.k, **asdict(self.setting)}
+
+    @cached_property
+    def weights(self) -> list[QuantizedWeight]:
+        """One weight per set of buffers."""
+        setting = self.setting
+        first = quantized_weight(
+            self.n, self.k, self.device, bits=setting.bits, group=setting.group, axis=setting.axis, dtype=self.dtype
+        )
+
+        def again() -> QuantizedWeight:
+            clone = copy.copy(first)
+            for name in ("packed", "scale", "zero"):
+                object.__setattr__(clone, name, getattr(first, name).clone())
+            return clone
+
+        return [first, *(again() for _ in range(self.copies - 1))]
+
+    @cached_property
+    def v(self) -> Tensor:
+        """Skew parameters in float32, as PEFT makes them."""
+        stored = 1 if self.setting.share else self.k // self.setting.block
+        return skew_parameters(stored, self.setting.block, self.device)
+
+    @cached_property
+    def d(self) -> Tensor:
+        """`D = R - I` in the problem's dtype."""
+        return reference.cayley(self.v.double(), self.setting.block, self.setting.terms, None, None, self.dtype)
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """The weight, `[N, K]`, in the problem's dtype."""
+        return reference.dequantize(*self.weights[0].arguments(), self.dtype)
+
+    def inputs(self, m: int) -> list[Tensor]:
+        """Random `[m, K]`, one per set of buffers."""
+        return [torch.randn(m, self.k, device=self.device).to(self.dtype) for _ in range(self.copies)]
+
+    def truth(self, x: Tensor, rotated: bool) -> Tensor:
+        """The product in float64."""
+        x, d = x.double(), self.d.double()
+        x = reference.rotate(x, d, None, False) if rotated else x
+        return x @ reference.dequantize(*self.weights[0].arguments(), torch.float64).T
