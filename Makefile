@@ -6,8 +6,11 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n 2
 PYTEST_ARGS ?=
 DEMO ?=
+BENCH ?=
+GPU_ARGS ?=
 
-.PHONY: help venv check format test test-matrix test-triton-3.6 gpu-test coverage offline demo clean
+.PHONY: help venv check format test test-matrix test-triton-3.6 coverage offline demo clean
+.PHONY: bench-cpu gpu gpu-pack gpu-test gpu-tune
 
 help: ## this list
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 17
@@ -89,6 +92,36 @@ ONLY ?=
 gpu-test: ## the tests that need a GPU, and compute-sanitizer where it is found (options: OUT=folder, PYTEST_ARGS="-n 8")
 	PYTHONPATH=.:tests$${PYTHONPATH:+:$$PYTHONPATH} TRITON_INTERPRET=0 $(PYTHON_GPU) -m gpu.run \
 		$(if $(OUT),--out "$(OUT)") $(if $(ONLY),--only $(ONLY)) -- $(PYTEST_ARGS)
+
+# What a GPU machine needs where nothing can be installed: the wheels in $(WHEELS), made by `make gpu-pack`, and this
+# package built from the checkout, both into build/site. SECONDS bounds a run; the same command goes on where it was.
+WHEELS ?= .gpu-wheels
+SECONDS ?= 520
+SITE := build/site
+# The checkout's own hqq_oft lacks what setup.py maps into it, so the built one must come first: Python 3.11 or later.
+ON_SITE = PYTHONSAFEPATH=1 PYTHONPATH=$(abspath $(SITE)):$(CURDIR):$(CURDIR)/tests$${PYTHONPATH:+:$$PYTHONPATH} \
+	$(PYTHON_GPU)
+
+gpu-pack: $(STAMP) $(OLD_TRITON)/.installed ## wheels for a GPU machine without installs, in $(WHEELS), and the kernels on its Triton
+	$(BIN)/python -m bench.pack $(WHEELS)
+	TRITON_DEFAULT_FP_FUSION=1 $(OLD_TRITON)/bin/python -m bench.offline --dtypes bf16 --targets sm_90
+
+$(SITE)/.built: setup.py pyproject.toml $(wildcard hqq_oft/*.py kernels/*/* csrc/* csrc/*/* $(WHEELS)/*.whl)
+	rm -rf $(SITE) build/lib
+	$(if $(wildcard $(WHEELS)/*.whl),$(PYTHON_GPU) -m pip install --quiet --no-index --no-deps --no-compile \
+		--target $(SITE) $(wildcard $(WHEELS)/*.whl))
+	$(PYTHON_GPU) -m pip install --quiet --no-index --no-deps --no-build-isolation --target $(SITE) .
+	touch $@
+
+gpu: $(SITE)/.built ## all that a GPU can answer, in 9 minutes: tests, suites, tables (options: OUT=folder SECONDS=520)
+	$(ON_SITE) -m bench.gpu --seconds $(SECONDS) $(if $(OUT),--out "$(OUT)") $(GPU_ARGS)
+
+gpu-tune: $(SITE)/.built ## time tiles and write kernels/configs/<device>.json (options: OUT=folder SECONDS=520)
+	$(ON_SITE) -m bench.tune --seconds $(SECONDS) $(GPU_ARGS)
+	$(if $(OUT),cp kernels/configs/*.json build/tune.jsonl "$(OUT)")
+
+bench-cpu: $(STAMP) ## the suites on the CPU, into bench/results/cpu (options: BENCH="--suite layer")
+	$(BIN)/python -m bench.run --device cpu $(BENCH)
 
 demo: $(STAMP) ## the main job: train, quantize, fine-tune, save, load, merge, unmerge (options: DEMO="--steps 100 ...")
 	$(BIN)/python -m bench.demo $(DEMO)

@@ -58,6 +58,7 @@ def describe(device: str) -> dict[str, str]:
     cuda = torch.device(device).type == "cuda"
     facts = {
         "device": torch.cuda.get_device_name(device) if cuda else processor(),
+        "kind": torch.device(device).type,
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "cuda": str(torch.version.cuda),

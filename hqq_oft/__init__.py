@@ -6,6 +6,7 @@ from . import functional
 from .backends import BackendError, Unsupported, backend
 from .layer import HqqOFTLinear
 from .peft_integration import ConversionReport, convert, dispatch_hqq, patch_peft, revert, unpatch_peft
+from .serving import frozen_rotations
 from .weight import QuantizedWeight
 
 __version__ = _metadata.version("hqq-oft")
@@ -19,6 +20,7 @@ __all__ = [
     "backend",
     "convert",
     "dispatch_hqq",
+    "frozen_rotations",
     "functional",
     "patch_peft",
     "revert",

@@ -193,6 +193,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         if adapter_name in self.merged_adapters:
             raise ValueError(f"Cannot replace the adapter {adapter_name!r} while it is merged. Unmerge it first.")
         r, oft_block_size = settings.blocks(self.in_features, self.adjust_oft_parameters)
+        self._rotations.drop(adapter_name)
 
         dropout = MultiplicativeDropoutLayer(p=settings.module_dropout) if settings.module_dropout else nn.Identity()
         module = OFTRotationModule(
@@ -207,7 +208,6 @@ class HqqOFTLinear(nn.Module, OFTLayer):
             num_cayley_neumann_terms=settings.num_cayley_neumann_terms,
         )
         self.oft_R[adapter_name], self.oft_dropout[adapter_name] = module, dropout
-        self._rotations.drop(adapter_name)
         self.reset_oft_parameters(adapter_name, settings.init_weights)
         self.r[adapter_name] = r
         self.oft_block_size[adapter_name] = oft_block_size
@@ -386,12 +386,10 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         for name in dict.fromkeys(adapter_names):
             if name in self.oft_R:
                 stacks.setdefault(self.oft_R[name].block_size, []).append(name)
-        rows_per_sample = math.prod(x.shape[1:-1])
-        steps = []
-        for names in stacks.values():
-            index = torch.tensor([names.index(name) if name in names else -1 for name in adapter_names])
-            index = index.to(x.device).repeat_interleave(rows_per_sample)
-            steps.append((self._stacked_rotations(names, x), index))
+        rows = math.prod(x.shape[1:-1])
+        steps = [
+            (self._stacked_rotations(n, x), self._index(n, adapter_names, rows, x.device)) for n in stacks.values()
+        ]
         fused = steps.pop() if steps and not (args or kwargs) and self._base_is_plain() else None
         for d, index in steps:
             x = functional.rotate(x, d, adapter_index=index)
@@ -401,17 +399,38 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         base = self.base_layer
         return functional.linear(x, d, QuantizedWeight.from_hqq(base), base.bias, adapter_index=index)
 
+    def _index(self, names: list[str], adapter_names: list[str], rows_per_sample: int, device: torch.device) -> Tensor:
+        """Int64, for each row the number of its adapter in the stack of `names`, -1 for none."""
+
+        def make() -> Tensor:
+            index = torch.tensor([names.index(name) if name in names else -1 for name in adapter_names])
+            return index.to(device).repeat_interleave(rows_per_sample)
+
+        if torch.compiler.is_compiling():
+            return make()
+        kind = ("index", self.oft_R[names[0]].block_size)
+        key = (kind, tuple(names), tuple(adapter_names), rows_per_sample, device)
+        return self._rotations.derived(key, (), make)
+
     def _stacked_rotations(self, names: list[str], x: Tensor) -> Tensor:
         """`D` of several adapters of one block size, `[A, B or 1, b, b]`, in the dtype of `x`."""
-        rotations = []
+        rotations, kept = [], not torch.compiler.is_compiling()
         for name in names:
             if self._keeps_rotation(name, x):
                 rotations.append(self._kept_rotation(name, x.dtype))
             else:
+                kept = False
                 v, arguments = self._begin_forward(name)
                 rotations.append(functional.cayley(v, dtype=x.dtype, **arguments))
-        blocks = max(d.shape[0] for d in rotations)
-        return torch.stack([d.expand(blocks, -1, -1) for d in rotations])
+
+        def stack() -> Tensor:
+            blocks = max(d.shape[0] for d in rotations)
+            return torch.stack([d.expand(blocks, -1, -1) for d in rotations])
+
+        if not kept:
+            return stack()
+        kind = ("stack", self.oft_R[names[0]].block_size)
+        return self._rotations.derived((kind, tuple(names), x.dtype), tuple(rotations), stack)
 
     # --- Merge -------------------------------------------------------------------------------------------------------
 
@@ -565,9 +584,19 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         return self
 
     def train(self, mode: bool = True) -> HqqOFTLinear:
-        """As for any module; the rotations kept in evaluation are forgotten."""
-        self._rotations.clear()
+        """As for any module; the rotations kept in evaluation are forgotten, where they are not frozen."""
+        if mode or not self._rotations.frozen:
+            self._rotations.clear()
         return super().train(mode)
+
+    @property
+    def rotations_frozen(self) -> bool:
+        """Whether kept rotations stay where they are; see `hqq_oft.frozen_rotations`."""
+        return self._rotations.frozen
+
+    @rotations_frozen.setter
+    def rotations_frozen(self, frozen: bool) -> None:
+        self._rotations.frozen = frozen
 
     def clear_rotations(self) -> None:
         """Forget the rotations kept in evaluation; needed only after a change of a parameter through `.data`."""

@@ -16,7 +16,7 @@ from peft import OFTConfig
 from peft.tuners.oft.layer import OFTLayer
 from torch import nn
 
-from hqq_oft import HqqOFTLinear, QuantizedWeight, dispatch_hqq, functional, ops
+from hqq_oft import HqqOFTLinear, QuantizedWeight, dispatch_hqq, frozen_rotations, functional, ops
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -831,6 +831,65 @@ def test_inference_mode_keeps_rotations_that_training_could_use(cayleys):
     y = layer(x.requires_grad_())
     y.sum().backward()
     assert torch.equal(y, expected)
+
+
+@torch.no_grad()
+def test_a_mixed_batch_makes_its_stack_and_index_once(monkeypatch):
+    layer, x = two_adapters(), torch.randn(4, 3, 96)
+    stacked, stack = [], torch.stack
+    monkeypatch.setattr(torch, "stack", lambda tensors: stacked.append(len(tensors)) or stack(tensors))
+    batches = [["b", "a", "__base__", "a"], ["a", "a", "b", "b"]]
+    for names in batches * 2:
+        y = layer(x, adapter_names=names)
+        for sample, name in enumerate(names):
+            alone = layer.base_layer(x) if name == "__base__" else truth(layer, x.reshape(-1, 96), name).view(4, 3, -1)
+            assert relative_error(y[sample], alone[sample]) <= 1e-5
+    before = len(stacked)
+    layer(x, adapter_names=batches[1])
+    layer(x[:, :1], adapter_names=batches[1])
+    assert len(stacked) == before
+    layer.oft_R["a"].weight.mul_(0.5)
+    y = layer(x, adapter_names=batches[1])
+    assert len(stacked) == before + 1
+    assert relative_error(y[0], truth(layer, x.reshape(-1, 96), "a").view(4, 3, -1)[0]) <= 1e-5
+
+
+@torch.no_grad()
+def test_frozen_rotations_stay_where_they_are():
+    layer, x = two_adapters(), torch.randn(2, 96)
+    model = nn.ModuleList([layer])
+    with frozen_rotations(model):
+        expected = layer(x), layer(x, adapter_names=["a", "b"])
+        kept = {id(entry[2]) for entry in layer._rotations._entries.values()}
+        derived = {key: id(entry[1]) for key, entry in layer._rotations._derived.items()}
+        layer(x, adapter_names=["b", "b"])
+        assert derived.items() <= {key: id(entry[1]) for key, entry in layer._rotations._derived.items()}.items()
+        model.eval()
+        assert torch.equal(layer(x), expected[0])
+        assert torch.equal(layer(x, adapter_names=["a", "b"]), expected[1])
+        assert kept == {id(entry[2]) for entry in layer._rotations._entries.values()}
+        for forbidden in (model.train, layer.clear_rotations, lambda: layer.delete_adapter("a"), layer.half):
+            with pytest.raises(RuntimeError, match="rotations are frozen"):
+                forbidden()
+        with pytest.raises(RuntimeError, match="rotations are frozen"):
+            layer.update_layer("a", 0, oft_block_size=16)
+        assert list(layer.oft_R) == ["a", "b"]
+        assert torch.equal(layer(x), expected[0])
+        with pytest.raises(ValueError, match="frozen already"), frozen_rotations(model):
+            pass
+        layer.oft_R["a"].weight.mul_(2)
+        with pytest.raises(RuntimeError, match="'a' has changed while its rotations were frozen"):
+            layer(x)
+    assert len(layer._rotations) == 0
+    assert relative_error(layer(x), truth(layer, x, "a", "b")) <= 1e-5
+    model.train()
+
+
+def test_what_cannot_be_frozen_is_said():
+    with pytest.raises(ValueError, match="no HqqOFTLinear layer"), frozen_rotations(nn.Linear(2, 2)):
+        pass
+    with pytest.raises(ValueError, match=r"call `model.eval\(\)` first"), frozen_rotations(oft_layer()):
+        pass
 
 
 # --- Memory at full size ---------------------------------------------------------------------------------------------

@@ -120,10 +120,9 @@ def _jobs(profile: Profile, key: Any, m: int, builds: tuple[Build, ...], session
     inputs = problem.inputs(m)
     for contender in able:
         columns = {"error": error(contender, problem, inputs[0])}
-        if m < profile.training_from or profile.gpu:
-            passes = contenders.forward_passes(contender, problem, m, False, session.limits)
-            call = inference(contender, inputs)
-            jobs.append(Job(contender.name, "forward", call, passes, problem.copies, contender.graph, dict(columns)))
+        passes = contenders.forward_passes(contender, problem, m, False, session.limits)
+        call = inference(contender, inputs)
+        jobs.append(Job(contender.name, "forward", call, passes, problem.copies, contender.graph, dict(columns)))
         if m >= profile.training_from and contender.trains:
             jobs += _training(contender, problem, inputs, columns, session)
     return jobs

@@ -202,6 +202,10 @@ def decoder(
     tokens = torch.randint(0, shape.vocabulary, (profile.served, profile.decoded), device=device)
     with torch.no_grad():
         llama(input_ids=tokens, past_key_values=cache, use_cache=True, **options)
+    # Frozen for good: the model is measured in evaluation alone from here on, and dropped afterwards.
+    for module in llama.modules():
+        if isinstance(module, HqqOFTLinear):
+            module.rotations_frozen = True
     last = tokens[:, -1:].contiguous()
     position = torch.full((profile.served, 1), profile.decoded, device=device)
 

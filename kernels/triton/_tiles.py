@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib import resources
 from typing import Any
@@ -41,6 +43,27 @@ class Tile:
     stages: int
 
 
+_changes: dict[str, Any] = {}
+
+
+@contextmanager
+def using(changes: dict[str, Any]) -> Iterator[None]:
+    """Entries in place of every device's own, for tuning: an operation's tiles, or `regimes`."""
+    global _changes
+    before, _changes = _changes, _changes | changes
+    _forget()
+    try:
+        yield
+    finally:
+        _changes = before
+        _forget()
+
+
+def _forget() -> None:
+    for cached in (table, tiles, _choose):
+        cached.cache_clear()
+
+
 @functools.lru_cache
 def table(device: str) -> dict[str, Any]:
     """The table of a device, with the default's operations where it lacks them."""
@@ -49,6 +72,7 @@ def table(device: str) -> dict[str, Any]:
     own = folder.joinpath(f"{device}.json")
     if own.is_file():
         tables.update(json.loads(own.read_text()))
+    tables.update(_changes)
     return tables
 
 

@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hqq_oft import QuantizedWeight, backend, ops, reference
-from hqq_oft.weight import LEVELS_PER_ELEMENT
+from bench.problem import quantized_weight, skew_parameters
+from hqq_oft import backend, ops, reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 # What the order of a sum of float32 products may change, on top of twice the reference's own error.
 ORDER_OF_SUMS = {torch.float32: 5e-6, torch.float16: 2e-5, torch.bfloat16: 2e-5}
-
-
-def quantized_weight(
-    n: int, k: int, device: Any, *, bits: int = 4, group: int = 64, axis: int = 1, dtype: torch.dtype = torch.bfloat16
-) -> QuantizedWeight:
-    """Random packed levels, scale and zero; rows of about unit norm."""
-    groups, levels, fields = n * k // group, 2**bits, LEVELS_PER_ELEMENT[bits]
-    rows, columns = (groups, group) if axis == 1 else (group, groups)
-    largest, storage = (2**30, torch.int32) if bits == 3 else (256, torch.uint8)
-    packed = torch.randint(0, largest, (-(-rows // fields), columns), dtype=storage, device=device)
-    deviation = math.sqrt((levels**2 - 1) / 12)
-    scale = (0.5 + torch.rand(groups, device=device)) / (deviation * math.sqrt(k))
-    zero = (levels - 1) * (0.4 + 0.2 * torch.rand(groups, device=device))
-    return QuantizedWeight(packed, scale.to(dtype), zero.to(dtype), n, k, bits, group, axis)
-
-
-def skew_parameters(blocks: int, b: int, device: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Blocks of the same spectral norm, about 0.4, whatever b is."""
-    return (torch.randn(blocks, b * (b - 1) // 2, device=device) * (0.2 / math.sqrt(b))).to(dtype)
 
 
 def operations(

@@ -12,11 +12,12 @@ import platform
 import shutil
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
+
+from bench.environment import commit, device_names, version
 
 BUILD = Path("build")
 
@@ -38,29 +39,6 @@ def logged(command: list[str], log: Path, **environment: str) -> int:
             print(line, end="", flush=True)
             file.write(line)
     return process.returncode
-
-
-def version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def commit() -> str:
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + (", with changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def devices() -> list[str]:
-    if not torch.cuda.is_available():
-        return ["none that torch can use"]
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
 def tests(arguments: list[str]) -> tuple[bool, list[str]]:
@@ -122,7 +100,7 @@ def main() -> int:
         raise SystemExit("hqq_oft.triton_kernels is not found: first `pip install --no-deps --no-build-isolation -e .`")
     BUILD.mkdir(exist_ok=True)
     summary = [
-        f"device: {', '.join(devices())}",
+        f"device: {', '.join(device_names()) or 'none that torch can use'}",
         f"torch {torch.__version__} (CUDA {torch.version.cuda}), triton {version('triton')}, hqq {version('hqq')}, "
         f"peft {version('peft')}, Python {platform.python_version()}",
         f"commit: {commit()}",

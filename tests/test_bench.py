@@ -1,0 +1,350 @@
+"""The measuring suites: every case called once, bookkeeping, refusals, targets, tuning; nothing here is about speed."""
+
+from __future__ import annotations
+
+import csv
+import json
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import contenders, gpu, pack, report, run, session, targets, timing, verify
+from bench.limits import Limits
+from bench.model import Cost
+from bench.problem import Problem, Setting
+from bench.session import Case, Job, Session
+from bench.suites import PROFILES, cases, layer
+from hqq_oft.backends import OPERATIONS
+
+LIMITS = Limits(bandwidth=1e10, rate=1e11)
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+def dry(tmp_path, *options):
+    return run.main(["--device", "cpu", "--dry", "--out", str(tmp_path), *options])
+
+
+# --- Every case ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suite", ["ops", "layer", "merge", "model"])
+def test_every_gpu_case_runs_on_small_layers(tmp_path, suite):
+    assert dry(tmp_path, "--profile", "dry", "--suite", suite) == 0
+    rows = report.read_rows(tmp_path / "raw.jsonl")
+    expected = cases(suite, PROFILES["dry"])
+    assert {row["case"] for row in rows} == {case.name for case in expected}
+    absent = {row["contender"] for row in rows if row["status"].startswith("not run")}
+    assert absent <= {"native_decode", "gemlite", "peft_oft_aten", "int4"}
+    assert {row["contender"] for row in rows if row["status"] == "measured"} >= {"hqq_oft"}
+    with (tmp_path / "results.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == len(rows)
+    page = (tmp_path / "README.md").read_text()
+    assert "A dry run" in page
+    assert f"## Suite {suite}" in page
+
+
+@pytest.mark.parametrize("suite", ["ops", "layer", "merge"])
+def test_every_gpu_case_has_consistent_shapes_at_full_size(suite):
+    measuring = Session(META, LIMITS, dry=True)
+    for case in cases(suite, PROFILES["gpu"]):
+        rows = list(measuring.run(case))
+        assert any(row["status"] == "measured" for row in rows) or "compiled" in case.name, case.name
+        # the model predicts every contender of every layer and operation
+        assert all(row.get("predicted_us", 1) > 0 for row in rows)
+
+
+def test_the_cpu_cases_run(tmp_path):
+    assert dry(tmp_path, "--profile", "dry-cpu", "--suite", "layer", "--match", "M=1 4-bit g64 axis 1 b=32 bf16") == 0
+    rows = report.read_rows(tmp_path / "raw.jsonl")
+    assert "PyTorch int4" in {row["contender"] for row in rows if row["status"] == "measured"}
+    assert all(row["error"] < 1e-2 for row in rows if row["status"] == "measured")
+
+
+def test_gpu_cases_cover_the_layers_of_both_models_and_all_settings():
+    names = [case.name for case in cases("layer", PROFILES["gpu"])]
+    for n, k in [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (8192, 28672)]:
+        for m in [2**power for power in range(15)]:
+            assert f"{n}x{k} M={m} {Setting().label}" in names
+    for text in (
+        "2-bit",
+        "3-bit",
+        "8-bit",
+        "axis 0",
+        "g128",
+        "b=16",
+        "b=64",
+        "b=96",
+        "b=256",
+        "shared",
+        "exact",
+        "fp16",
+    ):
+        assert any(text in name for name in names), text
+    # what is cut off last is of the most value
+    assert names[0] == f"4096x4096 M=1 {Setting().label}"
+
+
+def test_a_contender_that_computes_something_else_is_not_timed(monkeypatch):
+    problem = Problem(64, 64, Setting(dtype="fp32", group=32, block=16), CPU)
+    x = problem.inputs(3)[0]
+    good = contenders.ours(problem)
+    assert layer.error(good, problem, x) < 1e-5
+    good.rotates = False
+    with pytest.raises(RuntimeError, match=r"hqq_oft is .* off float64"):
+        layer.error(good, problem, x)
+
+
+@pytest.mark.parametrize("setting", [Setting(dtype="fp32"), Setting(dtype="fp32", share=True, exact=True)])
+def test_contenders_that_rotate_agree_on_gradients(setting):
+    problem = Problem(96, 128, setting, CPU)
+    x = problem.inputs(5)[0].requires_grad_()
+    grads = {}
+    for build in (contenders.ours, contenders.peft_oft, contenders.plain, contenders.scratch):
+        contender = build(problem)
+        contender.train(True)
+        grads[build] = torch.autograd.grad(contender.layers[0](x).square().sum(), [x, contender.parameters[0]])
+    for name, pair in grads.items():
+        for mine, theirs in zip(grads[contenders.ours], pair, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3, msg=str(name))
+
+
+# --- Bookkeeping -----------------------------------------------------------------------------------------------------
+
+
+def case_of(call, name="a case", operations=("linear",)):
+    job = lambda _: [Job("hqq_oft", "forward", call, (Cost(1e6, 1e6),))]  # noqa: E731
+    return Case("ops", name, 0, frozenset(operations), {"M": 1}, job)
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    some = ["--profile", "dry", "--suite", "ops", "--match", "cayley"]
+    assert dry(tmp_path, *some, "--seconds", "0") == 0
+    assert report.read_rows(tmp_path / "raw.jsonl") == []
+    assert dry(tmp_path, *some) == 0
+    raw = tmp_path / "raw.jsonl"
+    lines = raw.read_text().splitlines()
+    cut = next(number for number, line in enumerate(lines) if "K=512" in line)
+    raw.write_text("\n".join(lines[:cut]) + '\n{"suite": "ops", "ca')
+    raw.write_text(raw.read_text() + "\n")
+    kept = report.read_rows(raw)
+    assert 0 < len(kept) < len(lines)
+    assert dry(tmp_path, *some) == 0
+    rows = report.read_rows(raw)
+    assert rows[: len(kept)] == kept
+    assert len(rows) == len(lines)
+
+
+def test_a_failed_case_is_reported_and_tried_again(tmp_path, capsys):
+    measuring = Session(CPU, LIMITS, budget=0.001, identity={"device": "here"})
+
+    def broken(number):
+        raise ValueError("no such thing\nat all")
+
+    raw = tmp_path / "raw.jsonl"
+    todo = [case_of(broken, "first"), case_of(lambda _: None, "second")]
+    failed = run.measure(todo, measuring, raw, float("inf"))
+    assert failed == ["ops: first: ValueError: no such thing\nat all"]
+    rows = report.read_rows(raw)
+    assert [row["status"] for row in rows] == ["failed: ValueError: no such thing", "measured"]
+    assert run.finished(raw, {"device": "here"}) == {("ops", "second")}
+    assert run.finished(raw, {"device": "elsewhere"}) == set()
+
+
+def test_red_operations_are_refused(tmp_path):
+    report_file = tmp_path / "junit.xml"
+
+    def red(*cases):
+        report_file.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
+        return verify.red_operations(report_file)
+
+    passed = '<testcase name="test_it[linear]"/>'
+    skipped = '<testcase name="test_it[linear]"><skipped/></testcase>'
+    failed = '<testcase name="test_it[rotate_backward-bf16]"><failure/></testcase>'
+    assert red(passed) == frozenset()
+    assert red(passed, failed) == {"rotate_backward"}
+    assert red(passed, '<testcase name="test_other"><error/></testcase>') == set(OPERATIONS)
+    assert red(skipped) == set(OPERATIONS)
+    called = []
+    measuring = Session(CPU, LIMITS, red=frozenset({"linear"}))
+    (row,) = measuring.run(case_of(called.append))
+    assert row["status"] == "refused: the tests of linear fail"
+    assert not called
+    assert "p50_us" not in row
+
+
+def test_a_row_holds_its_time_against_the_prediction():
+    measuring = Session(CPU, LIMITS, budget=0.01, identity={"commit": "abc"})
+    (row,) = measuring.run(case_of(lambda _: sum(range(20000))))
+    assert row["status"] == "measured"
+    assert row["p20_us"] <= row["p50_us"] <= row["p80_us"]
+    assert row["predicted_us"] == pytest.approx(100)  # 1 MB at 10 GB/s
+    assert row["over_predicted"] == pytest.approx(row["p50_us"] / 100)
+    assert row["gb_per_s"] == pytest.approx(1e-3 * 1e6 / row["p50_us"])
+    assert row["commit"] == "abc"
+
+
+def test_alternatives_take_turns_with_all_their_buffers():
+    seen = []
+    clock = timing.Clock(CPU, budget=1e-5, most=6)
+    found = clock.take_turns({"a": (lambda i: seen.append(("a", i)), 2), "b": (lambda i: seen.append(("b", i)), 1)})
+    assert all(value.repeats >= 3 for value in found.values())
+    timed = seen[-(found["a"].repeats + found["b"].repeats) :]
+    assert {name for name, _ in timed[:4]} == {"a", "b"}
+    assert {i for name, i in timed if name == "a"} == {0, 1}
+
+
+def test_memory_kept_for_backward_is_counted_once_and_without_what_stays_anyway():
+    x, w = torch.randn(10, 100, requires_grad=True), torch.randn(100, 100, requires_grad=True)
+    assert timing.kept_bytes(lambda: x @ w, [x, w]) == 0
+    assert timing.kept_bytes(lambda: (x @ w).exp().square(), [x, w]) == 10 * 100 * 4
+
+
+# --- The parts that only a GPU runs, on a stand-in --------------------------------------------------------------------
+
+
+class Event:
+    def __init__(self, enable_timing):
+        assert enable_timing
+        self.at = None
+
+    def record(self):
+        Event.now += 1
+        self.at = Event.now
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 0.001
+
+
+class Graph:
+    def __init__(self):
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+        Event.now += 80
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """torch.cuda as far as timing uses it; tensors stay on the CPU."""
+    Event.now = 0
+    empty = torch.empty
+
+    @contextmanager
+    def graph(captured):
+        yield
+
+    stand_in = {
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "graph": graph,
+        "Stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
+        "stream": lambda stream: nullcontext(),
+        "current_stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
+        "synchronize": lambda device: None,
+        "memory_allocated": lambda device: 1 << 20,
+        "max_memory_allocated": lambda device: 3 << 20,
+        "reset_peak_memory_stats": lambda device: None,
+        "empty_cache": lambda: None,
+        "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=64),
+    }
+    for name, value in stand_in.items():
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "empty", lambda *args, device=None, **kwargs: empty(*args, **kwargs))
+    return torch.device("cuda")
+
+
+def test_a_gpu_is_timed_with_events_and_graphs(cuda):
+    measuring = Session(cuda, LIMITS)
+    job = Job("hqq_oft", "forward", lambda i: None, (Cost(1e3, 0),), copies=3, graph=True)
+    eager, graph = measuring.run(Case("ops", "a case", 0, frozenset(), {}, lambda _: [job]))
+    assert (eager["mode"], eager["p50_us"], eager["peak_mib"]) == ("eager", pytest.approx(1), 2.0)
+    # an event to the next is 1 us, a replay 80 us, and it holds three sets of buffers three times
+    assert (graph["mode"], graph["p50_us"]) == ("graph", pytest.approx(81 / 9))
+
+
+# --- Targets and tables ----------------------------------------------------------------------------------------------
+
+
+def row_of(case, contender, p50, phase="forward", mode="eager", suite="layer", **more):
+    row = {"suite": suite, "case": case, "contender": contender, "phase": phase, "mode": mode, "status": "measured"}
+    return row | {"p50_us": p50} | more
+
+
+def test_targets_are_judged_by_their_worst_value():
+    first = targets.GPU[0]
+    assert first.verdict(targets.Results([])) == ("not measured", "")
+    where = [f"4096x4096 M={m} {targets.MAIN}" for m in (4096, 8192)]
+    rows = [row_of(where[0], "hqq_oft", 110, "full"), row_of(where[0], "dense", 100, "full")]
+    assert first.verdict(targets.Results(rows)) == ("reached", f"1.1x at {where[0]} (of 1)")
+    rows += [row_of(where[1], "hqq_oft", 250, "full"), row_of(where[1], "dense", 200, "full")]
+    assert first.verdict(targets.Results(rows)) == ("missed", f"1.25x at {where[1]} (of 2)")
+    # a graph is compared with a graph
+    decode = f"28672x8192 M=1 {targets.MAIN}"
+    rows = [row_of(decode, "hqq_oft", 40, mode="graph"), row_of(decode, "hqq_oft", 90), row_of(decode, "dense", 120)]
+    assert list(targets.Results(rows).ratio("layer", decode, "forward", "dense", "hqq_oft")) == [(decode, 120 / 90)]
+    rows.append(row_of(decode, "dense", 110, mode="graph"))
+    assert list(targets.Results(rows).ratio("layer", decode, "forward", "dense", "hqq_oft")) == [(decode, 110 / 40)]
+
+
+@pytest.mark.parametrize(("profile", "wanted"), [("gpu", targets.GPU), ("cpu", targets.CPU)])
+def test_every_target_finds_its_rows(profile, wanted):
+    """Rows with every name that the suites of a profile produce leave no target unmeasured."""
+    phases = ("forward", "backward", "full", "dequantize", "dequantize_rotate", "rotate", "rotate without requantizing")
+    names = ("hqq_oft", "hqq_oft, no rotation", *report.BASELINES)
+    columns = {"limit_percent": 50.0, "kept_mib": 0.1}
+    rows = [
+        row_of(case.name, name, 10.0, phase, suite=suite, **columns)
+        for suite in ("ops", "layer", "merge", "model")
+        for case in cases(suite, PROFILES[profile])
+        for name in names
+        for phase in phases
+    ]
+    results = targets.Results(rows)
+    assert [target.text for target in wanted if target.verdict(results)[0] == "not measured"] == []
+
+
+def test_a_table_has_ratios_and_the_last_run_of_each_case():
+    first, second, third = row_of("a", "hqq_oft", 30.0), row_of("a", "dense", 60.0), row_of("a", "hqq_oft", 20.0)
+    other = row_of("b", "HQQ", 1.0)
+    assert report.latest([first, second, third, other]) == [third, other]
+    assert [row["x dense"] for row in report.with_ratios(report.latest([first, second]))] == [2.0, 1.0]
+
+
+# --- Running on a GPU machine ----------------------------------------------------------------------------------------
+
+
+def test_a_part_that_runs_too_long_is_stopped_and_its_output_kept(tmp_path, capsys):
+    log = tmp_path / "log"
+    code = "import time; print('begun', flush=True); time.sleep(60)"
+    assert gpu.run([gpu.sys.executable, "-c", code], 3, log) == 124
+    assert log.read_text() == "begun\n"
+    assert gpu.run([gpu.sys.executable, "-c", "raise SystemExit(3)"], 30, log) == 3
+
+
+def test_packing_refuses_what_cannot_be_carried(tmp_path, monkeypatch):
+    def wheels(*names):
+        def pip(*arguments):
+            for name in names:
+                (tmp_path / name).write_bytes(b"x")
+
+        monkeypatch.setattr(pack, "pip", pip)
+        return pack.pack(tmp_path)
+
+    plain = [f"p{number}-1-py3-none-any.whl" for number in range(len(pack.PACKAGES))]
+    assert [wheel.name for wheel in wheels(*plain)] == plain
+    with pytest.raises(RuntimeError, match=r"one platform alone: q-1-cp311-cp311-linux_x86_64\.whl"):
+        wheels("q-1-cp311-cp311-linux_x86_64.whl")
+    with pytest.raises(RuntimeError, match="1 wheels"):
+        wheels(plain[0])
+
+
+def test_columns_of_a_row_are_in_the_table():
+    measuring = Session(CPU, LIMITS, budget=0.001, identity={"device": "d", "commit": "c", "torch": "t", "triton": "3"})
+    (row,) = measuring.run(case_of(lambda _: None))
+    assert set(row) <= set(session.COLUMNS)
+    assert json.loads(json.dumps(row)) == row

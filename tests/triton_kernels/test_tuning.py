@@ -1,0 +1,52 @@
+"""`bench.tune` in the interpreter: it writes a valid table, goes on where it was, and leaves out what is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from hqq_oft.triton_kernels import _tiles, linear
+
+from bench import tune
+
+
+def test_tuning_writes_a_table_and_resumes(tmp_path):
+    log, out = tmp_path / "tune.jsonl", tmp_path / "device.json"
+    options = ["--device", "cpu", "--dry", "--log", str(log), "--out", str(out)]
+    tune.main(options)
+    table = json.loads(out.read_text())
+    assert set(table) == set(_tiles.table("default"))
+    with _tiles.using(table):
+        for operation in set(table) - {"regimes"}:
+            ranges = [target for target in tune.RANGES if target.operation == operation]
+            assert len(_tiles.tiles("default", operation)) == len(ranges)
+        assert _tiles.table("default")["regimes"]["scratch_from_m"] in (64, 128)
+    assert _tiles.table("default")["regimes"] != {}
+    trials = log.read_text().splitlines()
+    assert len(trials) >= len(tune.RANGES)
+    tune.main(options)
+    assert log.read_text().splitlines() == trials
+
+
+def test_a_wrong_tile_is_left_out(tmp_path, monkeypatch, capsys):
+    fused = linear.fused_linear
+
+    def broken(*args):
+        out = fused(*args)
+        return out if _tiles.choose(args[0], "linear", 16).bn == 256 else out + 1
+
+    monkeypatch.setattr(linear, "fused_linear", broken)
+    target = next(t for t in tune.RANGES if (t.operation, t.m) == ("linear", 16))
+    tuner = tune.Tuner(torch.device("cpu"), tmp_path / "log", float("inf"), tune.SMALL, "fp16")
+    shipped = _tiles.tiles("default", "linear")[0]
+    first, *others = target.candidates(shipped)
+    wrong = next(tile for tile in others if tile.bn == 64)
+    assert tuner.best(target, [first, wrong]) == first
+    assert "WRONG: linear" in capsys.readouterr().out
+
+
+def test_changes_of_tiles_end_with_their_block():
+    before = _tiles.tiles("default", "linear")
+    with _tiles.using({"linear": [dict(vars(before[0]), m=7)]}):
+        assert [tile.m for tile in _tiles.tiles("default", "linear")] == [7]
+    assert _tiles.tiles("default", "linear") == before
