@@ -38,8 +38,7 @@ def test_the_example_runs(tmp_path, monkeypatch):
 
 
 def documents():
-    pages = [path for path in (ROOT / "docs").rglob("*.md")]
-    return [str(path.relative_to(ROOT)) for path in sorted(pages)]
+    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_pages_of_public_names_are_those_of_their_docstrings():
