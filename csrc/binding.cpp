@@ -69,7 +69,7 @@ class Buffer {
 };
 
 // Multiplications below which waking another thread costs more than it saves.
-constexpr int64_t kWorthAThread = 1 << 17;
+constexpr int64_t kWorthAThread = 1 << 16;
 
 template <class Op>
 void run(void (*kernel)(const Op&, int64_t, int64_t, float*), const Op& op) {

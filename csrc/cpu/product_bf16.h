@@ -39,32 +39,48 @@ inline __m512i level_table(int64_t bits) {
   return _mm512_load_si512(table);
 }
 
-// One row of W, its levels at `shift` of `packed`, against ROWS rows of x.
+// Where one row of W is: its bytes, and the two shifts that bring its levels of even and of odd columns to the low bits.
+struct PackedRow {
+  const uint8_t* bytes;
+  __m128i even, odd;
+};
+
+// totals[w][m] += s * (q . x) of each group in columns begin ... end, for ROWS rows of x and two of W, whose x vectors
+// they share. Totals are vectors, `stride` of them apart.
 template <int ROWS>
-inline void dots_bf16(const uint8_t* packed, int shift, __m512i table, const ProductBF16& op, int64_t m,
-                      const float* scale, float* out) {
+inline void dots_bf16(const PackedRow* w, __m512i table, const ProductBF16& op, int64_t m, int64_t begin, int64_t end,
+                      const float* scale, int64_t scale_stride, float* totals, int64_t stride) {
   int64_t K = op.w.K, g = op.w.group_size;
-  __m128i even_shift = _mm_cvtsi32_si128(shift), odd_shift = _mm_cvtsi32_si128(shift + 8);
-  Vec total[ROWS];
-  for (Vec& t : total) t = set(0);
+  Vec total[2][ROWS];
+  for (int i = 0; i < 2; ++i)
+    for (int r = 0; r < ROWS; ++r) total[i][r] = load(totals + (i * stride + r) * kLanes);
   const uint16_t* x = op.x + m * K;
-  for (int64_t k = 0; k < K; k += g) {
-    Vec acc[ROWS];
-    for (Vec& a : acc) a = set(0);
-    for (int64_t i = k; i < k + g; i += 64) {
-      __m512i words = _mm512_loadu_si512(packed + i);
-      __m512i even = _mm512_permutexvar_epi16(_mm512_srl_epi16(words, even_shift), table);
-      __m512i odd = _mm512_permutexvar_epi16(_mm512_srl_epi16(words, odd_shift), table);
+  for (int64_t k = begin; k < end; k += g) {
+    Vec acc[2][ROWS];
+    for (auto& row : acc)
+      for (Vec& a : row) a = set(0);
+    for (int64_t column = k; column < k + g; column += 64) {
+      __m512i even[2], odd[2];
+      for (int i = 0; i < 2; ++i) {
+        __m512i words = _mm512_loadu_si512(w[i].bytes + column);
+        even[i] = _mm512_permutexvar_epi16(_mm512_srl_epi16(words, w[i].even), table);
+        odd[i] = _mm512_permutexvar_epi16(_mm512_srl_epi16(words, w[i].odd), table);
+      }
       for (int r = 0; r < ROWS; ++r) {
-        const uint16_t* row = x + r * K + i;
-        acc[r] = _mm512_dpbf16_ps(acc[r], as_bf16(even), as_bf16(_mm512_loadu_si512(row)));
-        acc[r] = _mm512_dpbf16_ps(acc[r], as_bf16(odd), as_bf16(_mm512_loadu_si512(row + 32)));
+        __m512i x_even = _mm512_loadu_si512(x + r * K + column), x_odd = _mm512_loadu_si512(x + r * K + column + 32);
+        for (int i = 0; i < 2; ++i) {
+          acc[i][r] = _mm512_dpbf16_ps(acc[i][r], as_bf16(even[i]), as_bf16(x_even));
+          acc[i][r] = _mm512_dpbf16_ps(acc[i][r], as_bf16(odd[i]), as_bf16(x_odd));
+        }
       }
     }
-    Vec s = set(*scale++);
-    for (int r = 0; r < ROWS; ++r) total[r] = fma(acc[r], s, total[r]);
+    for (int i = 0; i < 2; ++i) {
+      Vec s = set(scale[i * scale_stride + k / g]);
+      for (int r = 0; r < ROWS; ++r) total[i][r] = fma(acc[i][r], s, total[i][r]);
+    }
   }
-  for (int r = 0; r < ROWS; ++r) out[r] = sum(total[r]);
+  for (int i = 0; i < 2; ++i)
+    for (int r = 0; r < ROWS; ++r) store(totals + (i * stride + r) * kLanes, total[i][r]);
 }
 
 // sum over groups of s * z * sum(x)
@@ -77,34 +93,46 @@ inline float correction(const float* scaled_zero, const float* sums, int64_t gro
 }
 
 void product_bf16(const ProductBF16& op, int64_t begin, int64_t end, float* scratch) {
+  constexpr int kRowsOfW = ProductBF16::kRows;
   const Weight& w = op.w;
-  int64_t groups = op.row_groups(), bands = w.fields(), band_rows = w.N / bands;
+  RowOrder order = op.order();
+  int64_t K = w.K, M = op.M, groups = op.row_groups(), group_stride = padded(groups);
+  int64_t band_rows = w.N / w.fields(), step = op.slice_columns();
   float* scale = scratch;
-  float* scaled_zero = scale + padded(groups);
+  float* scaled_zero = scale + kRowsOfW * group_stride;
+  float* totals = scaled_zero + kRowsOfW * group_stride;
   __m512i table = level_table(w.bits);
-  auto packed = static_cast<const uint8_t*>(w.packed);
   for (int64_t task = begin; task < end; ++task) {
-    for (int64_t band = 0; band < bands; ++band) {
-      int64_t row = band * band_rows + task;
-      int shift = static_cast<int>(w.bits * (bands - 1 - band));
-      widen(w.scale.from(row * groups), scale, groups);
-      widen(w.zero.from(row * groups), scaled_zero, groups);
-      for (int64_t i = 0; i < groups; ++i) scaled_zero[i] *= scale[i];
-      float bias = op.bias ? number(*op.bias, row) : 0;
-      for (int64_t m = 0; m < op.M;) {
-        float out[8];
-        const uint8_t* levels = packed + task * w.K;
-        int64_t rows = op.M - m >= 8 ? 8 : op.M - m >= 4 ? 4 : 1;
-        if (rows == 8)
-          dots_bf16<8>(levels, shift, table, op, m, scale, out);
-        else if (rows == 4)
-          dots_bf16<4>(levels, shift, table, op, m, scale, out);
-        else
-          dots_bf16<1>(levels, shift, table, op, m, scale, out);
-        for (int64_t r = 0; r < rows; ++r, ++m) {
-          float value = out[r] - correction(scaled_zero, op.sums + m * groups, groups) + bias;
-          narrow(&value, op.y.from(m * w.N + row), 1);
-        }
+    PackedRow rows[kRowsOfW];
+    int64_t number_of[kRowsOfW];
+    for (int i = 0; i < kRowsOfW; ++i) {
+      // past the last row, it once more
+      int64_t row = order.row(smaller(task * kRowsOfW + i, w.N - 1));
+      int shift = static_cast<int>(w.bits * (w.fields() - 1 - row / band_rows));
+      rows[i] = {static_cast<const uint8_t*>(w.packed) + row % band_rows * K, _mm_cvtsi32_si128(shift),
+                 _mm_cvtsi32_si128(shift + 8)};
+      number_of[i] = row;
+      float *s = scale + i * group_stride, *sz = scaled_zero + i * group_stride;
+      widen(w.scale.from(row * groups), s, groups);
+      widen(w.zero.from(row * groups), sz, groups);
+      for (int64_t j = 0; j < groups; ++j) sz[j] *= s[j];
+    }
+    for (int64_t i = 0; i < kRowsOfW * M; ++i) store(totals + i * kLanes, set(0));
+    for (int64_t k = 0; k < K; k += step)
+      for (int i = 0; i < kRowsOfW; i += 2) {
+        float* sums = totals + i * M * kLanes;
+        const float* s = scale + i * group_stride;
+        int64_t last = smaller(K, k + step), m = 0;
+        for (; m + 4 <= M; m += 4)
+          dots_bf16<4>(rows + i, table, op, m, k, last, s, group_stride, sums + m * kLanes, M);
+        for (; m < M; ++m) dots_bf16<1>(rows + i, table, op, m, k, last, s, group_stride, sums + m * kLanes, M);
+      }
+    for (int i = 0; i < kRowsOfW; ++i) {
+      float bias = op.bias ? number(*op.bias, number_of[i]) : 0;
+      for (int64_t m = 0; m < M; ++m) {
+        float value = sum(load(totals + (i * M + m) * kLanes)) -
+                      correction(scaled_zero + i * group_stride, op.sums + m * groups, groups) + bias;
+        narrow(&value, op.y.from(m * w.N + number_of[i]), 1);
       }
     }
   }

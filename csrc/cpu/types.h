@@ -179,10 +179,15 @@ struct ProductBF16 {
     return x == DType::bf16 && w.axis == 1 && w.bits != 3 && w.bits != 8 && w.group_size % 64 == 0 &&
            w.K % w.group_size == 0 && w.N % w.fields() == 0;
   }
+  static constexpr int64_t kRows = 8;  // of W in a task
+
+  RowOrder order() const { return RowOrder::of(w, 0, w.N); }
   int64_t row_groups() const { return w.K / w.group_size; }
-  int64_t tasks() const { return w.N / w.fields(); }
-  int64_t scratch() const { return 4 * padded(row_groups()); }
-  int64_t cost() const { return w.fields() * w.K * (M + 2) / 4; }
+  // Columns of which all rows of x stay in the first-level cache while the task's rows of W pass.
+  int64_t slice_columns() const { return larger(16384 / M / w.group_size, 1) * w.group_size; }
+  int64_t tasks() const { return ceil_div(w.N, kRows); }
+  int64_t scratch() const { return kRows * (2 * padded(row_groups()) + M * kPad); }
+  int64_t cost() const { return kRows * w.K * (M + 4) / 4; }
 };
 
 // D = R - I from skew parameters v [stored, b(b-1)/2]; coefficients[k] is that of Q^(k + 1), none for the exact map.

@@ -27,8 +27,11 @@ inline Vec load(const BF16* p) {
 }
 inline Vec load(const F16* p) { return _mm512_cvtph_ps(load_32(p)); }
 
-// To nearest, ties to even, as `bf16_of`. (vcvtneps2bf16 would flush denormal numbers to zero.)
+// To nearest, ties to even, as `bf16_of`; the instruction makes numbers below 2^-126 zero.
 inline void store(BF16* p, Vec v) {
+#ifdef __AVX512BF16__
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+#else
   __m512i bits = _mm512_castps_si512(v);
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
@@ -36,6 +39,7 @@ inline void store(BF16* p, Vec v) {
   rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
   __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+#endif
 }
 inline void store(F16* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));

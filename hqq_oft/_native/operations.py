@@ -20,6 +20,9 @@ _lib: Any = torch.ops.hqq_oft_native
 _CPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Most rows of x that are multiplied without a dense copy of the weight: beyond, decoding it once costs less.
 _FEW_ROWS = 16
+# Decoded chunks beyond it gain nothing from the GEMM, leave the last-level cache, and are given back to the system when
+# freed, which costs a page fault for every 4 KiB of the next one.
+_CHUNK_BYTES = 16 * 2**20
 
 
 def load(library: Path) -> None:
@@ -66,6 +69,12 @@ def _check(*tensors: Tensor | None) -> None:
 def _check_result(dtype: torch.dtype) -> None:
     if dtype not in _CPU_DTYPES:
         raise Unsupported(f"the native CPU kernels compute in float32, and the result is to be {dtype}")
+
+
+def _chunk(total: int, bytes_each: int) -> int:
+    """How many rows or columns of W, of so many bytes each, are decoded at a time: a multiple of 64 where it can be."""
+    fit = max(1, min(scratch_bytes(), _CHUNK_BYTES) // bytes_each)
+    return min(total, fit // 64 * 64 or fit)
 
 
 # --- Cayley, rotation ------------------------------------------------------------------------------------------------
@@ -143,7 +152,7 @@ def linear(
     y = x.new_empty(M, out_features)
     if bias is not None:
         bias = bias.to(x.dtype)
-    rows = min(out_features, max(1, scratch_bytes() // (in_features * x.element_size())))
+    rows = _chunk(out_features, in_features * x.element_size())
     scratch = x.new_empty(rows, in_features)
     for first in range(0, out_features, rows):
         chunk = scratch[: min(rows, out_features - first)]
@@ -165,7 +174,7 @@ def linear_backward(
     weight = (packed, scale, zero, out_features, in_features, bits, group_size, axis)
     g = grad.new_empty(grad.shape[0], in_features)
     # chunks of columns: each is a whole product, and nothing is summed in half precision
-    columns = min(in_features, max(1, scratch_bytes() // (out_features * grad.element_size())))
+    columns = _chunk(in_features, out_features * grad.element_size())
     scratch = grad.new_empty(out_features * columns)
     for first in range(0, in_features, columns):
         width = min(columns, in_features - first)
