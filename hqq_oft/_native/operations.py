@@ -20,9 +20,9 @@ _lib: Any = torch.ops.hqq_oft_native
 _CPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Most rows of x that are multiplied without a dense copy of the weight: beyond, decoding it once costs less.
 _FEW_ROWS = 16
-# Decoded chunks beyond it gain nothing from the GEMM, leave the last-level cache, and are given back to the system when
-# freed, which costs a page fault for every 4 KiB of the next one.
-_CHUNK_BYTES = 16 * 2**20
+# Larger chunks of decoded weights gain nothing from the GEMM; they leave the last-level cache, and the C library gives
+# them back to the system when they are freed, so that the next one costs a page fault for every 4 KiB.
+_CHUNK_BYTES = 8 * 2**20
 
 
 def load(library: Path) -> None:
@@ -75,6 +75,11 @@ def _chunk(total: int, bytes_each: int) -> int:
     """How many rows or columns of W, of so many bytes each, are decoded at a time: a multiple of 64 where it can be."""
     fit = max(1, min(scratch_bytes(), _CHUNK_BYTES) // bytes_each)
     return min(total, fit // 64 * 64 or fit)
+
+
+def _operand(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to multiply in: float16 products of PyTorch on a CPU take up to a thousand times as long as float32's."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 # --- Cayley, rotation ------------------------------------------------------------------------------------------------
@@ -149,9 +154,10 @@ def linear(
         return _lib.linear(x, d, *weight, bias, adapter_index)
     if d is not None and (M < out_features or adapter_index is not None):
         x, d = _lib.rotate(x, d, adapter_index, False), None
+    dtype, operand = x.dtype, _operand(x.dtype)
+    x = x.to(operand)
     y = x.new_empty(M, out_features)
-    if bias is not None:
-        bias = bias.to(x.dtype)
+    bias = None if bias is None else bias.to(operand)
     rows = _chunk(out_features, in_features * x.element_size())
     scratch = x.new_empty(rows, in_features)
     for first in range(0, out_features, rows):
@@ -162,7 +168,7 @@ def linear(
             torch.mm(x, chunk.t(), out=y[:, outputs])
         else:
             torch.addmm(bias[outputs], x, chunk.t(), out=y[:, outputs])
-    return y
+    return y.to(dtype)
 
 
 def linear_backward(
@@ -172,22 +178,24 @@ def linear_backward(
     """`hqq_oft.reference.linear_backward`: `g = dy * W`, then the gradients of the rotation, dx in place of g."""
     _check(grad, x, d, scale, zero)
     weight = (packed, scale, zero, out_features, in_features, bits, group_size, axis)
-    g = grad.new_empty(grad.shape[0], in_features)
+    dy = grad.to(_operand(grad.dtype))
+    g = dy.new_empty(dy.shape[0], in_features)
     # chunks of columns: each is a whole product, and nothing is summed in half precision
-    columns = _chunk(in_features, out_features * grad.element_size())
-    scratch = grad.new_empty(out_features * columns)
+    columns = _chunk(in_features, out_features * dy.element_size())
+    scratch = dy.new_empty(out_features * columns)
     for first in range(0, in_features, columns):
         width = min(columns, in_features - first)
         chunk = scratch[: out_features * width].view(out_features, width)
         _lib.dequantize_into(chunk, *weight, None, 0, first)
-        torch.mm(grad, chunk, out=g[:, first : first + width])
+        torch.mm(dy, chunk, out=g[:, first : first + width])
     if d is None:
-        return g, g.new_empty(0)
+        return g.to(grad.dtype), grad.new_empty(0)
     dd = _lib.rotate_backward(g, x, d, adapter_index, False, False, need_d)[1]
     if not need_x:
-        return g.new_empty(0), dd
-    _lib.rotate_into(g, d, adapter_index, True, g)
-    return g, dd
+        return grad.new_empty(0), dd
+    dx = g if g.dtype == grad.dtype else torch.empty_like(g, dtype=grad.dtype)
+    _lib.rotate_into(g, d, adapter_index, True, dx)
+    return dx, dd
 
 
 OPERATIONS: dict[str, Any] = {
