@@ -55,6 +55,11 @@ def instruction_sets() -> list[str]:
     return str(_lib.instruction_sets()).split(", ")
 
 
+def instruction_set() -> str:
+    """Name of the instruction set whose kernels run."""
+    return str(_lib.instruction_set())
+
+
 def _check(*tensors: Tensor | None) -> None:
     """Raise `Unsupported` unless all are on the CPU, in a dtype that the kernels compute with."""
     for tensor in tensors:
