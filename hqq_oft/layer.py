@@ -133,7 +133,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
             self.keep_pristine = keep_pristine_from_environment()
         self._pristine: PackedState | None = vars(self).get("_pristine")
         self.merge_error: float | None = vars(self).get("merge_error")
-        self._rotations: RotationCache = vars(self).get("_rotations") or RotationCache()
+        self._rotations: RotationCache = vars(self).get("_rotations", RotationCache())
         merging.mend(self.get_base_layer())
         if _after_load not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_after_load)
