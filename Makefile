@@ -43,8 +43,8 @@ test: $(STAMP) ## the tests (options: PYTEST_ARGS="-k merge")
 coverage: PYTEST_ARGS += --cov --cov-report=term-missing
 coverage: test ## the tests with line coverage of hqq_oft/, at least 90%
 
-# A copy of the package with a sanitized library. The sanitizers must be loaded before Python; Python's own leaks are not
-# looked for, and libraries that were not instrumented hand their allocations over.
+# A copy of the package with a sanitized library, found before the one in this folder (`python -m` would look here first).
+# The sanitizers must be loaded before Python, whose own leaks are not looked for.
 SANITIZED := build/sanitized
 test-asan: $(STAMP) ## the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf $(SANITIZED)
@@ -53,7 +53,7 @@ test-asan: $(STAMP) ## the native tests under AddressSanitizer and UndefinedBeha
 	HQQ_OFT_BUILD=cpu $(BIN)/python csrc/build.py $(SANITIZED)/hqq_oft/_native/hqq_oft_native.so --sanitize
 	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
-		$(PYTEST) -p no:cacheprovider tests/native -k "not compile and not environment" $(PYTEST_ARGS)
+		$(BIN)/pytest -n 2 -p no:cacheprovider tests/native -k "not compile and not environment" $(PYTEST_ARGS)
 
 # An environment that sees the packages of $(VENV) behind its own.
 define behind_own

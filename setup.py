@@ -11,7 +11,7 @@ import build as native
 
 
 class BuildNative(build_ext):
-    """Compiles the native kernels to `hqq_oft/_native/hqq_oft_native.so`, a library that no Python version is part of."""
+    """Compiles the native kernels to `hqq_oft/_native/hqq_oft_native.so`, which is of no particular Python version."""
 
     def get_ext_filename(self, fullname):
         """Without the interpreter's tag."""

@@ -103,8 +103,8 @@ HeldWeight hold(const Tensor& packed, const Tensor& scale, const Tensor& zero, i
 }
 
 #define WEIGHT                                                                                                         \
-  const Tensor &packed, const Tensor &scale, const Tensor &zero, int64_t N, int64_t K, int64_t bits, int64_t group_size, \
-      int64_t axis
+  const Tensor &packed, const Tensor &scale, const Tensor &zero, int64_t N, int64_t K, int64_t bits,                   \
+      int64_t group_size, int64_t axis
 #define HELD_WEIGHT hold(packed, scale, zero, N, K, bits, group_size, axis)
 
 // --- Rotation --------------------------------------------------------------------------------------------------------
@@ -141,7 +141,8 @@ Blocks blocks_of(const Tensor& d, int64_t K, bool transpose) {
   return {source(d), K, b, stored, transpose};
 }
 
-void rotate_into(const Tensor& x, const Tensor& d, const std::optional<Tensor>& index, bool transpose, const Tensor& y) {
+void rotate_into(const Tensor& x, const Tensor& d, const std::optional<Tensor>& index, bool transpose,
+                 const Tensor& y) {
   Tensor blocks = compact(d);
   GroupedRows rows(index, index ? d.size(0) : 1);
   STD_TORCH_CHECK(!index || index->numel() == x.size(0), "adapter_index must have an entry per row of x");
@@ -190,7 +191,8 @@ std::tuple<Tensor, Tensor> rotate_backward(const Tensor& grad, const Tensor& x, 
 // --- Weights, dense --------------------------------------------------------------------------------------------------
 
 // Rows and columns of W, or of W * blockdiag(D)^T, from (first_row, first_column) on, as many as `out` has.
-void dequantize_into(const Tensor& out, WEIGHT, const std::optional<Tensor>& d, int64_t first_row, int64_t first_column) {
+void dequantize_into(const Tensor& out, WEIGHT, const std::optional<Tensor>& d, int64_t first_row,
+                     int64_t first_column) {
   HeldWeight held = HELD_WEIGHT;
   int64_t rows = out.size(0), columns = out.size(1);
   STD_TORCH_CHECK(first_row >= 0 && first_row + rows <= N && first_column >= 0 && first_column + columns <= K &&

@@ -35,7 +35,7 @@ INSTRUCTION_SETS = {
 }
 
 
-class NotBuilt(Exception):
+class BuildError(Exception):
     """The native kernels cannot be built here; the message says why and what to do."""
 
 
@@ -63,7 +63,7 @@ def parts() -> tuple[str, ...]:
     """What `HQQ_OFT_BUILD` and the compilers at hand give: `()`, `("cpu",)` or `("cpu", "cuda")`.
 
     Raises:
-        NotBuilt: a part that was asked for by name cannot be built.
+        BuildError: a part that was asked for by name cannot be built.
         ValueError: the variable holds something else.
     """
     choice = os.environ.get("HQQ_OFT_BUILD", "").strip().lower() or "auto"
@@ -91,7 +91,7 @@ def parts() -> tuple[str, ...]:
         return ("cpu",) if cuda_missing else ("cpu", "cuda")
     missing = cpu_missing or (cuda_missing if choice == "cuda" else None)
     if missing:
-        raise NotBuilt(f"HQQ_OFT_BUILD={choice}, but {missing}. Without it, what can be built is built.")
+        raise BuildError(f"HQQ_OFT_BUILD={choice}, but {missing}. Without it, what can be built is built.")
     return ("cpu", "cuda") if choice == "cuda" else ("cpu",)
 
 

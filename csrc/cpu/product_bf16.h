@@ -39,7 +39,7 @@ inline __m512i level_table(int64_t bits) {
   return _mm512_load_si512(table);
 }
 
-// Where one row of W is: its bytes, and the two shifts that bring its levels of even and of odd columns to the low bits.
+// One row of W: its bytes, and the shifts that bring its levels of even and of odd columns to the low bits.
 struct PackedRow {
   const uint8_t* bytes;
   __m128i even, odd;

@@ -34,7 +34,8 @@ inline void rotate_tile(const float* x, int64_t rows, const Blocks& blocks, int6
   int64_t b = blocks.b, stride = blocks.tile_stride();
   for (int64_t block = 0; block < count; ++block) {
     const float* from = x + block * b;
-    multiply(from, stride, 1, packed + block * b * padded(b), padded(b), rows, b, b, from, stride, y + block * b, stride);
+    multiply(from, stride, 1, packed + block * b * padded(b), padded(b), rows, b, b, from, stride, y + block * b,
+             stride);
   }
 }
 

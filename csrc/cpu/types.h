@@ -46,8 +46,8 @@ struct Weight {
   }
 };
 
-// Rows first ... first + count of W in an order that visits those that share packed bytes one after another, so that the
-// bytes are still in cache: one row of each band, then the next.
+// Rows first ... first + count of W, those that share packed bytes one after another, so that the bytes are still in
+// cache: one row of each band, then the next.
 struct RowOrder {
   int64_t first, count, fields, stride;
 
@@ -82,8 +82,8 @@ struct Blocks {
   int64_t packed_floats() const { return per_slice() * b * padded(b); }
 };
 
-// Rows grouped by adapter: order[first[a] ... first[a + 1]] are adapter a's rows, those from first[adapters] on have none.
-// Without an order: one adapter, all rows.
+// Rows grouped by adapter: order[first[a] ... first[a + 1]] are adapter a's rows; those from first[adapters] on have
+// none. Without an order: one adapter, all rows.
 struct RowsByAdapter {
   int64_t adapters;
   const int64_t* order;
@@ -223,7 +223,7 @@ struct CayleyBackward {
   int64_t cost() const { return 3 * map.b * map.b * map.b * larger(map.terms, 2); }
 };
 
-// Kernels of one instruction set. Each runs tasks begin ... end with `scratch()` floats, aligned to 64 bytes, of its own.
+// Kernels of one instruction set. Each runs tasks begin ... end with `scratch()` floats of its own, 64-byte aligned.
 struct Kernels {
   const char* name;
   void (*rotate)(const Rotate&, int64_t begin, int64_t end, float* scratch);

@@ -83,7 +83,7 @@ def _chunk(total: int, bytes_each: int) -> int:
 
 
 def _operand(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to multiply in: float16 products of PyTorch on a CPU take up to a thousand times as long as float32's."""
+    """The dtype to multiply in: PyTorch's float16 products on a CPU take up to a thousand times as long as float32's."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -157,7 +157,7 @@ def linear(
     M = x.shape[0]
     if M <= _FEW_ROWS:
         return _lib.linear(x, d, *weight, bias, adapter_index)
-    if d is not None and (M < out_features or adapter_index is not None):
+    if d is not None and (out_features > M or adapter_index is not None):
         x, d = _lib.rotate(x, d, adapter_index, False), None
     dtype, operand = x.dtype, _operand(x.dtype)
     x = x.to(operand)

@@ -50,7 +50,9 @@ def test_auto_takes_it_on_the_cpu(monkeypatch):
 
 def test_what_is_refused():
     x, d = torch.randn(3, 8, dtype=torch.float64), torch.randn(2, 4, 4, dtype=torch.float64)
-    with pytest.raises(BackendError, match=r"cannot serve rotate: .* compute in float32, and a tensor is torch.float64"):
+    with pytest.raises(
+        BackendError, match=r"cannot serve rotate: .* compute in float32, and a tensor is torch.float64"
+    ):
         functional.rotate(x, d)
     with pytest.raises(BackendError, match=r"the result is to be torch.float64"):
         functional.cayley(torch.randn(2, 6), 4, dtype=torch.float64)

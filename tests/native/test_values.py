@@ -1,4 +1,4 @@
-"""Each operation on compiled kernels against float64: every layout, block size, dtype, number of rows, instruction set."""
+"""Compiled kernels against float64: every layout, block size, dtype, number of rows, instruction set."""
 
 from __future__ import annotations
 
