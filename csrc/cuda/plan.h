@@ -1,0 +1,185 @@
+// How a product is cut into blocks and how much shared memory a block takes: plain C++, decided before each launch.
+//
+// A block owns a band of outputs and a slice of the columns K. It puts its slice of x, rotated, into shared memory once
+// and then streams the band's packed rows through it. Wide bands and narrow slices read D less often; wide slices have
+// fewer partial sums. `choose` weighs the two.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "layout.h"
+
+namespace hqq_oft::cuda {
+
+constexpr int MAX_TOKENS = 2 * TOKENS;
+
+struct Problem {
+  int tokens;
+  int out_features;
+  int in_features;
+  int bits;
+  int group_size;
+  int block_size;  // of the rotation; 0 for none
+  int adapters;    // that the rows of x may have between them
+};
+
+struct Device {
+  int multiprocessors;
+  int shared_per_block;           // bytes that one block may have
+  int shared_per_multiprocessor;  // bytes
+};
+
+// What depends on the packing alone, by value: see `Packing`.
+struct PackingFacts {
+  int fields, element_bytes, stage_columns, stage_bytes, stages;
+};
+
+template <int BITS>
+constexpr PackingFacts facts_of() {
+  using P = Packing<BITS>;
+  return {P::FIELDS, P::ELEMENT_BYTES, P::STAGE_COLUMNS, P::STAGE_BYTES, P::STAGES};
+}
+
+inline PackingFacts packing_facts(int bits) {
+  switch (bits) {
+    case 8: return facts_of<8>();
+    case 4: return facts_of<4>();
+    case 3: return facts_of<3>();
+    case 2: return facts_of<2>();
+    default: return facts_of<1>();
+  }
+}
+
+struct Plan {
+  int token_tiles;    // of TOKENS
+  int span;           // columns that share a scale and divide a chunk: 64, 32 or 16
+  int tiles;          // of TILE_ROWS packed rows
+  int band_tiles;     // tiles of one block
+  int bands;
+  int slice;          // columns of one block, a multiple of a stage's
+  int splits;         // of K
+  int scale_words;    // 32-bit words of scales that one row of a slice may need
+  int scale_buffers;  // tiles whose scales are in shared memory at once
+  int resident;       // blocks that share a multiprocessor
+  bool chained;       // x is rotated by a launch of its own, to which this one is chained
+};
+
+// Byte offsets in a block's shared memory. Of each warp's own: `stages`, then scales and zeros.
+struct SharedLayout {
+  int x, sums, stages, scales, total;
+  int x_stride;        // elements
+  int scale_stride;    // 32-bit words between rows, odd: rows begin in different banks
+  int scale_buffer;    // bytes of the scales of one tile; the zeros follow
+};
+
+HQQ_OFT_HOST_DEVICE constexpr int round_up(int value, int multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+HQQ_OFT_HOST_DEVICE SharedLayout shared_layout(int fields, int stage_bytes, int stages, int token_tiles, int span,
+                                               int slice, int scale_words, int scale_buffers) {
+  SharedLayout s{};
+  s.x_stride = slice + X_PADDING;
+  s.scale_stride = scale_words | 1;
+  s.scale_buffer = fields * TILE_ROWS * s.scale_stride * 4;
+  s.stages = 0;
+  s.x = WARPS * stages * stage_bytes;
+  s.sums = s.x + token_tiles * TOKENS * s.x_stride * 2;
+  s.scales = s.sums + slice / span * token_tiles * TOKENS * 4;
+  s.total = s.scales + WARPS * scale_buffers * 2 * s.scale_buffer;
+  return s;
+}
+
+inline SharedLayout shared_layout(const PackingFacts& p, const Plan& plan) {
+  return shared_layout(p.fields, p.stage_bytes, p.stages, plan.token_tiles, plan.span, plan.slice, plan.scale_words,
+                       plan.scale_buffers);
+}
+
+inline int ceil_div(int value, int divisor) { return (value + divisor - 1) / divisor; }
+
+// The plan with bands of `band_tiles` tiles and slices of `slice_stages` stages; shared memory is not looked at.
+inline Plan make_plan(const Problem& problem, int band_tiles, int slice_stages, bool chained) {
+  const PackingFacts p = packing_facts(problem.bits);
+  Plan plan{};
+  plan.token_tiles = ceil_div(std::max(problem.tokens, 1), TOKENS);
+  plan.span = problem.group_size % 64 == 0 ? 64 : problem.group_size % 32 == 0 ? 32 : 16;
+  plan.tiles = ceil_div(problem.out_features / p.fields, TILE_ROWS);
+  plan.band_tiles = band_tiles;
+  plan.bands = ceil_div(plan.tiles, band_tiles);
+  plan.slice = slice_stages * p.stage_columns;
+  plan.splits = ceil_div(problem.in_features, plan.slice);
+  const int group = problem.group_size, groups_per_row = problem.in_features / group;
+  const bool whole = plan.slice % group == 0;
+  // A slice that begins inside a group sees one more; it never sees more than a row has.
+  const int groups = std::min(groups_per_row, whole ? plan.slice / group : plan.slice / group + 2);
+  const bool may_begin_odd = groups_per_row % 2 != 0 || !whole || (plan.slice / group) % 2 != 0;
+  plan.scale_words = ceil_div(groups + (may_begin_odd ? 1 : 0), 2);
+  // The copies run at most stages - 1 stages ahead of the products.
+  plan.scale_buffers = ceil_div(p.stages - 1, slice_stages) + 1;
+  plan.resident = 1;
+  plan.chained = chained;
+  return plan;
+}
+
+// About what the L2 cache delivers in the 1.5 us that a second, chained launch takes: reading D more than this is dearer.
+constexpr int64_t CHAIN_BYTES = 8 << 20;
+// What starting a block costs, in the bytes that a multiprocessor could have streamed meanwhile.
+constexpr int64_t BLOCK_BYTES = 8 << 10;
+
+// Bytes of D that all blocks together read if each rotates its own slice of x.
+inline int64_t rotation_bytes(const Problem& problem, int bands) {
+  const int64_t blocks = std::max(problem.adapters, 1);
+  return blocks * bands * problem.in_features * problem.block_size * 2;
+}
+
+// Bytes through the slowest multiprocessor slot.
+inline int64_t cost(const Problem& problem, const Plan& plan, int slots) {
+  const PackingFacts p = packing_facts(problem.bits);
+  const int64_t waves = ceil_div(plan.bands * plan.splits, slots);
+  const int64_t rows = plan.band_tiles * TILE_ROWS;
+  const int64_t levels = rows * plan.slice * p.element_bytes;
+  const int64_t scales = rows * p.fields * ceil_div(plan.slice, problem.group_size) * 4;
+  const int64_t partial = plan.splits > 1 ? 2 * rows * p.fields * problem.tokens * 4 : 0;
+  const int64_t whole = std::min(rotation_bytes(problem, plan.bands), CHAIN_BYTES);
+  return waves * (levels + scales + partial + BLOCK_BYTES) + whole / (static_cast<int64_t>(plan.bands) * plan.splits);
+}
+
+// The cheapest plan. With two blocks on a multiprocessor one streams while the other begins or ends; where their shared
+// memory does not suffice for that (sm_89) there is one.
+inline Plan choose_plan(const Problem& problem, const Device& device) {
+  const PackingFacts p = packing_facts(problem.bits);
+  const int stages = ceil_div(problem.in_features, p.stage_columns);
+  const int token_tiles = ceil_div(std::max(problem.tokens, 1), TOKENS);
+  Plan best{};
+  for (int resident = max_resident(problem.bits, token_tiles); resident >= 1 && best.bands == 0; --resident) {
+    const int slots = resident * device.multiprocessors;
+    const int limit = std::min(device.shared_per_block, device.shared_per_multiprocessor / resident - 1024);
+    int64_t best_cost = INT64_MAX;
+    for (int band_tiles = WARPS;; band_tiles += WARPS) {
+      const int bands = ceil_div(ceil_div(problem.out_features / p.fields, TILE_ROWS), band_tiles);
+      int slice_stages = ceil_div(stages, std::max(1, slots / bands));
+      Plan plan = make_plan(problem, band_tiles, slice_stages, false);
+      while (shared_layout(p, plan).total > limit && slice_stages > 1) {
+        plan = make_plan(problem, band_tiles, --slice_stages, false);
+      }
+      plan.resident = resident;
+      if (shared_layout(p, plan).total <= limit && cost(problem, plan, slots) < best_cost) {
+        best = plan;
+        best_cost = cost(problem, plan, slots);
+      }
+      if (bands == 1) break;
+    }
+  }
+  best.chained = problem.block_size > 0 && rotation_bytes(problem, best.bands) > CHAIN_BYTES;
+  return best;
+}
+
+// Elements of the workspace in which partial sums wait (float32), and its tickets (64 bits each); 0 where K is whole.
+inline int64_t partial_elements(const Problem& problem, const Plan& plan) {
+  const int fields = packing_facts(problem.bits).fields;
+  return plan.splits == 1 ? 0 : int64_t{1} * plan.tiles * plan.splits * fields * plan.token_tiles * TILE_ROWS * TOKENS;
+}
+inline int64_t ticket_count(const Plan& plan) { return plan.splits == 1 ? 0 : plan.tiles; }
+
+}  // namespace hqq_oft::cuda

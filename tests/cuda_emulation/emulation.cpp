@@ -1,0 +1,115 @@
+// The decode kernel's own source, run thread by thread on a host (see emulated.h), behind a C interface for the tests.
+#include "emulated.h"
+
+#include "decode.cuh"
+#include "plan.h"
+
+using namespace hqq_oft::cuda;
+
+namespace {
+
+template <class Format, int BITS, int SPAN, int TOKEN_TILES>
+void run_blocks(const Plan& plan, const DecodeArguments& a, std::mt19937& random) {
+  const int shared = shared_layout(packing_facts(BITS), plan).total;
+  std::vector<int> order(plan.bands * plan.splits);
+  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
+  std::shuffle(order.begin(), order.end(), random);  // blocks arrive in any order
+  for (const int i : order) {
+    run_block(i % plan.bands, i / plan.bands, shared, [&] { decode_kernel<Format, BITS, SPAN, TOKEN_TILES>(a); });
+  }
+}
+
+template <class Format, int BITS, int SPAN>
+void by_tokens(const Plan& plan, const DecodeArguments& a, std::mt19937& random) {
+  plan.token_tiles == 1 ? run_blocks<Format, BITS, SPAN, 1>(plan, a, random)
+                        : run_blocks<Format, BITS, SPAN, 2>(plan, a, random);
+}
+
+template <class Format, int BITS>
+void by_span(const Plan& plan, const DecodeArguments& a, std::mt19937& random) {
+  if (plan.span == 64) return by_tokens<Format, BITS, 64>(plan, a, random);
+  if (plan.span == 32) return by_tokens<Format, BITS, 32>(plan, a, random);
+  by_tokens<Format, BITS, 16>(plan, a, random);
+}
+
+template <class Format>
+void run(const Problem& problem, const Plan& plan, DecodeArguments a, std::mt19937& random) {
+  std::vector<uint16_t> rotated;
+  if (plan.chained) {
+    rotated.assign(static_cast<size_t>(problem.tokens) * problem.in_features, 0xFFFF);
+    for (int i = 0; i < ceil_div(problem.in_features, WARPS * STEP); ++i) {
+      run_block(i, 0, 0, [&] { rotate_kernel<Format>(a.rotation, rotated.data()); });
+    }
+    a.rotation.x = rotated.data();
+    a.rotation.x_stride = problem.in_features;
+    a.rotation.d = nullptr;
+  }
+  switch (problem.bits) {
+    case 8: by_span<Format, 8>(plan, a, random); break;
+    case 4: by_span<Format, 4>(plan, a, random); break;
+    case 3: by_span<Format, 3>(plan, a, random); break;
+    case 2: by_span<Format, 2>(plan, a, random); break;
+    default: by_span<Format, 1>(plan, a, random);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+struct Result {
+  Plan plan;
+  int shared_bytes;
+  int64_t partial_elements, tickets;
+};
+
+// The plan for a device, or with `band_tiles` > 0 that plan in particular.
+Result plan(const Problem* problem, const Device* device, int band_tiles, int slice_stages, int chained) {
+  const Plan plan = band_tiles > 0 ? make_plan(*problem, band_tiles, slice_stages, chained != 0)
+                                   : choose_plan(*problem, *device);
+  return {plan, shared_layout(packing_facts(problem->bits), plan).total, partial_elements(*problem, plan),
+          ticket_count(plan)};
+}
+
+// Runs the plan `repeats` times over the same workspace, each time with another order of threads and blocks. All
+// pointers are as in `DecodeArguments`. False with a reason where the emulated machine would have gone wrong.
+bool emulate(const Problem* problem, const Plan* plan, int bfloat16, const uint16_t* x, int64_t x_stride,
+             const uint16_t* d, int stored_blocks, const int64_t* adapter_index, const uint8_t* packed,
+             const uint16_t* scale, const uint16_t* zero, const uint16_t* bias, uint16_t* y, float* partial,
+             uint64_t* tickets, int repeats, char* reason) {
+  previous_launch_awaited = false;
+  DecodeArguments a{};
+  a.rotation = {x,  x_stride, d, adapter_index, problem->tokens, problem->in_features, problem->block_size,
+                stored_blocks};
+  a.packed = packed;
+  a.scale = scale;
+  a.zero = zero;
+  a.bias = bias;
+  a.partial = partial;
+  a.tickets = tickets;
+  a.stamp = uint64_t{0x5EED} << 16;
+  a.out_features = problem->out_features;
+  a.group_size = problem->group_size;
+  a.tiles = plan->tiles;
+  a.band_tiles = plan->band_tiles;
+  a.slice = plan->slice;
+  a.splits = plan->splits;
+  a.scale_words = plan->scale_words;
+  a.scale_buffers = plan->scale_buffers;
+  a.chained = plan->chained;
+  try {
+    for (int repeat = 0; repeat < repeats; ++repeat) {
+      std::mt19937 random(repeat);
+      block.random.seed(repeat);
+      a.y = y + static_cast<int64_t>(repeat) * problem->tokens * problem->out_features;
+      bfloat16 != 0 ? run<BFloat16>(*problem, *plan, a, random) : run<Half>(*problem, *plan, a, random);
+    }
+    if (plan->chained != previous_launch_awaited) throw std::runtime_error("x was read before it was rotated");
+  } catch (const std::exception& error) {
+    std::strncpy(reason, error.what(), 255);
+    return false;
+  }
+  return true;
+}
+
+}  // extern "C"
