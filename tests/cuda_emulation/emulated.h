@@ -4,8 +4,10 @@
 // a wait that is missing shows as a wrong value.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <deque>
@@ -32,20 +34,27 @@ struct Copy {
 };
 
 struct Thread {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf here;  // where it waits; switching by longjmp spares the system call of swapcontext
   std::unique_ptr<char[]> stack;
   int index;
-  bool done;
-  int warp_barriers, block_barriers;  // passed or waited at
-  std::vector<Copy> copies;           // not committed yet
+  bool started, done;
+  std::vector<Copy> copies;  // not committed yet
   std::deque<std::vector<Copy>> groups;
   const uint32_t *a, *b;  // this thread's fragments in the mma under way
   int shared_value;       // what it gives to a broadcast
 };
 
+struct Barrier {
+  int threads;  // that have not ended
+  std::vector<Thread*> waiting;
+};
+
 struct Block {
-  ucontext_t scheduler;
-  std::vector<Thread> threads;
+  jmp_buf scheduler;
+  std::vector<Thread> threads = std::vector<Thread>(THREADS);
+  std::vector<Thread*> ready;
+  Barrier of_warp[WARPS], of_block;
   std::vector<unsigned char> shared;
   std::mt19937 random{0};
   Thread* now = nullptr;
@@ -55,32 +64,26 @@ struct Block {
 inline Block block;
 inline bool previous_launch_awaited = false;
 
-inline void yield() { swapcontext(&block.now->context, &block.scheduler); }
-
 inline int block_x() { return block.x; }
 inline int block_y() { return block.y; }
 inline int lane_index() { return block.now->index % WARP; }
 inline int warp_index() { return block.now->index / WARP; }
 inline Thread& neighbour(int lane) { return block.threads[warp_index() * WARP + lane]; }
 
-inline void sync_warp() {
-  const int mine = ++block.now->warp_barriers;
-  const int warp = warp_index();
-  for (bool waiting = true; waiting;) {
-    waiting = false;
-    for (int lane = 0; lane < WARP; ++lane) waiting |= block.threads[warp * WARP + lane].warp_barriers < mine;
-    if (waiting) yield();
-  }
+inline void release_if_all_wait(Barrier& barrier) {
+  if (static_cast<int>(barrier.waiting.size()) < barrier.threads) return;
+  block.ready.insert(block.ready.end(), barrier.waiting.begin(), barrier.waiting.end());
+  barrier.waiting.clear();
 }
 
-inline void sync_block() {
-  const int mine = ++block.now->block_barriers;
-  for (bool waiting = true; waiting;) {
-    waiting = false;
-    for (const Thread& thread : block.threads) waiting |= thread.block_barriers < mine;
-    if (waiting) yield();
-  }
+inline void wait_at(Barrier& barrier) {
+  barrier.waiting.push_back(block.now);
+  release_if_all_wait(barrier);
+  if (_setjmp(block.now->here) == 0) _longjmp(block.scheduler, 1);
 }
+
+inline void sync_warp() { wait_at(block.of_warp[warp_index()]); }
+inline void sync_block() { wait_at(block.of_block); }
 
 inline int broadcast(int value) {
   block.now->shared_value = value;
@@ -90,42 +93,57 @@ inline int broadcast(int value) {
   return of_first;
 }
 
-// Runs `kernel` as one block of THREADS threads with `shared_bytes` of shared memory and something behind to be kept.
+// One thread, picked at random, runs until it waits or ends.
+inline void run_some_thread() {
+  std::swap(block.ready[block.random() % block.ready.size()], block.ready.back());
+  Thread& thread = *block.ready.back();
+  block.ready.pop_back();
+  block.now = &thread;
+  if (_setjmp(block.scheduler) == 0) {
+    if (thread.started) _longjmp(thread.here, 1);
+    thread.started = true;
+    setcontext(&thread.start);
+  }
+  if (thread.done) {
+    for (Barrier* barrier : {&block.of_warp[warp_index()], &block.of_block}) {
+      --barrier->threads;
+      release_if_all_wait(*barrier);
+    }
+  }
+}
+
+// Runs `kernel` as one block of THREADS threads with `shared_bytes` of shared memory, behind which nothing may change.
 template <class Function>
 void run_block(int x, int y, int shared_bytes, Function kernel) {
   static Function* entry;
   entry = &kernel;
   constexpr int GUARD = 256;
+  constexpr size_t STACK = 64 << 10;
   block.x = x;
   block.y = y;
   block.shared.assign(shared_bytes + GUARD, 0xFF);  // NaN in either format and in float32
-  block.threads.resize(THREADS);
-  std::vector<Thread*> alive;
+  block.of_block.threads = THREADS;
+  for (Barrier& barrier : block.of_warp) barrier.threads = WARP;
   for (int i = 0; i < THREADS; ++i) {
     Thread& thread = block.threads[i];
-    constexpr size_t STACK = 64 << 10;
     if (!thread.stack) thread.stack.reset(new char[STACK]);
     thread.index = i;
-    thread.done = false;
-    thread.warp_barriers = thread.block_barriers = 0;
+    thread.started = thread.done = false;
     thread.copies.clear();
     thread.groups.clear();
-    getcontext(&thread.context);
-    thread.context.uc_stack = {thread.stack.get(), 0, STACK};
-    thread.context.uc_link = &block.scheduler;
-    makecontext(&thread.context, +[] { (*entry)(); block.now->done = true; }, 0);
-    alive.push_back(&thread);
+    getcontext(&thread.start);
+    thread.start.uc_stack.ss_sp = thread.stack.get();
+    thread.start.uc_stack.ss_size = STACK;
+    makecontext(&thread.start, +[] {
+      (*entry)();
+      block.now->done = true;
+      _longjmp(block.scheduler, 1);
+    }, 0);
+    block.ready.push_back(&thread);
   }
-  while (!alive.empty()) {
-    const size_t next = block.random() % alive.size();
-    block.now = alive[next];
-    swapcontext(&block.scheduler, &block.now->context);
-    if (block.now->done) {
-      // A thread that has ended holds nobody up, as on the machine.
-      block.now->warp_barriers = block.now->block_barriers = 1 << 30;
-      alive[next] = alive.back();
-      alive.pop_back();
-    }
+  while (!block.ready.empty()) run_some_thread();
+  for (const Thread& thread : block.threads) {
+    if (!thread.done) throw std::runtime_error("threads wait for ever");
   }
   for (int i = 0; i < GUARD; ++i) {
     if (block.shared[shared_bytes + i] != 0xFF) throw std::runtime_error("written behind shared memory");
