@@ -11,16 +11,16 @@ using Kernel = void (*)(DecodeArguments);
 
 template <class Format, int BITS, int SPAN>
 Kernel by_tokens(int token_tiles) {
-  return token_tiles == 1 ? decode_kernel<Format, BITS, SPAN, 1> : decode_kernel<Format, BITS, SPAN, 2>;
+  if constexpr (max_tokens(BITS) > TOKENS) {
+    if (token_tiles == 2) return decode_kernel<Format, BITS, SPAN, 2>;
+  }
+  return decode_kernel<Format, BITS, SPAN, 1>;
 }
 
 template <class Format, int BITS>
 Kernel by_span(const Plan& plan) {
-  switch (plan.span) {
-    case 64: return by_tokens<Format, BITS, 64>(plan.token_tiles);
-    case 32: return by_tokens<Format, BITS, 32>(plan.token_tiles);
-    default: return by_tokens<Format, BITS, 16>(plan.token_tiles);
-  }
+  return plan.span == 64 ? by_tokens<Format, BITS, 64>(plan.token_tiles)
+                         : by_tokens<Format, BITS, 32>(plan.token_tiles);
 }
 
 template <class Format>

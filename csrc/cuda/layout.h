@@ -22,6 +22,7 @@ constexpr int CHUNK = 64;         // columns between two loads of x from shared 
 constexpr int STEP = 16;          // columns of one mma
 constexpr int STEPS = CHUNK / STEP;
 constexpr int TOKENS = 8;         // the width of B
+constexpr int GROUP_UNIT = 32;    // columns that divide every group served: two steps
 constexpr int UNIT = 16;          // bytes of one asynchronous copy
 constexpr int X_PADDING = 8;      // elements behind each token's row in shared memory: rows 16 bytes apart modulo 128
 
@@ -39,6 +40,9 @@ struct Packing {
 // Steps whose words a lane reads in one load of at most 16 bytes. Columns that share a scale (a span) stay together.
 template <int BITS, int SPAN>
 constexpr int RUN = BITS == 3 ? 1 : SPAN / STEP;
+
+// Tokens that one launch serves. The sums of ten fields of two tiles of tokens would not fit a thread's registers.
+constexpr int max_tokens(int bits) { return bits == 3 ? TOKENS : 2 * TOKENS; }
 
 // Blocks of the decode kernel whose registers fit one multiprocessor: many fields' sums leave room for one.
 constexpr int max_resident(int bits, int token_tiles) {
@@ -84,7 +88,7 @@ HQQ_OFT_HOST_DEVICE int accumulator_token(int quad, int i) { return 2 * quad + i
 
 // Byte of a stage at which 16-byte unit `unit` of row `row` is kept. Rows are multiples of 128 bytes apart, so without
 // the exclusive or lanes that read the same column of several rows would meet in the same banks. The row's bits are
-// reversed: two rows part by 64 bytes, four by 32, eight by 16, which suits 16-, 8- and 4-byte reads.
+// reversed: two rows part by 64 bytes, four by 32, which suits 16- and 8-byte reads.
 HQQ_OFT_HOST_DEVICE int stage_byte(int row, int unit, int row_bytes) {
   const int reversed = (row & 1) << 2 | (row & 2) | (row & 4) >> 2;
   return row * row_bytes + (unit ^ reversed) * UNIT;

@@ -12,8 +12,6 @@
 
 namespace hqq_oft::cuda {
 
-constexpr int MAX_TOKENS = 2 * TOKENS;
-
 struct Problem {
   int tokens;
   int out_features;
@@ -53,7 +51,7 @@ inline PackingFacts packing_facts(int bits) {
 
 struct Plan {
   int token_tiles;    // of TOKENS
-  int span;           // columns that share a scale and divide a chunk: 64, 32 or 16
+  int span;           // columns that share a scale and divide a chunk: 64 or 32
   int tiles;          // of TILE_ROWS packed rows
   int band_tiles;     // tiles of one block
   int bands;
@@ -103,7 +101,7 @@ inline Plan make_plan(const Problem& problem, int band_tiles, int slice_stages, 
   const PackingFacts p = packing_facts(problem.bits);
   Plan plan{};
   plan.token_tiles = ceil_div(std::max(problem.tokens, 1), TOKENS);
-  plan.span = problem.group_size % 64 == 0 ? 64 : problem.group_size % 32 == 0 ? 32 : 16;
+  plan.span = problem.group_size % 64 == 0 ? 64 : GROUP_UNIT;
   plan.tiles = ceil_div(problem.out_features / p.fields, TILE_ROWS);
   plan.band_tiles = band_tiles;
   plan.bands = ceil_div(plan.tiles, band_tiles);

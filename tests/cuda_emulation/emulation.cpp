@@ -21,15 +21,15 @@ void run_blocks(const Plan& plan, const DecodeArguments& a, std::mt19937& random
 
 template <class Format, int BITS, int SPAN>
 void by_tokens(const Plan& plan, const DecodeArguments& a, std::mt19937& random) {
-  plan.token_tiles == 1 ? run_blocks<Format, BITS, SPAN, 1>(plan, a, random)
-                        : run_blocks<Format, BITS, SPAN, 2>(plan, a, random);
+  if constexpr (max_tokens(BITS) > TOKENS) {
+    if (plan.token_tiles == 2) return run_blocks<Format, BITS, SPAN, 2>(plan, a, random);
+  }
+  run_blocks<Format, BITS, SPAN, 1>(plan, a, random);
 }
 
 template <class Format, int BITS>
 void by_span(const Plan& plan, const DecodeArguments& a, std::mt19937& random) {
-  if (plan.span == 64) return by_tokens<Format, BITS, 64>(plan, a, random);
-  if (plan.span == 32) return by_tokens<Format, BITS, 32>(plan, a, random);
-  by_tokens<Format, BITS, 16>(plan, a, random);
+  plan.span == 64 ? by_tokens<Format, BITS, 64>(plan, a, random) : by_tokens<Format, BITS, 32>(plan, a, random);
 }
 
 template <class Format>
