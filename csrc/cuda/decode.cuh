@@ -40,7 +40,7 @@ struct Stream {
       : a(arguments), layout(shared), policy(evict_first_policy()), tile(first_tile) {
     const int warp = warp_index();
     stages = shared_memory() + layout.stages + warp * P::STAGES * P::STAGE_BYTES;
-    scales = shared_memory() + layout.scales + warp * a.scale_buffers * 2 * layout.scale_buffer;
+    scales = shared_memory() + layout.scales + warp * a.scale_buffers * layout.scale_buffer;
     band_rows = a.out_features / P::FIELDS;
     groups_per_row = a.rotation.in_features / a.group_size;
     slice_begin = block_y() * a.slice;
@@ -54,7 +54,7 @@ struct Stream {
   // Copies the next stage, if there is one; always a group, so that groups can be counted.
   __device__ __forceinline__ void copy_next() {
     if (tile < tile_end) {
-      if (stage == 0) copy_scales();
+      if (stage == 0) begin_tile();
       copy_levels();
       slot = slot + 1 == P::STAGES ? 0 : slot + 1;
       if (++stage == slice_stages) {
@@ -66,37 +66,52 @@ struct Stream {
     commit_copies();
   }
 
+ private:
+  static constexpr int UNITS = P::ROW_BYTES / UNIT;
+  static constexpr int ROWS = WARP / UNITS;  // that the lanes copy at a time
+
+  // This lane's unit of the next stage in the first of its rows. What does not exist is not read: no bytes of it are.
+  const uint8_t* from;
+  int rows_left, columns_left;
+
+  __device__ __forceinline__ void begin_tile() {
+    const int row = tile * TILE_ROWS + lane_index() / UNITS;
+    const int column = slice_begin + lane_index() % UNITS * (UNIT / P::ELEMENT_BYTES);
+    from = a.packed + (static_cast<int64_t>(row) * a.rotation.in_features + column) * P::ELEMENT_BYTES;
+    rows_left = band_rows - row;
+    columns_left = a.rotation.in_features - column;
+    copy_scales();
+  }
+
   __device__ __forceinline__ void copy_levels() {
-    constexpr int UNITS = P::ROW_BYTES / UNIT;
-    constexpr int ROWS = WARP / UNITS;  // that the lanes copy at a time
-    const int lane = lane_index(), unit = lane % UNITS;
-    const int column = slice_begin + stage * P::STAGE_COLUMNS + unit * UNIT / P::ELEMENT_BYTES;
+    const int64_t rows_apart = static_cast<int64_t>(ROWS) * a.rotation.in_features * P::ELEMENT_BYTES;
     unsigned char* to = stages + slot * P::STAGE_BYTES;
+    const uint8_t* row_from = from;
 #pragma unroll
-    for (int first = 0; first < TILE_ROWS; first += ROWS) {
-      const int row = first + lane / UNITS, packed_row = tile * TILE_ROWS + row;
-      const bool exists = packed_row < band_rows && column < a.rotation.in_features;
-      const int64_t element = exists ? static_cast<int64_t>(packed_row) * a.rotation.in_features + column : 0;
-      copy_unit_async(to + stage_byte(row, unit, P::ROW_BYTES), a.packed + element * P::ELEMENT_BYTES,
-                      exists ? UNIT : 0, policy);
+    for (int first = 0; first < TILE_ROWS; first += ROWS, row_from += rows_apart) {
+      const bool exists = first < rows_left && columns_left > 0;
+      const int at = stage_byte(first + lane_index() / UNITS, lane_index() % UNITS, P::ROW_BYTES);
+      copy_unit_async(to + at, row_from, exists ? UNIT : 0, policy);
     }
+    from += P::ROW_BYTES;
+    columns_left -= P::STAGE_COLUMNS;
   }
 
   __device__ __forceinline__ void copy_scales() {
-    constexpr int LANES = 8;  // that share a row
+    constexpr int LANES = 4;  // that share a row
+    using S = ScaleLayout<BITS>;
     const int64_t elements = static_cast<int64_t>(a.out_features) * groups_per_row;
-    unsigned char* to = scales + buffer * 2 * layout.scale_buffer;
+    uint32_t* to = reinterpret_cast<uint32_t*>(scales + buffer * layout.scale_buffer);
     for (int row = lane_index() / LANES; row < P::FIELDS * TILE_ROWS; row += WARP / LANES) {
-      const int packed_row = tile * TILE_ROWS + row % TILE_ROWS;
-      const int64_t first = scale_element(weight_row(packed_row, row / TILE_ROWS, band_rows), groups_per_row,
-                                          first_group) & ~int64_t{1};
+      const int packed_row = tile * TILE_ROWS + row % TILE_ROWS, field = row / TILE_ROWS;
+      const int64_t first =
+          scale_element(weight_row(packed_row, field, band_rows), groups_per_row, first_group) & ~int64_t{1};
       for (int word = lane_index() % LANES; word < a.scale_words; word += LANES) {
-        const int64_t element = first + 2 * word;
-        const int64_t left = packed_row < band_rows ? elements - element : 0;
+        const int64_t element = first + 2 * word, left = packed_row < band_rows ? elements - element : 0;
         const int bytes = left >= 2 ? 4 : left == 1 ? 2 : 0;
-        unsigned char* word_to = to + (row * layout.scale_stride + word) * 4;
-        copy_word_async(word_to, a.scale + (bytes > 0 ? element : 0), bytes);
-        copy_word_async(word_to + layout.scale_buffer, a.zero + (bytes > 0 ? element : 0), bytes);
+        uint32_t* word_to = to + S::word(word, field, row % TILE_ROWS);
+        copy_word_async(word_to, a.scale + element, bytes);
+        copy_word_async(word_to + S::ZEROS, a.zero + element, bytes);
       }
     }
   }
@@ -144,78 +159,87 @@ struct Accumulators {
   float value[Packing<BITS>::FIELDS][TOKEN_TILES][4] = {};
 };
 
-// A tile's scales and zeros in shared memory, and how far in its row of groups a slice has come.
-struct Groups {
-  const unsigned char* scales;
-  int scale_stride, scale_buffer;
-  int group;         // counted from the slice's first
-  int columns_left;  // of the group
+// Where a lane is in shared memory: all that it reads next for a tile. What moves is kept moving, chunk by chunk, since
+// the compiler would else work it out again for each.
+template <int BITS, int SPAN, int TOKEN_TILES>
+struct Reader {
+  using P = Packing<BITS>;
 
-  __device__ __forceinline__ void advance(int columns, int group_size) {
-    columns_left -= columns;
+  const uint16_t* x;       // the lane's columns of its token
+  const float* sums;       // of the lane's two tokens
+  const uint32_t* scales;  // the lane's row of the tile's
+  int element;             // of the scales: a group, counted from the first of the row's words
+  int columns_left;        // of the group
+
+  __device__ __forceinline__ void advance_span(int group_size) {
+    sums += TOKEN_TILES * TOKENS;
+    columns_left -= SPAN;
     if (columns_left == 0) {
-      ++group;
+      ++element;
       columns_left = group_size;
     }
   }
 
-  // Scale and zero in row `row` of the tile's scales, of which element 0 is `odd` ? the second : the first half of a word.
+  // Scales and zeros of a field's rows `group` and `group + 8`; `odd` is 1 where the row's first is in a high half.
   template <class Format>
-  __device__ __forceinline__ void load(int row, int odd, float& scale, float& zero) const {
-    const unsigned char* at = scales + row * scale_stride * 4 + (odd + group) * 2;
-    scale = widen<Format>(*reinterpret_cast<const uint16_t*>(at));
-    zero = widen<Format>(*reinterpret_cast<const uint16_t*>(at + scale_buffer));
+  __device__ __forceinline__ void load_scales(int field, int odd, float (&scale)[2], float (&zero)[2]) const {
+    using S = ScaleLayout<BITS>;
+    const int at = element + odd;
+    const uint32_t* words = scales + (at >> 1) * S::WORD_STRIDE;
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(words) + (at & 1);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      scale[half] = widen<Format>(halves[2 * S::word(0, field, 8 * half)]);
+      zero[half] = widen<Format>(halves[2 * (S::word(0, field, 8 * half) + S::ZEROS)]);
+    }
   }
 };
 
-// Adds the products of the chunk at `chunk` columns into the stage: `x` and `sums` are at its first column.
+// Adds the products of the chunk at `chunk` columns into the stage. `odd` is `scale_is_odd` of even and odd fields;
+// `columns` are left of W, and behind them there are no scales.
 template <class Format, int BITS, int SPAN, int TOKEN_TILES>
-__device__ __forceinline__ void multiply_chunk(Accumulators<BITS, TOKEN_TILES>& sum, const Stream<BITS>& stream,
-                                               const unsigned char* stage, int chunk, const uint16_t* x,
-                                               const float* sums, Groups& groups, int columns) {
+__device__ __forceinline__ void multiply_chunk(Accumulators<BITS, TOKEN_TILES>& sum,
+                                               Reader<BITS, SPAN, TOKEN_TILES>& reader, const unsigned char* stage,
+                                               int chunk, int x_stride, const int (&odd)[2], int group_size,
+                                               int columns) {
   using P = Packing<BITS>;
   constexpr int RUN_STEPS = RUN<BITS, SPAN>, SPAN_STEPS = SPAN / STEP;
-  const int lane = lane_index(), group = lane / 4, quad = lane % 4;
+  const int group = lane_index() / 4, quad = lane_index() % 4;
 
-  Words<4> x_words[TOKEN_TILES][2];  // of all steps: pairs (step 0, 1), (2, 3)
+  Words<4> x[TOKEN_TILES][2];  // steps 0 and 1, steps 2 and 3
 #pragma unroll
   for (int tokens = 0; tokens < TOKEN_TILES; ++tokens) {
-    const uint16_t* at = x + (tokens * TOKENS + group) * stream.layout.x_stride + quad * (STEPS * 4);
-    x_words[tokens][0] = *reinterpret_cast<const Words<4>*>(at);
-    x_words[tokens][1] = *reinterpret_cast<const Words<4>*>(at + 8);
+    const uint16_t* at = reader.x + tokens * TOKENS * x_stride;
+    x[tokens][0] = *reinterpret_cast<const Words<4>*>(at);
+    x[tokens][1] = *reinterpret_cast<const Words<4>*>(at + 8);
   }
+  reader.x += CHUNK;
 #pragma unroll
   for (int span = 0; span < CHUNK / SPAN; ++span) {
-    if (span * SPAN >= columns) break;  // behind the last column of W there are no scales
+    if (span * SPAN >= columns) break;
     uint32_t levels[2][SPAN_STEPS * P::WORDS];  // of rows group and group + 8
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int step = 0; step < SPAN_STEPS; step += RUN_STEPS) {
+      const int column = chunk + fragment_column(quad, span * SPAN_STEPS + step, RUN_STEPS);
+      const int byte = column * P::ELEMENT_BYTES;
+      const unsigned char* at = stage + stage_byte(group, byte / UNIT, P::ROW_BYTES) + byte % UNIT;
 #pragma unroll
-      for (int step = 0; step < SPAN_STEPS; step += RUN_STEPS) {
-        const int column = chunk + fragment_column(quad, span * SPAN_STEPS + step, RUN_STEPS);
-        const int byte = column * P::ELEMENT_BYTES;
-        const auto words = *reinterpret_cast<const Words<RUN_STEPS * P::WORDS>*>(
-            stage + stage_byte(group + 8 * half, byte / UNIT, P::ROW_BYTES) + byte % UNIT);
+      for (int half = 0; half < 2; ++half) {
+        const auto words = *reinterpret_cast<const Words<RUN_STEPS * P::WORDS>*>(at + 8 * half * P::ROW_BYTES);
 #pragma unroll
         for (int i = 0; i < RUN_STEPS * P::WORDS; ++i) levels[half][step * P::WORDS + i] = words.word[i];
       }
     }
-    float x_sum[TOKEN_TILES][2];  // of tokens 2 quad and 2 quad + 1
+    float x_sum[TOKEN_TILES][2];
 #pragma unroll
     for (int tokens = 0; tokens < TOKEN_TILES; ++tokens) {
-      const float* at = sums + (span * TOKEN_TILES + tokens) * TOKENS + accumulator_token(quad, 0);
-      x_sum[tokens][0] = at[0];
-      x_sum[tokens][1] = at[1];
+      x_sum[tokens][0] = reader.sums[tokens * TOKENS];
+      x_sum[tokens][1] = reader.sums[tokens * TOKENS + 1];
     }
 #pragma unroll
     for (int field = 0; field < P::FIELDS; ++field) {
-      const int odd = scale_is_odd(group, field, stream.band_rows, stream.groups_per_row, stream.first_group);
       float scale[2], zero[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = group + 8 * half;
-        groups.load<Format>(field * TILE_ROWS + row, odd, scale[half], zero[half]);
-      }
+      reader.template load_scales<Format>(field, odd[field % 2], scale, zero);
       float product[TOKEN_TILES][4];
 #pragma unroll
       for (int tokens = 0; tokens < TOKEN_TILES; ++tokens) {
@@ -232,7 +256,7 @@ __device__ __forceinline__ void multiply_chunk(Accumulators<BITS, TOKEN_TILES>& 
         const int of_chunk = span * SPAN_STEPS + step;
 #pragma unroll
         for (int tokens = 0; tokens < TOKEN_TILES; ++tokens) {
-          const uint32_t* words = &x_words[tokens][of_chunk / 2].word[of_chunk % 2 * 2];
+          const uint32_t* words = &x[tokens][of_chunk / 2].word[of_chunk % 2 * 2];
           const uint32_t b[2] = {words[0], words[1]};
           mma<Format>(product[tokens], a, b);
         }
@@ -243,7 +267,7 @@ __device__ __forceinline__ void multiply_chunk(Accumulators<BITS, TOKEN_TILES>& 
         for (int i = 0; i < 4; ++i) sum.value[field][tokens][i] += scale[i / 2] * product[tokens][i];
       }
     }
-    groups.advance(SPAN, stream.a.group_size);
+    reader.advance_span(group_size);
   }
 }
 
@@ -323,8 +347,8 @@ __device__ __forceinline__ void store_tile(const Accumulators<BITS, TOKEN_TILES>
 template <class Format, int BITS, int SPAN, int TOKEN_TILES>
 __global__ void __launch_bounds__(THREADS, max_resident(BITS, TOKEN_TILES)) decode_kernel(const DecodeArguments a) {
   using P = Packing<BITS>;
-  const SharedLayout layout = shared_layout(P::FIELDS, P::STAGE_BYTES, P::STAGES, TOKEN_TILES, SPAN, a.slice,
-                                            a.scale_words, a.scale_buffers);
+  const SharedLayout layout =
+      shared_layout(facts_of<BITS>(), TOKEN_TILES, SPAN, a.slice, a.scale_words, a.scale_buffers);
   int tile = block_x() * a.band_tiles + warp_index();
   Stream<BITS> stream(a, layout, tile);
   for (int stage = 0; stage < P::STAGES - 1; ++stage) stream.copy_next();
@@ -332,26 +356,28 @@ __global__ void __launch_bounds__(THREADS, max_resident(BITS, TOKEN_TILES)) deco
   if (a.chained) wait_for_previous_launch();
   fill_x<Format, BITS, SPAN, TOKEN_TILES>(a.rotation, layout, a.slice);
 
-  const uint16_t* x = reinterpret_cast<const uint16_t*>(shared_memory() + layout.x);
-  const float* sums = reinterpret_cast<const float*>(shared_memory() + layout.sums);
-  const int first_columns_left = a.group_size - stream.slice_begin % a.group_size;
+  const int group = lane_index() / 4, quad = lane_index() % 4;
+  const uint16_t* x = reinterpret_cast<const uint16_t*>(shared_memory() + layout.x) + group * layout.x_stride +
+                      quad * (STEPS * 4);
+  const float* sums = reinterpret_cast<const float*>(shared_memory() + layout.sums) + accumulator_token(quad, 0);
+  const int columns = a.rotation.in_features - stream.slice_begin;
+  const int group_columns_left = a.group_size - stream.slice_begin % a.group_size;
+  const int odd[2] = {scale_is_odd(group, 0, stream.band_rows, stream.groups_per_row, stream.first_group),
+                      scale_is_odd(group, 1, stream.band_rows, stream.groups_per_row, stream.first_group)};
   int slot = 0, buffer = 0;
   for (; tile < stream.tile_end; tile += WARPS) {
     Accumulators<BITS, TOKEN_TILES> sum;
-    Groups groups{stream.scales + buffer * 2 * layout.scale_buffer, layout.scale_stride, layout.scale_buffer, 0,
-                  first_columns_left};
+    const uint32_t* scales = reinterpret_cast<const uint32_t*>(stream.scales + buffer * layout.scale_buffer) + group;
+    Reader<BITS, SPAN, TOKEN_TILES> reader{x, sums, scales, 0, group_columns_left};
+    int columns_left = columns;
     for (int stage = 0; stage < stream.slice_stages; ++stage) {
       wait_copies<P::STAGES - 2>();
       sync_warp();  // every lane's copies have come, and every lane has read what the next copy overwrites
       stream.copy_next();
 #pragma unroll
-      for (int chunk = 0; chunk < P::STAGE_COLUMNS; chunk += CHUNK) {
-        const int column = stage * P::STAGE_COLUMNS + chunk;
-        const int columns = a.rotation.in_features - stream.slice_begin - column;
-        if (columns <= 0) break;
-        multiply_chunk<Format, BITS, SPAN, TOKEN_TILES>(
-            sum, stream, stream.stages + slot * P::STAGE_BYTES, chunk, x + column,
-            sums + column / SPAN * TOKEN_TILES * TOKENS, groups, columns);
+      for (int chunk = 0; chunk < P::STAGE_COLUMNS && columns_left > 0; chunk += CHUNK, columns_left -= CHUNK) {
+        multiply_chunk<Format, BITS, SPAN, TOKEN_TILES>(sum, reader, stream.stages + slot * P::STAGE_BYTES, chunk,
+                                                        layout.x_stride, odd, a.group_size, columns_left);
       }
       slot = slot + 1 == P::STAGES ? 0 : slot + 1;
     }

@@ -88,11 +88,22 @@ HQQ_OFT_HOST_DEVICE int accumulator_token(int quad, int i) { return 2 * quad + i
 
 // Byte of a stage at which 16-byte unit `unit` of row `row` is kept. Rows are multiples of 128 bytes apart, so without
 // the exclusive or lanes that read the same column of several rows would meet in the same banks. The row's bits are
-// reversed: two rows part by 64 bytes, four by 32, which suits 16- and 8-byte reads.
+// reversed: two rows part by 64 bytes, four by 32, which suits 16- and 8-byte reads. Row + 8 is 8 row_bytes further.
 HQQ_OFT_HOST_DEVICE int stage_byte(int row, int unit, int row_bytes) {
   const int reversed = (row & 1) << 2 | (row & 2) | (row & 4) >> 2;
   return row * row_bytes + (unit ^ reversed) * UNIT;
 }
+
+// A tile's scales and zeros: for each 32-bit word of a row of groups the scales of all fields and rows, then the zeros.
+// The padding puts the words that eight rows and four lanes each copy into banks of their own.
+template <int BITS>
+struct ScaleLayout {
+  static constexpr int ZEROS = Packing<BITS>::FIELDS * TILE_ROWS;  // words before the zeros
+  static constexpr int WORD_STRIDE = 2 * ZEROS + 8;
+  static HQQ_OFT_HOST_DEVICE int word(int word, int field, int row) {
+    return word * WORD_STRIDE + field * TILE_ROWS + row;
+  }
+};
 
 // --- Global memory ---------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 //
 // A level q of BITS bits put into the top of the mantissa of 2^BITS reads as 2^BITS + q: one shift and one logical
 // operation for two levels. The bias 2^BITS is of the levels' own order, so nothing is lost in the products' float32 sum,
-// and it goes away together with the zero: sum x (2^BITS + q - (2^BITS + z)).
+// and it goes away together with the zero: sum x (2^BITS + q - (2^BITS + z)). Include the instructions (ptx.cuh) first.
 #pragma once
 
 #include "layout.h"
@@ -21,7 +21,7 @@ struct Levels {
   static HQQ_OFT_HOST_DEVICE uint32_t pair_at(uint32_t word, int bit) {
     const int shift = bit - POSITION;
     const uint32_t placed = shift >= 0 ? word >> shift : word << -shift;
-    return (placed & pack(MASK, MASK)) | pack(power_of_two<Format>(BITS), power_of_two<Format>(BITS));
+    return and_or(placed, pack(MASK, MASK), pack(power_of_two<Format>(BITS), power_of_two<Format>(BITS)));
   }
 
   // Columns 0 and 2 (odd = 0) or 1 and 3 (odd = 1) of field `field` in a lane's word of four.

@@ -30,13 +30,13 @@ struct Device {
 
 // What depends on the packing alone, by value: see `Packing`.
 struct PackingFacts {
-  int fields, element_bytes, stage_columns, stage_bytes, stages;
+  int fields, element_bytes, stage_columns, stage_bytes, stages, scale_word_stride;
 };
 
 template <int BITS>
-constexpr PackingFacts facts_of() {
+HQQ_OFT_HOST_DEVICE constexpr PackingFacts facts_of() {
   using P = Packing<BITS>;
-  return {P::FIELDS, P::ELEMENT_BYTES, P::STAGE_COLUMNS, P::STAGE_BYTES, P::STAGES};
+  return {P::FIELDS, P::ELEMENT_BYTES, P::STAGE_COLUMNS, P::STAGE_BYTES, P::STAGES, ScaleLayout<BITS>::WORD_STRIDE};
 }
 
 inline PackingFacts packing_facts(int bits) {
@@ -66,32 +66,25 @@ struct Plan {
 // Byte offsets in a block's shared memory. Of each warp's own: `stages`, then scales and zeros.
 struct SharedLayout {
   int x, sums, stages, scales, total;
-  int x_stride;        // elements
-  int scale_stride;    // 32-bit words between rows, odd: rows begin in different banks
-  int scale_buffer;    // bytes of the scales of one tile; the zeros follow
+  int x_stride;      // elements
+  int scale_buffer;  // bytes of the scales and zeros of one tile
 };
 
-HQQ_OFT_HOST_DEVICE constexpr int round_up(int value, int multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
-HQQ_OFT_HOST_DEVICE SharedLayout shared_layout(int fields, int stage_bytes, int stages, int token_tiles, int span,
-                                               int slice, int scale_words, int scale_buffers) {
+HQQ_OFT_HOST_DEVICE SharedLayout shared_layout(const PackingFacts& p, int token_tiles, int span, int slice,
+                                               int scale_words, int scale_buffers) {
   SharedLayout s{};
   s.x_stride = slice + X_PADDING;
-  s.scale_stride = scale_words | 1;
-  s.scale_buffer = fields * TILE_ROWS * s.scale_stride * 4;
+  s.scale_buffer = scale_words * p.scale_word_stride * 4;
   s.stages = 0;
-  s.x = WARPS * stages * stage_bytes;
+  s.x = WARPS * p.stages * p.stage_bytes;
   s.sums = s.x + token_tiles * TOKENS * s.x_stride * 2;
   s.scales = s.sums + slice / span * token_tiles * TOKENS * 4;
-  s.total = s.scales + WARPS * scale_buffers * 2 * s.scale_buffer;
+  s.total = s.scales + WARPS * scale_buffers * s.scale_buffer;
   return s;
 }
 
 inline SharedLayout shared_layout(const PackingFacts& p, const Plan& plan) {
-  return shared_layout(p.fields, p.stage_bytes, p.stages, plan.token_tiles, plan.span, plan.slice, plan.scale_words,
-                       plan.scale_buffers);
+  return shared_layout(p, plan.token_tiles, plan.span, plan.slice, plan.scale_words, plan.scale_buffers);
 }
 
 inline int ceil_div(int value, int divisor) { return (value + divisor - 1) / divisor; }

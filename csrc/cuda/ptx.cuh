@@ -50,6 +50,13 @@ __device__ __forceinline__ uint32_t narrow<BFloat16>(float first, float second) 
   return bits;
 }
 
+// (value & mask) | bits in one instruction, which two constants keep the compiler from finding by itself.
+__device__ __forceinline__ uint32_t and_or(uint32_t value, uint32_t mask, uint32_t bits) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(value), "r"(mask), "r"(bits));
+  return result;
+}
+
 // --- Matrix units ----------------------------------------------------------------------------------------------------
 
 // c += a b on 16 x 16 by 16 x 8 (mma.m16n8k16), with float32 sums.

@@ -201,6 +201,8 @@ uint32_t narrow(float first, float second) {
   return pack(narrow_one<Format>(first), narrow_one<Format>(second));
 }
 
+inline uint32_t and_or(uint32_t value, uint32_t mask, uint32_t bits) { return (value & mask) | bits; }
+
 // --- Matrix units ----------------------------------------------------------------------------------------------------
 
 // PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type": registers of A are (row g, columns 2t, 2t + 1),
