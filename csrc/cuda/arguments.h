@@ -26,8 +26,8 @@ struct DecodeArguments {
   float* partial;        // workspace, as `partial_elements` counts it
   uint64_t* tickets;     // as `ticket_count` counts them; may hold anything
   uint64_t stamp;        // see decode.cuh; its low 16 bits are 0
-  int out_features;
-  int group_size;
+  int out_features, band_rows;  // band_rows: out_features / fields
+  int group_size, groups_per_row;
   int tiles, band_tiles, slice, splits, scale_words, scale_buffers;  // of the plan
   bool chained;
 };

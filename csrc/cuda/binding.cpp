@@ -132,15 +132,7 @@ Tensor linear(const Tensor& x_in, const std::optional<Tensor>& d_in, const Tenso
   a.partial = static_cast<float*>(partial.mutable_data_ptr());
   a.tickets = static_cast<uint64_t*>(tickets.mutable_data_ptr());
   a.stamp = next_stamp();
-  a.out_features = problem.out_features;
-  a.group_size = problem.group_size;
-  a.tiles = plan.tiles;
-  a.band_tiles = plan.band_tiles;
-  a.slice = plan.slice;
-  a.splits = plan.splits;
-  a.scale_words = plan.scale_words;
-  a.scale_buffers = plan.scale_buffers;
-  a.chained = plan.chained;
+  apply_plan(problem, plan, &a);
 
   void* stream = current_stream(x.get_device_index());
   const Element element = half ? Element::HALF : Element::BFLOAT16;

@@ -30,7 +30,6 @@ struct Stream {
   unsigned char* stages;  // this warp's, in shared memory
   unsigned char* scales;
   uint64_t policy;
-  int band_rows, groups_per_row, first_group;
   int slice_begin, slice_stages;
   int tile_end;
   // Of the next copy:
@@ -41,10 +40,7 @@ struct Stream {
     const int warp = warp_index();
     stages = shared_memory() + layout.stages + warp * P::STAGES * P::STAGE_BYTES;
     scales = shared_memory() + layout.scales + warp * a.scale_buffers * layout.scale_buffer;
-    band_rows = a.out_features / P::FIELDS;
-    groups_per_row = a.rotation.in_features / a.group_size;
     slice_begin = block_y() * a.slice;
-    first_group = slice_begin / a.group_size;
     const int columns = a.rotation.in_features - slice_begin;
     slice_stages = ((columns < a.slice ? columns : a.slice) + P::STAGE_COLUMNS - 1) / P::STAGE_COLUMNS;
     const int band_end = (block_x() + 1) * a.band_tiles;
@@ -59,7 +55,7 @@ struct Stream {
       slot = slot + 1 == P::STAGES ? 0 : slot + 1;
       if (++stage == slice_stages) {
         stage = 0;
-        tile += WARPS;
+        tile += warp_count();
         buffer = buffer + 1 == a.scale_buffers ? 0 : buffer + 1;
       }
     }
@@ -78,7 +74,7 @@ struct Stream {
     const int row = tile * TILE_ROWS + lane_index() / UNITS;
     const int column = slice_begin + lane_index() % UNITS * (UNIT / P::ELEMENT_BYTES);
     from = a.packed + (static_cast<int64_t>(row) * a.rotation.in_features + column) * P::ELEMENT_BYTES;
-    rows_left = band_rows - row;
+    rows_left = a.band_rows - row;
     columns_left = a.rotation.in_features - column;
     copy_scales();
   }
@@ -100,14 +96,15 @@ struct Stream {
   __device__ __forceinline__ void copy_scales() {
     constexpr int LANES = 4;  // that share a row
     using S = ScaleLayout<BITS>;
-    const int64_t elements = static_cast<int64_t>(a.out_features) * groups_per_row;
+    const int64_t elements = static_cast<int64_t>(a.out_features) * a.groups_per_row;
+    const int first_group = slice_begin / a.group_size;
     uint32_t* to = reinterpret_cast<uint32_t*>(scales + buffer * layout.scale_buffer);
     for (int row = lane_index() / LANES; row < P::FIELDS * TILE_ROWS; row += WARP / LANES) {
       const int packed_row = tile * TILE_ROWS + row % TILE_ROWS, field = row / TILE_ROWS;
       const int64_t first =
-          scale_element(weight_row(packed_row, field, band_rows), groups_per_row, first_group) & ~int64_t{1};
+          scale_element(weight_row(packed_row, field, a.band_rows), a.groups_per_row, first_group) & ~int64_t{1};
       for (int word = lane_index() % LANES; word < a.scale_words; word += LANES) {
-        const int64_t element = first + 2 * word, left = packed_row < band_rows ? elements - element : 0;
+        const int64_t element = first + 2 * word, left = packed_row < a.band_rows ? elements - element : 0;
         const int bytes = left >= 2 ? 4 : left == 1 ? 2 : 0;
         uint32_t* word_to = to + S::word(word, field, row % TILE_ROWS);
         copy_word_async(word_to, a.scale + element, bytes);
@@ -123,7 +120,7 @@ __device__ __forceinline__ void fill_x(const RotationArguments& a, const SharedL
   constexpr int RUN_STEPS = RUN<BITS, SPAN>;
   const int lane = lane_index(), warp = warp_index(), group = lane / 4, quad = lane % 4;
   uint16_t* x = reinterpret_cast<uint16_t*>(shared_memory() + layout.x);
-  for (int column = warp * STEP; column < slice; column += WARPS * STEP) {
+  for (int column = warp * STEP; column < slice; column += warp_count() * STEP) {
     Four columns[2];
     rotated_columns<Format>(a, block_y() * slice + column, lane, columns);
     const int mine = column + 4 * quad;
@@ -137,7 +134,7 @@ __device__ __forceinline__ void fill_x(const RotationArguments& a, const SharedL
   }
   sync_block();
   float* sums = reinterpret_cast<float*>(shared_memory() + layout.sums);
-  for (int i = warp * WARP + lane; i < slice / SPAN * TOKEN_TILES * TOKENS; i += THREADS) {
+  for (int i = warp * WARP + lane; i < slice / SPAN * TOKEN_TILES * TOKENS; i += warp_count() * WARP) {
     const int token = i % (TOKEN_TILES * TOKENS), first = i / (TOKEN_TILES * TOKENS) * SPAN;
     float sum = 0.0f;
     for (int column = first; column < first + SPAN; column += 4) {
@@ -286,69 +283,66 @@ __device__ __forceinline__ bool arrive_last(uint64_t* ticket, uint64_t stamp, in
   return last;
 }
 
+// Calls `visit(value, token, field, row)` for all that a lane holds of tokens and of packed rows of the tile that exist.
+template <int BITS, int TOKEN_TILES, class Visit>
+__device__ __forceinline__ void for_each_sum(Accumulators<BITS, TOKEN_TILES>& sum, int tokens, int rows, Visit visit) {
+  const int group = lane_index() / 4, quad = lane_index() % 4;
+#pragma unroll
+  for (int field = 0; field < Packing<BITS>::FIELDS; ++field) {
+#pragma unroll
+    for (int i = 0; i < 4 * TOKEN_TILES; ++i) {
+      const int token = i / 4 * TOKENS + accumulator_token(quad, i % 4), row = accumulator_row(group, i % 4);
+      if (token < tokens && row < rows) visit(sum.value[field][i / 4][i % 4], token, field, row);
+    }
+  }
+}
+
 // Leaves this split's part of the tile in the workspace; in the warp that arrives last, the sum of all, in their order.
+// Of each tile there are [splits, tokens, fields, rows] floats.
 template <int BITS, int TOKEN_TILES>
 __device__ __forceinline__ bool sum_splits(Accumulators<BITS, TOKEN_TILES>& sum, const DecodeArguments& a, int tile) {
-  constexpr int FIELDS = Packing<BITS>::FIELDS;
-  const int lane = lane_index();
-  Float4* parts = reinterpret_cast<Float4*>(a.partial) +
-                  static_cast<int64_t>(tile) * a.splits * FIELDS * TOKEN_TILES * WARP + lane;
-  Float4* own = parts + block_y() * FIELDS * TOKEN_TILES * WARP;
-#pragma unroll
-  for (int i = 0; i < FIELDS * TOKEN_TILES; ++i) {
-    const float* value = sum.value[i / TOKEN_TILES][i % TOKEN_TILES];
-    own[i * WARP] = Float4{{value[0], value[1], value[2], value[3]}};
-  }
+  constexpr int SIZE = Packing<BITS>::FIELDS * TILE_ROWS;  // of one token
+  const int tokens = a.rotation.tokens;
+  float* parts = a.partial + static_cast<int64_t>(tile) * a.splits * tokens * SIZE;
+  float* own = parts + static_cast<int64_t>(block_y()) * tokens * SIZE;
+  for_each_sum<BITS, TOKEN_TILES>(sum, tokens, TILE_ROWS, [&](float value, int token, int field, int row) {
+    own[token * SIZE + field * TILE_ROWS + row] = value;
+  });
   fence();
   sync_warp();
   int last = 0;
-  if (lane == 0) last = arrive_last(a.tickets + tile, a.stamp, a.splits);
+  if (lane_index() == 0) last = arrive_last(a.tickets + tile, a.stamp, a.splits);
   last = broadcast(last);
   if (last == 0) return false;
   fence();
   sum = {};
-  for (int split = 0; split < a.splits; ++split, parts += FIELDS * TOKEN_TILES * WARP) {
-#pragma unroll
-    for (int i = 0; i < FIELDS * TOKEN_TILES; ++i) {
-      const Float4 part = load_past_l1(parts + i * WARP);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) sum.value[i / TOKEN_TILES][i % TOKEN_TILES][j] += part.value[j];
-    }
+  for (int split = 0; split < a.splits; ++split, parts += tokens * SIZE) {
+    for_each_sum<BITS, TOKEN_TILES>(sum, tokens, TILE_ROWS, [&](float& value, int token, int field, int row) {
+      value += load_past_l1(parts + token * SIZE + field * TILE_ROWS + row);
+    });
   }
   return true;
 }
 
 template <class Format, int BITS, int TOKEN_TILES>
-__device__ __forceinline__ void store_tile(const Accumulators<BITS, TOKEN_TILES>& sum, const DecodeArguments& a,
-                                           int tile, int band_rows) {
-  const int lane = lane_index(), group = lane / 4, quad = lane % 4;
-#pragma unroll
-  for (int field = 0; field < Packing<BITS>::FIELDS; ++field) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int packed_row = tile * TILE_ROWS + accumulator_row(group, 2 * half);
-      if (packed_row >= band_rows) continue;
-      const int output = weight_row(packed_row, field, band_rows);
-      const float bias = a.bias == nullptr ? 0.0f : widen<Format>(a.bias[output]);
-#pragma unroll
-      for (int tokens = 0; tokens < TOKEN_TILES; ++tokens) {
-        const float* value = &sum.value[field][tokens][2 * half];
-        const uint32_t pair = narrow<Format>(value[0] + bias, value[1] + bias);
-        const int token = tokens * TOKENS + accumulator_token(quad, 0);
-        uint16_t* y = a.y + static_cast<int64_t>(token) * a.out_features + output;
-        if (token < a.rotation.tokens) y[0] = static_cast<uint16_t>(pair);
-        if (token + 1 < a.rotation.tokens) y[a.out_features] = static_cast<uint16_t>(pair >> 16);
-      }
-    }
-  }
+__device__ __forceinline__ void store_tile(Accumulators<BITS, TOKEN_TILES>& sum, const DecodeArguments& a,
+                                           int tile) {
+  const int first = tile * TILE_ROWS;
+  for_each_sum<BITS, TOKEN_TILES>(
+      sum, a.rotation.tokens, a.band_rows - first, [&](float value, int token, int field, int row) {
+        const int output = weight_row(first + row, field, a.band_rows);
+        if (a.bias != nullptr) value += widen<Format>(a.bias[output]);
+        const auto rounded = static_cast<uint16_t>(narrow<Format>(value, 0.0f));
+        a.y[static_cast<int64_t>(token) * a.out_features + output] = rounded;
+      });
 }
 
 // Grid: (bands, splits). See `Plan` for what a block does, `shared_layout` for its shared memory.
 template <class Format, int BITS, int SPAN, int TOKEN_TILES>
-__global__ void __launch_bounds__(THREADS, max_resident(BITS, TOKEN_TILES)) decode_kernel(const DecodeArguments a) {
+__global__ void __launch_bounds__(WARPS * WARP, max_resident(BITS, TOKEN_TILES)) decode_kernel(const DecodeArguments a) {
   using P = Packing<BITS>;
   const SharedLayout layout =
-      shared_layout(facts_of<BITS>(), TOKEN_TILES, SPAN, a.slice, a.scale_words, a.scale_buffers);
+      shared_layout(facts_of<BITS>(), warp_count(), TOKEN_TILES, SPAN, a.slice, a.scale_words, a.scale_buffers);
   int tile = block_x() * a.band_tiles + warp_index();
   Stream<BITS> stream(a, layout, tile);
   for (int stage = 0; stage < P::STAGES - 1; ++stage) stream.copy_next();
@@ -362,10 +356,11 @@ __global__ void __launch_bounds__(THREADS, max_resident(BITS, TOKEN_TILES)) deco
   const float* sums = reinterpret_cast<const float*>(shared_memory() + layout.sums) + accumulator_token(quad, 0);
   const int columns = a.rotation.in_features - stream.slice_begin;
   const int group_columns_left = a.group_size - stream.slice_begin % a.group_size;
-  const int odd[2] = {scale_is_odd(group, 0, stream.band_rows, stream.groups_per_row, stream.first_group),
-                      scale_is_odd(group, 1, stream.band_rows, stream.groups_per_row, stream.first_group)};
+  const int first_group = stream.slice_begin / a.group_size;
+  const int odd[2] = {scale_is_odd(group, 0, a.band_rows, a.groups_per_row, first_group),
+                      scale_is_odd(group, 1, a.band_rows, a.groups_per_row, first_group)};
   int slot = 0, buffer = 0;
-  for (; tile < stream.tile_end; tile += WARPS) {
+  for (; tile < stream.tile_end; tile += warp_count()) {
     Accumulators<BITS, TOKEN_TILES> sum;
     const uint32_t* scales = reinterpret_cast<const uint32_t*>(stream.scales + buffer * layout.scale_buffer) + group;
     Reader<BITS, SPAN, TOKEN_TILES> reader{x, sums, scales, 0, group_columns_left};
@@ -383,7 +378,7 @@ __global__ void __launch_bounds__(THREADS, max_resident(BITS, TOKEN_TILES)) deco
     }
     buffer = buffer + 1 == a.scale_buffers ? 0 : buffer + 1;
     if (a.splits == 1 || sum_splits<BITS, TOKEN_TILES>(sum, a, tile)) {
-      store_tile<Format, BITS, TOKEN_TILES>(sum, a, tile, stream.band_rows);
+      store_tile<Format, BITS, TOKEN_TILES>(sum, a, tile);
     }
   }
 }

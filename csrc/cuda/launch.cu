@@ -55,7 +55,7 @@ int describe_device(int index, Device* device, int* capability_major) {
 int launch_rotate(Element element, const RotationArguments& a, uint16_t* rotated, void* stream) {
   const int blocks = ceil_div(a.in_features, WARPS * STEP);
   const auto kernel = element == Element::HALF ? rotate_kernel<Half> : rotate_kernel<BFloat16>;
-  kernel<<<blocks, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(a, rotated);
+  kernel<<<blocks, WARPS * WARP, 0, static_cast<cudaStream_t>(stream)>>>(a, rotated);
   return cudaGetLastError();
 }
 
@@ -74,7 +74,7 @@ int launch_decode(Element element, const Problem& problem, const Plan& plan, con
   chain.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(plan.bands, plan.splits);
-  config.blockDim = dim3(THREADS);
+  config.blockDim = dim3(plan.warps * WARP);
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &chain;

@@ -14,9 +14,8 @@
 
 namespace hqq_oft::cuda {
 
-constexpr int WARP = 32;
-constexpr int WARPS = 8;  // per block
-constexpr int THREADS = WARP * WARPS;
+constexpr int WARP = 32;          // lanes
+constexpr int WARPS = 8;          // of a block, at most
 constexpr int TILE_ROWS = 16;     // packed rows of a warp's tile: the height of A
 constexpr int CHUNK = 64;         // columns between two loads of x from shared memory
 constexpr int STEP = 16;          // columns of one mma
@@ -33,7 +32,7 @@ struct Packing {
   static constexpr int STAGE_COLUMNS = BITS == 3 ? CHUNK : 2 * CHUNK;
   static constexpr int ROW_BYTES = STAGE_COLUMNS * ELEMENT_BYTES;  // of one row in one stage of the pipeline
   static constexpr int STAGE_BYTES = TILE_ROWS * ROW_BYTES;
-  static constexpr int STAGES = BITS == 3 ? 3 : 4;
+  static constexpr int STAGES = BITS == 3 ? 2 : 3;  // of each warp's pipeline: 4 KiB are under way
   static constexpr int WORDS = ELEMENT_BYTES;  // 32-bit words that hold a lane's four columns
 };
 
@@ -49,16 +48,13 @@ constexpr int max_resident(int bits, int token_tiles) {
   return bits == 1 || bits == 3 || (bits == 2 && token_tiles == 2) ? 1 : 2;
 }
 
-// What is read or written at once: four 16-bit values in order, two to a register; N registers; four float32.
+// What is read or written at once: four 16-bit values in order, two to a register; N registers.
 struct alignas(8) Four {
   uint32_t pair[2];
 };
 template <int N>
 struct alignas(4 * N) Words {
   uint32_t word[N];
-};
-struct alignas(16) Float4 {
-  float value[4];
 };
 
 // --- Fragments -------------------------------------------------------------------------------------------------------

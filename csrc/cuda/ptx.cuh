@@ -119,6 +119,7 @@ __device__ __forceinline__ int block_x() { return static_cast<int>(blockIdx.x); 
 __device__ __forceinline__ int block_y() { return static_cast<int>(blockIdx.y); }
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x % WARP); }
 __device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x / WARP); }
+__device__ __forceinline__ int warp_count() { return static_cast<int>(blockDim.x / WARP); }
 
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
@@ -126,18 +127,15 @@ __device__ __forceinline__ void sync_block() { __syncthreads(); }
 // Lane 0's value, in every lane.
 __device__ __forceinline__ int broadcast(int value) { return __shfl_sync(0xFFFFFFFFu, value, 0); }
 
-// Orders this thread's stores before, and its loads after, those that it makes to other blocks' knowledge later.
-__device__ __forceinline__ void fence() { __threadfence(); }
+// What this thread has stored, or seen stored, comes before what it stores afterwards, to every thread of the device.
+__device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 __device__ __forceinline__ uint64_t compare_and_swap(uint64_t* address, uint64_t expected, uint64_t desired) {
   return atomicCAS(reinterpret_cast<unsigned long long*>(address), expected, desired);
 }
 
 // Reads past this multiprocessor's L1 cache, which knows nothing of the other blocks' stores.
-__device__ __forceinline__ Float4 load_past_l1(const Float4* address) {
-  const float4 value = __ldcg(reinterpret_cast<const float4*>(address));
-  return {{value.x, value.y, value.z, value.w}};
-}
+__device__ __forceinline__ float load_past_l1(const float* address) { return __ldcg(address); }
 
 // Lets the next launch of a chain begin, where the architecture can: it still has to wait for this one's results.
 __device__ __forceinline__ void release_next_launch() {

@@ -102,7 +102,7 @@ __device__ __forceinline__ void rotated_columns(const RotationArguments& a, int 
 
 // Rotated x in memory, for blocks of D too large to be read again by every band. Grid: 16 WARPS columns to a block.
 template <class Format>
-__global__ void __launch_bounds__(THREADS) rotate_kernel(const RotationArguments a, uint16_t* out) {
+__global__ void __launch_bounds__(WARPS * WARP) rotate_kernel(const RotationArguments a, uint16_t* out) {
   release_next_launch();
   const int lane = lane_index();
   const int group = lane / 4, quad = lane % 4;

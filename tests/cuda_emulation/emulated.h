@@ -52,13 +52,13 @@ struct Barrier {
 
 struct Block {
   jmp_buf scheduler;
-  std::vector<Thread> threads = std::vector<Thread>(THREADS);
+  std::vector<Thread> threads = std::vector<Thread>(WARPS * WARP);
   std::vector<Thread*> ready;
   Barrier of_warp[WARPS], of_block;
   std::vector<unsigned char> shared;
   std::mt19937 random{0};
   Thread* now = nullptr;
-  int x = 0, y = 0;
+  int x = 0, y = 0, warps = 0;
 };
 
 inline Block block;
@@ -68,6 +68,7 @@ inline int block_x() { return block.x; }
 inline int block_y() { return block.y; }
 inline int lane_index() { return block.now->index % WARP; }
 inline int warp_index() { return block.now->index / WARP; }
+inline int warp_count() { return block.warps; }
 inline Thread& neighbour(int lane) { return block.threads[warp_index() * WARP + lane]; }
 
 inline void release_if_all_wait(Barrier& barrier) {
@@ -112,19 +113,20 @@ inline void run_some_thread() {
   }
 }
 
-// Runs `kernel` as one block of THREADS threads with `shared_bytes` of shared memory, behind which nothing may change.
+// Runs `kernel` as one block of `warps` warps with `shared_bytes` of shared memory, behind which nothing may change.
 template <class Function>
-void run_block(int x, int y, int shared_bytes, Function kernel) {
+void run_block(int x, int y, int warps, int shared_bytes, Function kernel) {
   static Function* entry;
   entry = &kernel;
   constexpr int GUARD = 256;
   constexpr size_t STACK = 64 << 10;
   block.x = x;
   block.y = y;
+  block.warps = warps;
   block.shared.assign(shared_bytes + GUARD, 0xFF);  // NaN in either format and in float32
-  block.of_block.threads = THREADS;
+  block.of_block.threads = warps * WARP;
   for (Barrier& barrier : block.of_warp) barrier.threads = WARP;
-  for (int i = 0; i < THREADS; ++i) {
+  for (int i = 0; i < warps * WARP; ++i) {
     Thread& thread = block.threads[i];
     if (!thread.stack) thread.stack.reset(new char[STACK]);
     thread.index = i;
@@ -142,9 +144,7 @@ void run_block(int x, int y, int shared_bytes, Function kernel) {
     block.ready.push_back(&thread);
   }
   while (!block.ready.empty()) run_some_thread();
-  for (const Thread& thread : block.threads) {
-    if (!thread.done) throw std::runtime_error("threads wait for ever");
-  }
+  if (block.of_block.threads != 0) throw std::runtime_error("threads wait for ever");
   for (int i = 0; i < GUARD; ++i) {
     if (block.shared[shared_bytes + i] != 0xFF) throw std::runtime_error("written behind shared memory");
   }
@@ -280,7 +280,7 @@ inline uint64_t compare_and_swap(uint64_t* address, uint64_t expected, uint64_t 
   return found;
 }
 
-inline Float4 load_past_l1(const Float4* address) { return *address; }
+inline float load_past_l1(const float* address) { return *address; }
 
 inline void release_next_launch() {}
 inline void wait_for_previous_launch() { previous_launch_awaited = true; }

@@ -15,7 +15,7 @@ void run_blocks(const Plan& plan, const DecodeArguments& a, std::mt19937& random
   for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
   std::shuffle(order.begin(), order.end(), random);  // blocks arrive in any order
   for (const int i : order) {
-    run_block(i % plan.bands, i / plan.bands, shared, [&] { decode_kernel<Format, BITS, SPAN, TOKEN_TILES>(a); });
+    run_block(i % plan.bands, i / plan.bands, plan.warps, shared, [&] { decode_kernel<Format, BITS, SPAN, TOKEN_TILES>(a); });
   }
 }
 
@@ -38,7 +38,7 @@ void run(const Problem& problem, const Plan& plan, DecodeArguments a, std::mt199
   if (plan.chained) {
     rotated.assign(static_cast<size_t>(problem.tokens) * problem.in_features, 0xFFFF);
     for (int i = 0; i < ceil_div(problem.in_features, WARPS * STEP); ++i) {
-      run_block(i, 0, 0, [&] { rotate_kernel<Format>(a.rotation, rotated.data()); });
+      run_block(i, 0, WARPS, 0, [&] { rotate_kernel<Format>(a.rotation, rotated.data()); });
     }
     a.rotation.x = rotated.data();
     a.rotation.x_stride = problem.in_features;
@@ -63,9 +63,9 @@ struct Result {
   int64_t partial_elements, tickets;
 };
 
-// The plan for a device, or with `band_tiles` > 0 that plan in particular.
-Result plan(const Problem* problem, const Device* device, int band_tiles, int slice_stages, int chained) {
-  const Plan plan = band_tiles > 0 ? make_plan(*problem, band_tiles, slice_stages, chained != 0)
+// The plan for a device, or with `warps` > 0 that plan in particular.
+Result plan(const Problem* problem, const Device* device, int warps, int band_tiles, int slice_stages, int chained) {
+  const Plan plan = warps > 0 ? make_plan(*problem, warps, band_tiles, slice_stages, chained != 0)
                                    : choose_plan(*problem, *device);
   return {plan, shared_layout(packing_facts(problem->bits), plan).total, partial_elements(*problem, plan),
           ticket_count(plan)};
@@ -88,15 +88,7 @@ bool emulate(const Problem* problem, const Plan* plan, int bfloat16, const uint1
   a.partial = partial;
   a.tickets = tickets;
   a.stamp = uint64_t{0x5EED} << 16;
-  a.out_features = problem->out_features;
-  a.group_size = problem->group_size;
-  a.tiles = plan->tiles;
-  a.band_tiles = plan->band_tiles;
-  a.slice = plan->slice;
-  a.splits = plan->splits;
-  a.scale_words = plan->scale_words;
-  a.scale_buffers = plan->scale_buffers;
-  a.chained = plan->chained;
+  apply_plan(*problem, *plan, &a);
   try {
     for (int repeat = 0; repeat < repeats; ++repeat) {
       std::mt19937 random(repeat);
@@ -110,6 +102,16 @@ bool emulate(const Problem* problem, const Plan* plan, int bfloat16, const uint1
     return false;
   }
   return true;
+}
+
+void widen_all(const uint16_t* bits, float* values, int count, int bfloat16) {
+  for (int i = 0; i < count; ++i) values[i] = bfloat16 != 0 ? widen<BFloat16>(bits[i]) : widen<Half>(bits[i]);
+}
+
+void narrow_all(const float* values, uint16_t* bits, int count, int bfloat16) {
+  for (int i = 0; i < count; ++i) {
+    bits[i] = static_cast<uint16_t>(bfloat16 != 0 ? narrow<BFloat16>(values[i], 0) : narrow<Half>(values[i], 0));
+  }
 }
 
 }  // extern "C"

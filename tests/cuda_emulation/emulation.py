@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +26,7 @@ class Problem(ctypes.Structure):
 
 
 class Device(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int) for name in ("multiprocessors", "shared_per_block", "shared_per_multiprocessor")
-    ]
+    _fields_ = [(name, ctypes.c_int) for name in ("multiprocessors", "shared_per_block", "shared_per_multiprocessor")]
 
 
 class Plan(ctypes.Structure):
@@ -35,7 +34,7 @@ class Plan(ctypes.Structure):
         *(
             (name, ctypes.c_int)
             for name in (
-                "token_tiles", "span", "tiles", "band_tiles", "bands", "slice", "splits", "scale_words",
+                "warps", "token_tiles", "span", "tiles", "band_tiles", "bands", "slice", "splits", "scale_words",
                 "scale_buffers", "resident",
             )
         ),
@@ -53,6 +52,7 @@ class Planned(ctypes.Structure):
 
 
 KIB = 1024
+MOST_WARPS = 8  # of a block
 A100 = Device(108, 163 * KIB, 164 * KIB)
 L4 = Device(58, 99 * KIB, 100 * KIB)
 H200 = Device(132, 227 * KIB, 228 * KIB)
@@ -76,23 +76,32 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def planned(problem: Problem, device: Device = H200, cut: tuple[int, int] | None = None, chained: bool = False):
+def planned(
+    problem: Problem,
+    device: Device = H200,
+    cut: tuple[int, int] | None = None,
+    chained: bool = False,
+    warps: int = MOST_WARPS,
+) -> Planned:
     """The plan for a device, or with `cut` (tiles of a band, stages of a slice) the one asked for."""
-    band_tiles, slice_stages = cut or (0, 0)
-    return library().plan(ctypes.byref(problem), ctypes.byref(device), band_tiles, slice_stages, int(chained))
+    given = (warps, *cut) if cut else (0, 0, 0)
+    return library().plan(ctypes.byref(problem), ctypes.byref(device), *given, int(chained))
 
 
-def linear(x: Tensor, d, packed, scale, zero, n, k, bits, group, axis, bias, index, *, cut=None, chained=False, repeats=2):
+def linear(
+    x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, n: int, k: int, bits: int, group: int,
+    axis: int, bias: Tensor | None, index: Tensor | None, *, repeats: int = 2, **how: Any,
+) -> Tensor:  # fmt: skip
     """`repeats` results [repeats, M, N] of `reference.linear` by the emulated kernel, each in another order of threads.
 
-    Outputs and the workspace hold NaN, and tickets what a broken run might have left, before.
+    Outputs and the workspace hold NaN, and tickets what a broken run might have left, before. `how` goes to `planned`.
     """
     assert axis == 1
     tokens = x.shape[0]
     b = 0 if d is None else d.shape[-1]
     adapters = 1 if index is None else d.shape[0]
     problem = Problem(tokens, n, k, bits, group, b, adapters)
-    result = planned(problem, cut=cut, chained=chained)
+    result = planned(problem, **how)
     y = torch.full((repeats, tokens, n), float("nan"), dtype=x.dtype)
     partial = torch.full((result.partial_elements,), float("nan"))
     tickets = torch.randint(-(2**62), 2**62, (result.tickets,))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu.cases import operations, widened
 from helpers import TOLERANCE, relative_error
 
-from gpu.cases import operations, widened
 from hqq_oft import reference
 
 from . import emulation
@@ -82,6 +82,13 @@ def test_every_cut(bits, cut):
     """Bands of one tile and of several for each warp, slices of one stage and of all, the last ones shorter."""
     args = arguments(2, 1200, 832, 32, torch.bfloat16, bits=bits)
     check(args, torch.bfloat16, cut=cut, repeats=3)
+
+
+@pytest.mark.parametrize("warps", [1, 2, 4])
+def test_blocks_of_fewer_warps(warps):
+    args = arguments(2, 400, 384, 32, torch.bfloat16)
+    check(args, torch.bfloat16, cut=(warps, 1), warps=warps)
+    check(args, torch.bfloat16, cut=(3 * warps, 2), warps=warps)
 
 
 def test_without_rotation_and_bias():
