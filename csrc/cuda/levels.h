@@ -18,14 +18,14 @@ struct Levels {
   static constexpr uint32_t MASK = ((1u << BITS) - 1u) << POSITION;
 
   // The level at bit `bit` of each half of `word`, as a pair. Bits that a shift carries over a half's border are masked.
-  static HQQ_OFT_HOST_DEVICE uint32_t pair_at(uint32_t word, int bit) {
+  static __device__ __forceinline__ uint32_t pair_at(uint32_t word, int bit) {
     const int shift = bit - POSITION;
     const uint32_t placed = shift >= 0 ? word >> shift : word << -shift;
     return and_or(placed, pack(MASK, MASK), pack(power_of_two<Format>(BITS), power_of_two<Format>(BITS)));
   }
 
   // Columns 0 and 2 (odd = 0) or 1 and 3 (odd = 1) of field `field` in a lane's word of four.
-  static HQQ_OFT_HOST_DEVICE uint32_t pair(const uint32_t* words, int field, int odd) {
+  static __device__ __forceinline__ uint32_t pair(const uint32_t* words, int field, int odd) {
     const int bit = BITS * (FIELDS - 1 - field);
     if constexpr (BITS == 3) {
       // One column per word, its levels in 30 bits: five fields fit below bit 15, and five above it.
@@ -44,14 +44,14 @@ struct Levels<BFloat16, 8> {
   static constexpr int WORDS = 1;
   static constexpr int BIAS = 0;
 
-  static HQQ_OFT_HOST_DEVICE uint32_t pair(const uint32_t* words, int, int odd) {
+  static __device__ __forceinline__ uint32_t pair(const uint32_t* words, int, int odd) {
     const uint32_t word = words[0] >> (8 * odd);
     return narrow<BFloat16>(byte_value(word & 0xFFu), byte_value((word >> 16) & 0xFFu));
   }
 
  private:
   // 2^23 + byte, less 2^23.
-  static HQQ_OFT_HOST_DEVICE float byte_value(uint32_t byte) { return from_bits(0x4B000000u | byte) - 8388608.0f; }
+  static __device__ __forceinline__ float byte_value(uint32_t byte) { return from_bits(0x4B000000u | byte) - 8388608.0f; }
 };
 
 }  // namespace hqq_oft::cuda
