@@ -127,9 +127,7 @@ __device__ __forceinline__ void fill_x(const RotationArguments& a, const SharedL
     uint16_t* at = x + mine / CHUNK * CHUNK + x_position(mine % CHUNK, RUN_STEPS);
 #pragma unroll
     for (int tokens = 0; tokens < TOKEN_TILES; ++tokens) {
-      const uint32_t low = columns[tokens].pair[0], high = columns[tokens].pair[1];
-      *reinterpret_cast<Four*>(at + (tokens * TOKENS + group) * layout.x_stride) =
-          Four{{pack(low, high), pack(low >> 16, high >> 16)}};
+      *reinterpret_cast<Four*>(at + (tokens * TOKENS + group) * layout.x_stride) = pair_columns(columns[tokens]);
     }
   }
   sync_block();

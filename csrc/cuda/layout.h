@@ -64,16 +64,19 @@ HQQ_OFT_HOST_DEVICE int fragment_column(int quad, int step, int run) {
   return (step / run) * (run * STEP) + quad * (run * 4) + (step % run) * 4;
 }
 
-// Pairs are of columns 0 and 2, then 1 and 3: the bytes that one mask takes out of a word.
-HQQ_OFT_HOST_DEVICE int pair_position(int column) { return (column & 1) * 2 + (column >> 1); }
+// The pairs of four neighbouring columns: 0 and 2, then 1 and 3, the bytes that one mask takes out of a word.
+HQQ_OFT_HOST_DEVICE Four pair_columns(const Four& columns) {
+  const uint32_t first = columns.pair[0], second = columns.pair[1];
+  return Four{{pack(first, second), pack(first >> 16, second >> 16)}};
+}
 
-// Where column `column` of a chunk is in a token's row in shared memory: by quad, then step, then pair, so that a lane
-// reads its columns of all steps as two 16-byte loads.
+// Where the pairs of four columns from `column` on, in a chunk, are in a token's row in shared memory: by quad, then by
+// step, so that a lane reads its columns of all steps as two 16-byte loads.
 HQQ_OFT_HOST_DEVICE int x_position(int column, int run) {
   const int in_run = column % (run * STEP);
   const int quad = in_run / (run * 4);
   const int step = (column / (run * STEP)) * run + (in_run % (run * 4)) / 4;
-  return quad * (STEPS * 4) + step * 4 + pair_position(column % 4);
+  return quad * (STEPS * 4) + step * 4;
 }
 
 // Row and token of accumulator `i` (0 ... 3) in a 16 x 8 tile.

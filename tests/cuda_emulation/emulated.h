@@ -1,7 +1,7 @@
 // The instructions of csrc/cuda/ptx.cuh on a host: every thread of a block is a fiber, every function does what the PTX
-// ISA says of its instruction, as late as it may. Threads run in a random order between the points where they wait for
-// each other; asynchronous copies land when they are waited for; shared memory and outputs begin as NaN. So a barrier or
-// a wait that is missing shows as a wrong value.
+// ISA says of its instruction. Threads run in a random order between the points where they wait for each other;
+// asynchronous copies land at once or when they are waited for, at random; shared memory and outputs begin as NaN. So a
+// barrier or a wait that is missing shows as a wrong value.
 #pragma once
 
 #include <setjmp.h>
@@ -237,10 +237,17 @@ inline void check_aligned(const void* address, int alignment) {
   if (reinterpret_cast<uintptr_t>(address) % alignment != 0) throw std::runtime_error("a misaligned copy");
 }
 
+inline void land(const Copy& copy) {
+  std::memset(copy.to, 0, copy.size);
+  std::memcpy(copy.to, copy.from, copy.bytes);
+}
+
 inline void copy_async(void* shared, const void* global, int bytes, int size) {
   check_aligned(shared, size);
   check_aligned(global, size);
-  block.now->copies.push_back({shared, global, bytes, size});
+  const Copy copy{shared, global, bytes, size};
+  // Either at once, over what a slower thread may still want to read, or as late as can be.
+  block.random() % 2 == 0 ? land(copy) : block.now->copies.push_back(copy);
 }
 
 inline void copy_unit_async(void* shared, const void* global, int bytes, uint64_t) {
@@ -257,10 +264,7 @@ template <int PENDING>
 void wait_copies() {
   auto& groups = block.now->groups;
   for (; groups.size() > PENDING; groups.pop_front()) {
-    for (const Copy& copy : groups.front()) {
-      std::memset(copy.to, 0, copy.size);
-      std::memcpy(copy.to, copy.from, copy.bytes);
-    }
+    for (const Copy& copy : groups.front()) land(copy);
   }
 }
 

@@ -104,6 +104,27 @@ bool emulate(const Problem* problem, const Plan* plan, int bfloat16, const uint1
   return true;
 }
 
+// Most lanes of one transaction of `bytes` each that meet in a bank when levels are read: 1 where there is no conflict.
+int level_conflicts(int bits, int span) {
+  const auto count = [](auto packing, int run) {
+    using P = decltype(packing);
+    const int bytes = run * 4 * P::ELEMENT_BYTES, lanes = 128 / bytes;
+    int most = 0;
+    for (int step = 0; step < STEPS * P::STAGE_COLUMNS / CHUNK; step += run) {
+      for (int first = 0; first < WARP; first += lanes) {
+        int banks[32] = {};
+        for (int lane = first; lane < first + lanes; ++lane) {
+          const int byte = (step / STEPS * CHUNK + fragment_column(lane % 4, step % STEPS, run)) * P::ELEMENT_BYTES;
+          const int at = stage_byte(lane / 4, byte / UNIT, P::ROW_BYTES) + byte % UNIT;
+          for (int word = 0; word < bytes / 4; ++word) most = std::max(most, ++banks[(at / 4 + word) % 32]);
+        }
+      }
+    }
+    return most;
+  };
+  return bits == 3 ? count(Packing<3>{}, 1) : count(Packing<8>{}, span / STEP);
+}
+
 void widen_all(const uint16_t* bits, float* values, int count, int bfloat16) {
   for (int i = 0; i < count; ++i) values[i] = bfloat16 != 0 ? widen<BFloat16>(bits[i]) : widen<Half>(bits[i]);
 }

@@ -84,3 +84,8 @@ def test_an_adapter_for_each_row_counts_as_more_of_d():
 
     assert not chained(1)
     assert chained(16)
+
+
+@pytest.mark.parametrize(("bits", "span"), [(8, 64), (8, 32), (3, 64)])
+def test_levels_are_read_without_bank_conflicts(bits, span):
+    assert emulation.library().level_conflicts(bits, span) == 1

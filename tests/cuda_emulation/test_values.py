@@ -76,6 +76,15 @@ def test_rows_and_columns_that_fill_no_tile(bits, n, k, group):
     check(args, torch.bfloat16, cut=(16, 3))
 
 
+def test_slices_that_begin_inside_a_group():
+    check(arguments(2, 64, 1056, 32, torch.bfloat16, group=96), torch.bfloat16, cut=(8, 2))
+
+
+def test_an_odd_number_of_groups():
+    args = arguments(2, 71, 96, 32, torch.bfloat16, bits=8, group=96)
+    check(args, torch.bfloat16)
+
+
 @pytest.mark.parametrize("cut", [(8, 1), (8, 2), (8, 3), (8, 5), (16, 1), (16, 7), (24, 4), (64, 12)], ids=str)
 @pytest.mark.parametrize("bits", [4, 3])
 def test_every_cut(bits, cut):
