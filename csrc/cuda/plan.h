@@ -109,8 +109,9 @@ inline Plan make_plan(const Problem& problem, int warps, int band_tiles, int sli
   const int groups = std::min(groups_per_row, whole ? plan.slice / group : plan.slice / group + 2);
   const bool may_begin_odd = groups_per_row % 2 != 0 || !whole || (plan.slice / group) % 2 != 0;
   plan.scale_words = ceil_div(groups + (may_begin_odd ? 1 : 0), 2);
-  // The copies run at most stages - 1 stages ahead of the products.
-  plan.scale_buffers = ceil_div(p.stages - 1, slice_stages) + 1;
+  // The copies run at most stages - 1 stages ahead of the products: over more tiles where a slice, as the last, is short.
+  const int last_slice = problem.in_features - (plan.splits - 1) * plan.slice;
+  plan.scale_buffers = ceil_div(p.stages - 1, ceil_div(last_slice, p.stage_columns)) + 1;
   plan.resident = 1;
   plan.chained = chained;
   return plan;
