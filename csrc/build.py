@@ -123,9 +123,8 @@ def compile_commands(parts: tuple[str, ...], objects: Path, sanitize: bool = Fal
     if "cuda" in parts:
         path = nvcc()
         assert path is not None
-        cuda_include = Path(path).resolve().parents[1] / "include"
         for source in sorted((CSRC / "cuda").glob("*.cpp")):
-            add(source, [*compiler, *flags, *binding, "-isystem", str(cuda_include)])
+            add(source, [*compiler, *flags, *binding])
         targets = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in CUDA_ARCHITECTURES]
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             add(source, [path, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{CSRC}", *targets])
@@ -137,15 +136,11 @@ def link_command(parts: tuple[str, ...], objects: list[Path], out: Path, sanitiz
     torch, compiler = torch_folder(), cxx()
     assert torch is not None
     assert compiler is not None
-    command = [*compiler, "-shared", *map(str, objects), "-o", str(out), f"-L{torch / 'lib'}", "-ltorch_cpu"]
+    # nvcc knows where its own runtime is, which a user's PyTorch need not have.
+    driver = [nvcc() or "", "-cudart=static", "-Xcompiler", "-fPIC"] if "cuda" in parts else compiler
+    command = [*driver, "-shared", *map(str, objects), "-o", str(out), f"-L{torch / 'lib'}", "-ltorch_cpu"]
     if sanitize:
         command.append("-fsanitize=address,undefined")
-    if "cuda" in parts:
-        path = nvcc()
-        assert path is not None
-        toolkit = Path(path).resolve().parents[1]
-        folders = [folder for name in ("lib64", "lib") if (folder := toolkit / name).is_dir()]
-        command += [*(f"-L{folder}" for folder in folders), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     return command
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hqq_oft._config import cpu_instruction_set, scratch_bytes
+from hqq_oft._native import cuda
 from hqq_oft.backends import Unsupported
 
 _lib: Any = torch.ops.hqq_oft_native
@@ -83,7 +84,7 @@ def _chunk(total: int, bytes_each: int) -> int:
 
 
 def _operand(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to multiply in: PyTorch's float16 products on a CPU take up to a thousand times as long as float32's."""
+    """The dtype to multiply in: on a CPU, PyTorch's float16 products take up to a thousand times float32's time."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -151,7 +152,11 @@ def linear(
     x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int,
     bits: int, group_size: int, axis: int, bias: Tensor | None, adapter_index: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """`hqq_oft.reference.linear`, the way that M asks for."""
+    """`hqq_oft.reference.linear`, the way that M asks for; on a GPU by the decode kernel."""
+    if x.is_cuda:
+        return cuda.linear(
+            x, d, packed, scale, zero, out_features, in_features, bits, group_size, axis, bias, adapter_index
+        )
     _check(x, d, scale, zero, bias)
     weight = (packed, scale, zero, out_features, in_features, bits, group_size, axis)
     M = x.shape[0]
