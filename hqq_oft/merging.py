@@ -65,6 +65,15 @@ def move_meta(meta: dict[str, Any], device: torch.device | str) -> dict[str, Any
     return {key: move(key, value) for key, value in meta.items()}
 
 
+def move_layer(base: HQQLinear, device: torch.device | str) -> None:
+    """Put all of an HQQ layer on `device`, nothing cast; HQQ's own `to` moves nothing."""
+    PackedState.of(base).to(device).install(base)
+    if base.bias is not None:
+        moved = base.bias.detach().to(device)
+        base.bias = nn.Parameter(moved, base.bias.requires_grad) if isinstance(base.bias, nn.Parameter) else moved
+    base.device = str(device)
+
+
 def mend(base: HQQLinear) -> None:
     """Make the tensors of an HQQ layer ones that autograd, `deepcopy` and `torch.compile` can work with.
 
@@ -192,11 +201,37 @@ def _settings_of(meta: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def requantize(base: HQQLinear, dense: Tensor) -> PackedState:
-    """Quantize `dense` `[N, K]` with HQQ's own quantizer and the settings of `base`, which is left alone."""
+def make_layer(state: PackedState, bias: Tensor | None, settings: dict[str, Any]) -> HQQLinear:
+    """An HQQ layer that computes with `state`, in the compute dtype that its meta data names.
+
+    Args:
+        state: packed weight and meta data, all on one device.
+        bias: `[N]` or None; it becomes a frozen parameter.
+        settings: as HQQ's `quant_config`.
+    """
+    layer = HQQLinear(None, None, compute_dtype=state.meta["compute_dtype"], device=str(state.packed.device))
+    state.install(layer)
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    layer.quant_config, layer.offload_meta = copy.deepcopy(settings), False
+    layer.out_features, layer.in_features = state.meta["shape"]
+    layer.ready = layer.in_gpu = True
+    return layer
+
+
+def requantize(base: HQQLinear, dense: Tensor, nbits: float | None = None) -> PackedState:
+    """Quantize `dense` `[N, K]` with HQQ's own quantizer and the settings of `base`, which is left alone.
+
+    Args:
+        base: the layer.
+        dense: the weight.
+        nbits: bits, if other than those of `base`.
+    """
+    settings = quantization_settings(base)
+    if nbits is not None:
+        settings["weight_quant_params"].update(nbits=nbits, round_zero=nbits == 4)
     with torch.inference_mode(False):  # what is made here outlives an enclosing inference mode
         scratch = HQQLinear(None, None, compute_dtype=base.compute_dtype, device=str(base.W_q.device))
-        scratch.quantize(dense.clone() if dense.is_inference() else dense, **quantization_settings(base))
+        scratch.quantize(dense.clone() if dense.is_inference() else dense, **settings)
         meta = without_inference_tensors(scratch.meta)
         if "zero_scale" in base.meta:
             # HQQ stacks scale and zero itself only where it can pin memory; here the layer has the form already.
