@@ -7,6 +7,7 @@ tensor. Directories that transformers made have none, and are read without check
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -93,25 +94,20 @@ class Checkpoint:
         if not index.is_file():
             single = self.directory / SINGLE
             if not single.is_file():
-                raise FileNotFoundError(
-                    f"{self.directory} holds neither {SINGLE} nor {INDEX}: no model is stored there."
-                )
+                raise FileNotFoundError(f"{self.directory} holds neither {SINGLE} nor {INDEX}: no model is there.")
             return {single: None}
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: weight_map is not an object of tensor -> file.")
         files: dict[Path, set[str] | None] = {}
         for name, file in weight_map.items():
-            # A name alone: whatever else the index says, nothing outside the directory is opened.
             if (
                 not isinstance(file, str)
                 or Path(file).name != file
                 or "\\" in file
                 or not file.endswith(".safetensors")
             ):
-                raise CheckpointError(
-                    f"{index}: tensor {name!r}: {str(file)[:80]!r} is not the name of a file beside it."
-                )
+                raise CheckpointError(f"{index}: tensor {name!r}: {str(file)[:80]!r} is no file name *.safetensors.")
             path = self.directory / file
             if not path.is_file():
                 raise CheckpointError(f"{index}: tensor {name!r}: the file {file} is missing.")
@@ -128,8 +124,8 @@ class Checkpoint:
         version = manifest.get("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"{path}: format_version is {version!r}; this hqq_oft reads {FORMAT_VERSION}. If it is higher, install a "
-                "newer hqq_oft."
+                f"{path}: format_version is {version!r}; this hqq_oft reads {FORMAT_VERSION}. For a higher "
+                "one install a newer hqq_oft."
             )
         sums = manifest.get("crc32")
         if not isinstance(sums, dict) or not all(type(value) is int for value in sums.values()):
@@ -177,6 +173,11 @@ class Checkpoint:
         if self._sums is not None and crc32(tensor) != self._sums[name]:
             raise self.error(name, "damaged: its checksum is not that of what was written")
         return tensor
+
+
+def _is_file_name(value: Any) -> bool:
+    """Whether an index may name that file: no path, so that nothing outside its directory is opened."""
+    return isinstance(value, str) and re.fullmatch(r"[\w.-]+\.safetensors", value) is not None
 
 
 def write_checkpoint(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int, version: str) -> None:

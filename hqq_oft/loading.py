@@ -89,10 +89,9 @@ def _read_config(path: Path) -> tuple[Any, Any]:
             f"{path}: architectures is {architectures!r}, which is no model class of transformers "
             f"{transformers.__version__}; models with code of their own are not supported."
         )
-    config_class = model_class.config_class
     del raw["quantization_config"]
     try:
-        return model_class, config_class.from_dict(raw)
+        return model_class, model_class.config_class.from_dict(raw)  # type: ignore[attr-defined]
     except Exception as error:
         raise CheckpointError(f"{path}: not a configuration of {name} ({error}).") from error
 

@@ -149,8 +149,8 @@ def quantize_model(
     default = QuantizationSettings(nbits, group_size, axis)
     places = _plan(model, default, skip_modules, overrides or {}, report)
 
-    done = 0
-    for linear, names in tqdm(places.items(), disable=None if progress else True, desc="Quantizing", unit="layer"):
+    bar = tqdm(places.items(), disable=None if progress else True, desc="Quantizing", unit="layer")
+    for done, (linear, names) in enumerate(bar):
         try:
             _quantize_layer(model, linear, names, report.quantized[names[0]], compute_dtype, device)
         except BaseException as error:
@@ -162,7 +162,6 @@ def quantize_model(
                 raise RuntimeError(f"{said}. The cause: {error}") from error
             logger.warning("%s.", said)
             raise
-        done += 1
     _place_rest(model, compute_dtype, device)
     model.hqq_quantized = True  # type: ignore[assignment]  # PEFT leaves the dtypes of such models alone
     report.bytes_after = stored_bytes(model)

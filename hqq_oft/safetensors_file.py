@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -84,9 +83,7 @@ class TensorFile:
     def __enter__(self) -> TensorFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -102,7 +99,7 @@ class TensorFile:
         entry = self.entries[name]
         data = torch.empty(entry.bytes, dtype=torch.uint8)
         self._file.seek(self._start + entry.begin)
-        if self._file.readinto(memoryview(data.numpy())) != entry.bytes:
+        if self._file.readinto(_bytes(data)) != entry.bytes:
             raise self._error(name, "the file ends before the tensor does")
         return data.view(entry.dtype).reshape(entry.shape)
 
@@ -136,7 +133,7 @@ class TensorFile:
         if not _are_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= available:
             raise self._error(
                 name,
-                f"data_offsets {str(offsets)[:80]} don't lie in the {available} bytes of data: truncated or damaged",
+                f"data_offsets {str(offsets)[:80]} aren't in the {available} bytes of data: truncated or damaged",
             )
         dtype, (begin, end) = DTYPES[value["dtype"]], offsets
         needed = math.prod(shape) * dtype.itemsize
@@ -168,7 +165,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def crc32(tensor: Tensor) -> int:
     """Checksum of the tensor's bytes in row-major order; the tensor is in host memory."""
-    return zlib.crc32(memoryview(_bytes(tensor)))
+    return zlib.crc32(_bytes(tensor))
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -207,10 +204,11 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in order:
             host = tensors[name].detach().cpu()
-            file.write(memoryview(_bytes(host)))
+            file.write(_bytes(host))
             sums[name] = crc32(host)
     return sums
 
 
 def _bytes(tensor: Tensor) -> Any:
+    """The memory of a tensor, as a buffer; of a copy, if it is strided."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
