@@ -6,6 +6,7 @@ from . import functional
 from .backends import BackendError, Unsupported, backend
 from .layer import HqqOFTLinear
 from .loading import load_quantized
+from .merge_report import MergeReport, merge_report
 from .peft_integration import ConversionReport, convert, dispatch_hqq, patch_peft, revert, unpatch_peft
 from .quantizing import QuantizationReport, quantize_model
 from .safetensors_file import CheckpointError
@@ -20,6 +21,7 @@ __all__ = [
     "CheckpointError",
     "ConversionReport",
     "HqqOFTLinear",
+    "MergeReport",
     "QuantizationReport",
     "QuantizedWeight",
     "Unsupported",
@@ -29,6 +31,7 @@ __all__ = [
     "frozen_rotations",
     "functional",
     "load_quantized",
+    "merge_report",
     "patch_peft",
     "quantize_model",
     "revert",

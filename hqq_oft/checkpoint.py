@@ -101,12 +101,7 @@ class Checkpoint:
             raise CheckpointError(f"{index}: weight_map is not an object of tensor -> file.")
         files: dict[Path, set[str] | None] = {}
         for name, file in weight_map.items():
-            if (
-                not isinstance(file, str)
-                or Path(file).name != file
-                or "\\" in file
-                or not file.endswith(".safetensors")
-            ):
+            if not _is_file_name(file):
                 raise CheckpointError(f"{index}: tensor {name!r}: {str(file)[:80]!r} is no file name *.safetensors.")
             path = self.directory / file
             if not path.is_file():

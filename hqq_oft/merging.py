@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from hqq.core.quantize import HQQLinear
+from hqq.core.quantize import HQQLinear, Quantizer
 from torch import Tensor, nn
 
 from . import ops
@@ -98,6 +98,28 @@ def without_inference_tensors(meta: dict[str, Any]) -> dict[str, Any]:
         return {key: normal(value) for key, value in meta.items()}
 
 
+MergeInto = float | Literal["dense"] | None
+"""What a merged layer becomes: an HQQ layer with its own settings (None), with that many bits, or a dense layer."""
+
+
+def check_into(into: MergeInto) -> None:
+    """Raise ValueError if `into` is not what `MergeInto` says."""
+    if into is not None and into != "dense" and into not in Quantizer.SUPPORTED_BITS:
+        raise ValueError(f"into must be None, 'dense' or one of {Quantizer.SUPPORTED_BITS} bits, got {into!r}.")
+
+
+def forget_quantization(model: nn.Module) -> None:
+    """Once no HQQ layer is left, remove from a model what says that it is quantized."""
+    if any(isinstance(module, HQQLinear) for module in model.modules()):
+        return
+    # `hqq_quantized` is ours and PEFT's; the others are set by transformers 4.57.
+    marks = ("hqq_quantized", "is_hqq_quantized", "is_hqq_serializable", "is_quantized", "quantization_method")
+    for owner, names in ((model, (*marks, "hf_quantizer")), (getattr(model, "config", None), ("quantization_config",))):
+        for name in names:
+            if name in getattr(owner, "__dict__", {}):
+                delattr(owner, name)
+
+
 Rotations = list[tuple[str, Tensor]]
 """Adapter name and `D = R - I` per adapter, in the order in which the input meets them."""
 
@@ -159,8 +181,13 @@ def unrotate_weight(weight: QuantizedWeight, rotations: Rotations) -> Tensor:
 @torch.no_grad()
 def relative_error(weight: QuantizedWeight, dense: Tensor) -> float:
     """|W_q - W| / |W| between a quantized weight and the dense one it was made from; NaN where either is not finite."""
-    stored = ops.dequantize(*weight.arguments(), dense.dtype)
-    return float((stored - dense).norm() / dense.norm().clamp_min(torch.finfo(dense.dtype).tiny))
+    return relative_distance(ops.dequantize(*weight.arguments(), dense.dtype), dense)
+
+
+@torch.no_grad()
+def relative_distance(stored: Tensor, exact: Tensor) -> float:
+    """|stored - exact| / |exact|, in the dtype of `exact`; NaN where either is not finite."""
+    return float((stored.to(exact.dtype) - exact).norm() / exact.norm().clamp_min(torch.finfo(exact.dtype).tiny))
 
 
 def quantization_settings(base: HQQLinear) -> dict[str, Any]:

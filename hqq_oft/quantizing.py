@@ -89,7 +89,7 @@ class QuantizationReport:
     def __str__(self) -> str:
         lines = [
             f"{len(self.quantized)} layer(s) quantized, {len(self.kept)} kept; "
-            f"{self.bytes_before / 2**20:.1f} MiB before, {self.bytes_after / 2**20:.1f} MiB after"
+            f"{size_text(self.bytes_before)} before, {size_text(self.bytes_after)} after"
         ]
         lines += [f"  kept {name}: {reason}" for name, reason in self.kept.items()]
         return "\n".join(lines)
@@ -285,6 +285,15 @@ def _place_rest(model: nn.Module, dtype: torch.dtype | None, device: torch.devic
             if buffer is not None:
                 cast = buffer.is_floating_point() and name not in module._non_persistent_buffers_set
                 module._buffers[name] = buffer.to(device, dtype if cast else None)
+
+
+def size_text(size: int) -> str:
+    """Bytes for people to read."""
+    value, units = float(size), iter(("B", "KiB", "MiB", "GiB"))
+    unit = next(units)
+    while value >= 1024 and unit != "GiB":
+        value, unit = value / 1024, next(units)
+    return f"{value:.1f} {unit}" if unit != "B" else f"{size} B"
 
 
 def stored_bytes(model: nn.Module) -> int:

@@ -57,13 +57,18 @@ def save_quantized(
     tensors = _tensors(model)
     config = _config(model)
     with staged_directory(Path(directory), overwrite) as staging:
-        for file in extra_files:
-            shutil.copyfile(file, staging / Path(file).name)
+        copy_into(staging, extra_files)
         generation_config = getattr(model, "generation_config", None)
         if generation_config is not None:
             (staging / "generation_config.json").write_text(generation_config.to_json_string(), "utf-8")
         write_checkpoint(staging, tensors, shard_bytes, metadata.version("hqq-oft"))
         (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def copy_into(directory: Path, files: Iterable[str | os.PathLike[str]]) -> None:
+    """Copy files into a directory, under their own names."""
+    for file in files:
+        shutil.copyfile(file, directory / Path(file).name)
 
 
 def parse_size(size: int | str) -> int:
