@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hqq.core.quantize import HQQLinear, Quantizer
 
 from .checkpoint import CONFIG
+from .saving import copy_into, save_quantized
 from .staging import check_replaceable, staged_directory
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -23,7 +25,7 @@ _COMPANIONS = (
 )
 
 
-class CommandFailed(Exception):
+class CommandError(Exception):
     """Something the user can mend: the message goes to stderr, the exit status is 1."""
 
 
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("hqq-oft: interrupted; nothing was written", file=sys.stderr)
         return 130
-    except (CommandFailed, OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+    except (CommandError, OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
         if options.traceback:
             raise
         print(f"hqq-oft: {error or type(error).__name__}", file=sys.stderr)
@@ -50,12 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _quantize(options: argparse.Namespace) -> None:
     from transformers import AutoConfig, PreTrainedModel
 
-    from . import quantize_model, save_quantized
+    from . import quantize_model
 
     source, target = _directories(options)
     config = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
-        raise CommandFailed(f"{source} is quantized already; start from the dense model.")
+        raise CommandError(f"{source} is quantized already; start from the dense model.")
     model_class = _model_class(source)
     assert issubclass(model_class, PreTrainedModel)
     dtype = DTYPES.get(options.dtype, "auto")
@@ -66,7 +68,7 @@ def _quantize(options: argparse.Namespace) -> None:
         group_size=options.group_size,
         axis=options.axis,
         device=options.device,
-        skip_modules=options.skip,
+        skip_modules=options.skip or ["lm_head"],
         overrides=dict(options.override),
         progress=not options.quiet,
     )
@@ -81,23 +83,26 @@ def _quantize(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from hqq.core.quantize import HQQLinear
     from peft import PeftModel
 
-    from . import load_quantized, merge_report, patch_peft, save_quantized
+    from . import load_quantized, merge_report, patch_peft
 
     source, target = _directories(options)
     adapter = options.adapter
     if not (adapter / "adapter_config.json").is_file():
-        raise CommandFailed(f"{adapter} holds no adapter_config.json: give the directory of a PEFT adapter.")
+        raise CommandError(f"{adapter} holds no adapter_config.json: give the directory of a PEFT adapter.")
     model = load_quantized(source, device=options.device, progress=not options.quiet)
+    bar = sys.stderr.isatty() and not options.quiet
     with patch_peft():
         adapted = PeftModel.from_pretrained(model, str(adapter))
         if options.report:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the report itself is shown
                 print(merge_report(adapted))
-        merged = adapted.merge_and_unload(progressbar=not options.quiet, safe_merge=True, into=options.into)
+        merged = adapted.merge_and_unload(progressbar=bar, safe_merge=True, into=options.into)
+    errors = adapted.base_model.merge_errors().values()
+    if not errors:
+        raise CommandError(f"the adapter in {adapter} is on no quantized layer of {source}.")
     if any(isinstance(module, HQQLinear) for module in merged.modules()):
         save_quantized(
             merged,
@@ -107,12 +112,9 @@ def _merge(options: argparse.Namespace) -> None:
             extra_files=_companions(source),
         )
     else:
-        from .saving import copy_into
-
         with staged_directory(target, options.force) as staging:
             merged.save_pretrained(str(staging), max_shard_size=options.max_shard_size)
             copy_into(staging, _companions(source))
-    errors = adapted.base_model.merge_errors().values()
     _say(options, f"{len(errors)} layer(s) merged, worst weight error {max(errors):.2%}\nwritten to {target}")
 
 
@@ -143,13 +145,13 @@ def _directories(options: argparse.Namespace) -> tuple[Path, Path]:
     """Source and target, refused before any work where the work would be in vain."""
     source, target = options.model, options.out
     if not (source / CONFIG).is_file():
-        raise CommandFailed(f"{source} holds no {CONFIG}: give the directory of a transformers model.")
+        raise CommandError(f"{source} holds no {CONFIG}: give the directory of a transformers model.")
     if source.resolve() == target.resolve() or source.resolve() in target.resolve().parents:
-        raise CommandFailed(f"{target} is {source} or inside it; choose another directory for the result.")
+        raise CommandError(f"{target} is {source} or inside it; choose another directory for the result.")
     try:
         check_replaceable(target, options.force)
     except FileExistsError as error:
-        raise CommandFailed(f"{error} --force replaces a model's directory.") from error
+        raise CommandError(str(error)) from error
     return source, target
 
 
@@ -159,7 +161,7 @@ def _model_class(source: Path) -> Any:
     architectures = json.loads((source / CONFIG).read_text("utf-8")).get("architectures")
     found = [getattr(transformers, name, None) for name in architectures or [] if isinstance(name, str)]
     if len(found) != 1 or not isinstance(found[0], type) or not issubclass(found[0], transformers.PreTrainedModel):
-        raise CommandFailed(
+        raise CommandError(
             f"{source / CONFIG}: architectures is {architectures!r}, which is no model class of transformers "
             f"{transformers.__version__}; models with code of their own are not supported."
         )
@@ -204,7 +206,10 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--axis", type=int, default=1, choices=(0, 1), help="1: groups along a row; 0: down a column")
     quantize.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of computation; auto: as stored")
     quantize.add_argument(
-        "--skip", nargs="*", default=["lm_head"], metavar="NAME", help="layers to leave dense (default: lm_head)"
+        "--skip",
+        action="append",
+        metavar="NAME",
+        help="a layer to leave dense, given once or more often (default: lm_head); --skip - to skip none",
     )
     quantize.add_argument(
         "--override",
@@ -290,7 +295,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_quantizer(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nbits", type=_number, default=4, help="8, 6, 5, 4, 3, 2, 1.58 or 1 (default: 4)")
+    parser.add_argument("--nbits", type=_bits, default=4, help="8, 6, 5, 4, 3, 2, 1.58 or 1 (default: 4)")
     parser.add_argument(
         "--group-size", type=_positive, default=64, help="weights that share a scale: a multiple of 8 (default: 64)"
     )
@@ -301,6 +306,13 @@ def _number(text: str) -> float:
     return int(value) if value == int(value) else value
 
 
+def _bits(text: str) -> float:
+    value = _number(text)
+    if value not in Quantizer.SUPPORTED_BITS:
+        raise argparse.ArgumentTypeError(f"must be one of {Quantizer.SUPPORTED_BITS}, got {text}")
+    return value
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -309,7 +321,7 @@ def _positive(text: str) -> int:
 
 
 def _into(text: str) -> float | str:
-    return text if text == "dense" else _number(text)
+    return text if text == "dense" else _bits(text)
 
 
 def _override(text: str) -> tuple[str, dict[str, float] | None]:

@@ -55,7 +55,7 @@ def _adapted(case: LayerCase, dense: nn.Linear, layer_class: Callable[..., nn.Mo
     layer = layer_class(base, "default", r=0, config=config)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        nn.init.normal_(layer.oft_R["default"].weight, std=0.02)  # type: ignore[operator, index]
+        nn.init.normal_(layer.get_parameter("oft_R.default.weight"), std=0.02)
     return layer.to(case.device)
 
 
@@ -69,37 +69,34 @@ def contenders(case: LayerCase) -> dict[str, nn.Module]:
     return found
 
 
-def _calls(layer: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
-    """What is timed: inference, and a training step's forward and backward."""
+def _infer(layer: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        layer(x)
 
-    def infer() -> Tensor:
-        with torch.no_grad():
-            return layer.eval()(x)
 
-    def train() -> None:
-        leaf = x.detach().requires_grad_()
-        layer.train()(leaf).sum().backward()
-        layer.zero_grad()
-
-    return {"inference": infer, "forward + backward": train}
+def _train(layer: nn.Module, x: Tensor) -> None:
+    layer(x.detach().requires_grad_()).sum().backward()
+    layer.zero_grad()
 
 
 def run(case: LayerCase) -> dict[tuple[str, str], float]:
-    """Median time of each call in milliseconds, by contender and call; they take turns, so a slow spell meets all."""
+    """Median milliseconds of each call, by contender and call; contenders take turns, so a slow spell meets all."""
     x = torch.randn(case.tokens, case.in_features).to(case.device, case.dtype)
-    calls = {(name, what): call for name, layer in contenders(case).items() for what, call in _calls(layer, x).items()}
-    for call in calls.values():
-        call()
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
-    end = time.perf_counter() + case.seconds
-    while time.perf_counter() < end or min(map(len, times.values())) < 3:
-        for key, call in calls.items():
-            _wait(case.device)
-            begin = time.perf_counter()
-            call()
-            _wait(case.device)
-            times[key].append(1e3 * (time.perf_counter() - begin))
-    return {key: statistics.median(values) for key, values in times.items()}
+    layers, medians = contenders(case), {}
+    for what, call in (("inference", _infer), ("forward + backward", _train)):
+        times: dict[str, list[float]] = {name: [] for name in layers}
+        for layer in layers.values():
+            call(layer.train(call is _train), x)
+        end = time.perf_counter() + case.seconds / 2
+        while time.perf_counter() < end or len(times["hqq_oft"]) < 3:
+            for name, layer in layers.items():
+                _wait(case.device)
+                begin = time.perf_counter()
+                call(layer, x)
+                _wait(case.device)
+                times[name].append(1e3 * (time.perf_counter() - begin))
+        medians.update({(name, what): statistics.median(values) for name, values in times.items()})
+    return medians
 
 
 def _wait(device: str) -> None:

@@ -149,7 +149,7 @@ def merge_report(
         raise TypeError(f"{type(model).__name__} has no HqqOFTLinear to merge.")
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
-        raise ValueError(f"{merged[0]} is merged: unmerge first; model.merge_errors() tells what merging has lost.")
+        raise ValueError(f"{merged[0]} is merged: unmerge first; model.merge_errors() says what it lost.")
 
     report = MergeReport()
     if sample is None:
@@ -163,7 +163,7 @@ def merge_report(
         raise ValueError("no layer has an active adapter to merge.")
     if report.losing:
         warnings.warn(
-            f"Merging loses more than the adapter adds in {len(report.losing)} of {len(report.layers)} layers. Measured "
+            f"Merging loses more than the adapter adds in {len(report.losing)} of {len(report.layers)} layers. The "
             f"choices:\n{report.alternatives()}",
             stacklevel=2,
         )

@@ -54,7 +54,7 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
     if not any(target.iterdir()):
         return
     if not overwrite:
-        raise FileExistsError(f"{target} exists; choose another name, or ask for it to be overwritten.")
+        raise FileExistsError(f"{target} exists; choose another name, or replace it: overwrite=True, --force.")
     if not (target / "config.json").is_file():
         raise FileExistsError(f"{target} holds no config.json, so it is no model's directory: it is not overwritten.")
 
