@@ -36,13 +36,15 @@ def staged_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
         yield staging
-        _flush(staging)
-        _install(staging, target)
+        for path in [*staging.rglob("*"), staging]:
+            _flush(path)
+        _install(staging, target, overwrite)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, f"{error.strerror}: writing {target}, where nothing was changed") from error
         raise
+    _flush(target.parent)
 
 
 def check_replaceable(target: Path, overwrite: bool) -> None:
@@ -63,30 +65,24 @@ def _sibling(target: Path, role: str) -> Path:
     return target.parent / f".{target.name}.{role}-{secrets.token_hex(4)}"
 
 
-def _flush(directory: Path) -> None:
-    """Have the disk hold all files of `directory`, and their names."""
-    for path in [*directory.rglob("*"), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _install(staging: Path, target: Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
-        staging.replace(target)
-    else:
-        replaced = _sibling(target, "replaced")
-        target.rename(replaced)
-        try:
-            staging.rename(target)
-        except BaseException:
-            replaced.rename(target)
-            raise
-        shutil.rmtree(replaced)
-    descriptor = os.open(target.parent, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    """Have the disk hold a file, or the names in a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _install(staging: Path, target: Path, overwrite: bool) -> None:
+    if not overwrite or not target.exists():
+        staging.rename(target)  # fails where another has put something meanwhile
+        return
+    replaced = _sibling(target, "replaced")
+    target.rename(replaced)
+    try:
+        staging.rename(target)
+    except BaseException:
+        replaced.rename(target)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)  # the new one is in place: what can't be removed is no failure
