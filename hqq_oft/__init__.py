@@ -5,7 +5,12 @@ from importlib import metadata as _metadata
 from . import functional
 from .backends import BackendError, Unsupported, backend
 from .layer import HqqOFTLinear
+from .loading import load_quantized
+from .merge_report import MergeReport, merge_report
 from .peft_integration import ConversionReport, convert, dispatch_hqq, patch_peft, revert, unpatch_peft
+from .quantizing import QuantizationReport, quantize_model
+from .safetensors_file import CheckpointError
+from .saving import save_quantized
 from .serving import frozen_rotations
 from .weight import QuantizedWeight
 
@@ -13,8 +18,11 @@ __version__ = _metadata.version("hqq-oft")
 
 __all__ = [
     "BackendError",
+    "CheckpointError",
     "ConversionReport",
     "HqqOFTLinear",
+    "MergeReport",
+    "QuantizationReport",
     "QuantizedWeight",
     "Unsupported",
     "backend",
@@ -22,7 +30,11 @@ __all__ = [
     "dispatch_hqq",
     "frozen_rotations",
     "functional",
+    "load_quantized",
+    "merge_report",
     "patch_peft",
+    "quantize_model",
     "revert",
+    "save_quantized",
     "unpatch_peft",
 ]

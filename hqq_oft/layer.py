@@ -434,7 +434,9 @@ class HqqOFTLinear(nn.Module, OFTLayer):
 
     # --- Merge -------------------------------------------------------------------------------------------------------
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, into: float | None = None
+    ) -> None:
         """Fold adapters into the packed weight, which HQQ's quantizer makes anew from the pristine one.
 
         The merged layer equals the unmerged forward up to that quantization: where all merged adapters are active the
@@ -446,32 +448,19 @@ class HqqOFTLinear(nn.Module, OFTLayer):
             safe_merge: check the merged weight for NaN and infinity before it is used.
             adapter_names: the adapters to merge, by default the active ones. Unknown ones are passed over, already
                 merged ones with a warning.
+            into: bits of the merged weight, by default those of the layer; unmerging goes back to the layer's own.
 
         Raises:
             ValueError: `safe_merge` found NaN or infinity, and names the adapter; or the layer wraps another tuner
                 layer, which merging would bypass.
         """
-        requested = check_adapters_to_merge(self, adapter_names)
-        new = [name for name in dict.fromkeys(requested) if name in self.oft_R]
-        if not new:
+        order = self._adapters_after_merge(adapter_names)
+        if not order or (into is None and set(order) == set(self.merged_adapters)):
             return
-        if not isinstance(self.base_layer, HQQLinear):
-            raise ValueError(
-                f"Cannot merge OFT into the HQQ weight below a {type(self.base_layer).__name__}: that layer's own "
-                "adapters would see the input unrotated. Merge and unload them first."
-            )
-        order = self._merge_order(self.merged_adapters + new)
         base = self.base_layer
-        pristine = self._pristine
-        if pristine is None and not self.merged:
-            pristine = PackedState.of(base)
-        rotations = [(name, self._rotation(name)) for name in order]
-        if pristine is not None:
-            dense = merging.rotate_weight(pristine.to(base.W_q.device).weight(), rotations, check=safe_merge)
-        else:
-            dense = self._estimate_pristine(action="Merging more adapters")
-            dense = merging.rotate_dense(dense, rotations, check=safe_merge)
-        merged = merging.requantize(base, dense)
+        pristine = self._pristine if self.merged else PackedState.of(base)
+        dense = self._rotated_weight(order, check=safe_merge)
+        merged = merging.requantize(base, dense, into)
         error = merging.relative_error(merged.weight(), dense)
         if safe_merge and not math.isfinite(error):
             raise ValueError(f"NaN or infinity after quantizing the weight merged with {order}. Nothing was merged.")
@@ -487,17 +476,65 @@ class HqqOFTLinear(nn.Module, OFTLayer):
                 stacklevel=2,
             )
 
+    def merged_linear(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> tuple[nn.Linear, float] | None:
+        """What `merge` would give as a dense layer, to which this layer's place can be given; nothing is changed.
+
+        Args:
+            safe_merge: as for `merge`.
+            adapter_names: as for `merge`.
+
+        Returns:
+            A frozen layer in the compute dtype, and how far rounding to that moved the weight, relative to its norm;
+            None if there is nothing to merge.
+
+        Raises:
+            ValueError: as for `merge`.
+        """
+        order = self._adapters_after_merge(adapter_names)
+        if not order:
+            return None
+        base = self.base_layer
+        exact = self._rotated_weight(order, check=safe_merge)
+        linear = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        linear.weight = nn.Parameter(exact.to(base.compute_dtype), requires_grad=False)
+        if base.bias is not None:
+            linear.bias = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
+        return linear.train(base.training), merging.relative_distance(linear.weight, exact)
+
+    def _adapters_after_merge(self, adapter_names: list[str] | None) -> list[str]:
+        """The adapters that are merged after `merge(adapter_names)`, in the order in which the input meets them."""
+        requested = check_adapters_to_merge(self, adapter_names)
+        new = [name for name in dict.fromkeys(requested) if name in self.oft_R]
+        if new and not isinstance(self.base_layer, HQQLinear):
+            raise ValueError(
+                f"Cannot merge OFT into the HQQ weight below a {type(self.base_layer).__name__}: that layer's own "
+                "adapters would see the input unrotated. Merge and unload them first."
+            )
+        return self._merge_order(self.merged_adapters + new)
+
+    def _rotated_weight(self, order: list[str], check: bool) -> Tensor:
+        """The pristine weight with the rotations of `order` folded in, `[N, K]` in float32."""
+        rotations = [(name, self._rotation(name)) for name in order]
+        base = self.base_layer
+        pristine = self._pristine if self.merged else PackedState.of(base)
+        if pristine is not None:
+            return merging.rotate_weight(pristine.to(base.W_q.device).weight(), rotations, check)
+        dense = self._estimate_pristine(action="Merging more adapters", stacklevel=4)
+        return merging.rotate_dense(dense, rotations, check)
+
     def _merge_order(self, names: list[str]) -> list[str]:
         active = self.active_adapters
         return sorted(names, key=active.index) if set(names) <= set(active) else names
 
-    def _estimate_pristine(self, action: str) -> Tensor:
+    def _estimate_pristine(self, action: str, stacklevel: int) -> Tensor:
         """The dense pristine weight from the merged one and the inverse rotation, when the packed one was given up."""
         warnings.warn(
             f"{action} without the pristine weight, which was given up: the inverse rotation of the merged weight is "
             'quantized again, which loses precision. Set keep_pristine to "device" or "host" before merging to avoid '
             "this.",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
         rotations = [(name, self._rotation(name)) for name in self.merged_adapters]
         return merging.unrotate_weight(QuantizedWeight.from_hqq(self.get_base_layer()), rotations)
@@ -520,7 +557,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         if self._pristine is not None:
             state = self._pristine.to(base.W_q.device)
         else:
-            state = merging.requantize(base, self._estimate_pristine(action="Unmerging"))
+            state = merging.requantize(base, self._estimate_pristine(action="Unmerging", stacklevel=3))
         with self._unchanged_on_error():
             state.install(base)
             self._pristine, self.merged_adapters, self.merge_error = None, [], None

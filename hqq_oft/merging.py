@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from hqq.core.quantize import HQQLinear
+from hqq.core.quantize import HQQLinear, Quantizer
 from torch import Tensor, nn
 
 from . import ops
@@ -65,6 +65,15 @@ def move_meta(meta: dict[str, Any], device: torch.device | str) -> dict[str, Any
     return {key: move(key, value) for key, value in meta.items()}
 
 
+def move_layer(base: HQQLinear, device: torch.device | str) -> None:
+    """Put all of an HQQ layer on `device`, nothing cast; HQQ's own `to` moves nothing."""
+    PackedState.of(base).to(device).install(base)
+    if base.bias is not None:
+        moved = base.bias.detach().to(device)
+        base.bias = nn.Parameter(moved, base.bias.requires_grad) if isinstance(base.bias, nn.Parameter) else moved
+    base.device = str(device)
+
+
 def mend(base: HQQLinear) -> None:
     """Make the tensors of an HQQ layer ones that autograd, `deepcopy` and `torch.compile` can work with.
 
@@ -87,6 +96,28 @@ def without_inference_tensors(meta: dict[str, Any]) -> dict[str, Any]:
 
     with torch.inference_mode(False):
         return {key: normal(value) for key, value in meta.items()}
+
+
+MergeInto = float | Literal["dense"] | None
+"""What a merged layer becomes: an HQQ layer with its own settings (None), with that many bits, or a dense layer."""
+
+
+def check_into(into: MergeInto) -> None:
+    """Raise ValueError if `into` is not what `MergeInto` says."""
+    if into is not None and into != "dense" and into not in Quantizer.SUPPORTED_BITS:
+        raise ValueError(f"into must be None, 'dense' or one of {Quantizer.SUPPORTED_BITS} bits, got {into!r}.")
+
+
+def forget_quantization(model: nn.Module) -> None:
+    """Once no HQQ layer is left, remove from a model what says that it is quantized."""
+    if any(isinstance(module, HQQLinear) for module in model.modules()):
+        return
+    # `hqq_quantized` is ours and PEFT's; the others are set by transformers 4.57.
+    marks = ("hqq_quantized", "is_hqq_quantized", "is_hqq_serializable", "is_quantized", "quantization_method")
+    for owner, names in ((model, (*marks, "hf_quantizer")), (getattr(model, "config", None), ("quantization_config",))):
+        for name in names:
+            if name in getattr(owner, "__dict__", {}):
+                delattr(owner, name)
 
 
 Rotations = list[tuple[str, Tensor]]
@@ -150,8 +181,13 @@ def unrotate_weight(weight: QuantizedWeight, rotations: Rotations) -> Tensor:
 @torch.no_grad()
 def relative_error(weight: QuantizedWeight, dense: Tensor) -> float:
     """|W_q - W| / |W| between a quantized weight and the dense one it was made from; NaN where either is not finite."""
-    stored = ops.dequantize(*weight.arguments(), dense.dtype)
-    return float((stored - dense).norm() / dense.norm().clamp_min(torch.finfo(dense.dtype).tiny))
+    return relative_distance(ops.dequantize(*weight.arguments(), dense.dtype), dense)
+
+
+@torch.no_grad()
+def relative_distance(stored: Tensor, exact: Tensor) -> float:
+    """|stored - exact| / |exact|, in the dtype of `exact`; NaN where either is not finite."""
+    return float((stored.to(exact.dtype) - exact).norm() / exact.norm().clamp_min(torch.finfo(exact.dtype).tiny))
 
 
 def quantization_settings(base: HQQLinear) -> dict[str, Any]:
@@ -192,11 +228,37 @@ def _settings_of(meta: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def requantize(base: HQQLinear, dense: Tensor) -> PackedState:
-    """Quantize `dense` `[N, K]` with HQQ's own quantizer and the settings of `base`, which is left alone."""
+def make_layer(state: PackedState, bias: Tensor | None, settings: dict[str, Any]) -> HQQLinear:
+    """An HQQ layer that computes with `state`, in the compute dtype that its meta data names.
+
+    Args:
+        state: packed weight and meta data, all on one device.
+        bias: `[N]` or None; it becomes a frozen parameter.
+        settings: as HQQ's `quant_config`.
+    """
+    layer = HQQLinear(None, None, compute_dtype=state.meta["compute_dtype"], device=str(state.packed.device))
+    state.install(layer)
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    layer.quant_config, layer.offload_meta = copy.deepcopy(settings), False
+    layer.out_features, layer.in_features = state.meta["shape"]
+    layer.ready = layer.in_gpu = True
+    return layer
+
+
+def requantize(base: HQQLinear, dense: Tensor, nbits: float | None = None) -> PackedState:
+    """Quantize `dense` `[N, K]` with HQQ's own quantizer and the settings of `base`, which is left alone.
+
+    Args:
+        base: the layer.
+        dense: the weight.
+        nbits: bits, if other than those of `base`.
+    """
+    settings = quantization_settings(base)
+    if nbits is not None:
+        settings["weight_quant_params"].update(nbits=nbits, round_zero=nbits == 4)
     with torch.inference_mode(False):  # what is made here outlives an enclosing inference mode
         scratch = HQQLinear(None, None, compute_dtype=base.compute_dtype, device=str(base.W_q.device))
-        scratch.quantize(dense.clone() if dense.is_inference() else dense, **quantization_settings(base))
+        scratch.quantize(dense.clone() if dense.is_inference() else dense, **settings)
         meta = without_inference_tensors(scratch.meta)
         if "zero_scale" in base.meta:
             # HQQ stacks scale and zero itself only where it can pin memory; here the layer has the form already.

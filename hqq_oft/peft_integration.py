@@ -28,6 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .layer import HqqOFTLinear
+from .merging import MergeInto, check_into, forget_quantization
 
 logger = logging.getLogger("hqq_oft")
 
@@ -61,7 +62,7 @@ class HqqOFTModel(OFTModel):
     _unloaded_errors: Mapping[str, float] = {}  # a tuner that becomes one runs no __init__
 
     def merge_errors(self) -> dict[str, float]:
-        """How far quantizing has moved the weight of each merged HQQ layer: name -> |W'_q - W'| / |W'|.
+        """How far storing has moved the weight of each merged HQQ layer: name -> |W'_q - W'| / |W'|.
 
         After `merge_and_unload`, which leaves no layers to ask, those of the layers that it merged.
         """
@@ -76,19 +77,64 @@ class HqqOFTModel(OFTModel):
         """As PEFT's, for all layers or none: if one fails, those merged before it are put back."""
         self._merge_all(tqdm_disable=None, safe_merge=safe_merge, adapter_names=adapter_names)
 
-    def _merge_all(self, tqdm_disable: bool | None, safe_merge: bool, adapter_names: list[str] | None) -> None:
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        into: MergeInto = None,
+    ) -> nn.Module:
+        """As PEFT's, for all layers or none; `hqq_oft.merge_report` measures beforehand what each choice loses.
+
+        Args:
+            progressbar: show a bar.
+            safe_merge: check for NaN and infinity.
+            adapter_names: the adapters to merge, by default the active ones.
+            into: what the HQQ layers that adapters are merged into become: HQQ layers with their own settings (None) or
+                with that many bits, or `"dense"` linear layers in their compute dtype, which lose nothing but rounding.
+
+        Returns:
+            The model without adapters.
+
+        Raises:
+            ValueError: `into` is none of these; a layer can't be merged. The model is as it was then.
+        """
+        check_into(into)
+        return self._unload_and_optionally_merge(
+            progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names, into=into
+        )
+
+    def _merge_all(
+        self, tqdm_disable: bool | None, safe_merge: bool, adapter_names: list[str] | None, into: MergeInto = None
+    ) -> tuple[dict[str, float], dict[nn.Module, nn.Linear]]:
+        """Merge every layer; with `into="dense"` ours stay as they are, and what is to replace them is returned.
+
+        Returns:
+            The error of each of our layers by name, and the dense layers.
+        """
+        errors: dict[str, float] = {}
+        dense: dict[nn.Module, nn.Linear] = {}
         self._check_merge_allowed()
         layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, BaseTunerLayer)]
         with _merge_undone_on_error([layer for _, layer in layers]):
             # disable=None shows the bar on a terminal alone
             progress, worst = tqdm(layers, disable=tqdm_disable, desc="Merging OFT layers", unit="layer"), 0.0
             for name, layer in progress:
+                error = None
                 with onload_layer(layer):
-                    layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-                if isinstance(layer, HqqOFTLinear) and layer.merge_error is not None:
-                    logger.info("%s: quantizing the merged weight changed it by %.2e", name, layer.merge_error)
-                    worst = max(worst, layer.merge_error, key=lambda error: (math.isnan(error), error))
-                    progress.set_postfix(error=f"{layer.merge_error:.1e}", worst=f"{worst:.1e}")
+                    if not isinstance(layer, HqqOFTLinear):
+                        layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                    elif into != "dense":
+                        layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, into=into)
+                        error = layer.merge_error
+                    elif (merged := layer.merged_linear(safe_merge, adapter_names)) is not None:
+                        dense[layer], error = merged
+                if error is not None:
+                    errors[name] = error
+                    logger.info("%s: quantizing the merged weight changed it by %.2e", name, error)
+                    worst = max(worst, error, key=lambda error: (math.isnan(error), error))
+                    progress.set_postfix(error=f"{error:.1e}", worst=f"{worst:.1e}")
+        return errors, dense
 
     def _unload_and_optionally_merge(
         self,
@@ -96,6 +142,7 @@ class HqqOFTModel(OFTModel):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
+        into: MergeInto = None,
     ) -> nn.Module:
         unload = functools.partial(
             super()._unload_and_optionally_merge, safe_merge=safe_merge, adapter_names=adapter_names
@@ -111,14 +158,18 @@ class HqqOFTModel(OFTModel):
         ]
         with _merge_undone_on_error([child for _, _, child in places]):
             try:
-                self._merge_all(not progressbar, safe_merge, adapter_names)
-                errors = self.merge_errors()
+                errors, dense = self._merge_all(not progressbar, safe_merge, adapter_names, into)
+                for parent, name, child in places:
+                    if child in dense:
+                        setattr(parent, name, dense[child])
                 with warnings.catch_warnings():
                     warnings.filterwarnings(
                         "ignore", message="All adapters are already merged|Already following adapters"
                     )
                     model = super()._unload_and_optionally_merge(safe_merge=safe_merge, adapter_names=adapter_names)
                 self._unloaded_errors = errors
+                if dense:
+                    forget_quantization(model)
                 return model
             except BaseException:
                 for parent, name, child in places:

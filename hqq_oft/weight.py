@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # HQQ's name of a packing -> width of one stored level in bits. 5- and 6-bit levels are stored as 8, 1.58-bit as 2.
-_PACKING_BITS = {"8bit_u8": 8, "4bit_u8": 4, "3bit_32": 3, "2bit_u8": 2, "1bit_u8": 1}
+PACKING_BITS = {"8bit_u8": 8, "4bit_u8": 4, "3bit_32": 3, "2bit_u8": 2, "1bit_u8": 1}
 # Levels in one packed element: a byte, or for 3 bits an int32 word of ten.
 LEVELS_PER_ELEMENT = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
 
@@ -162,9 +162,9 @@ class QuantizedWeight:
         if meta["packing"] is None:  # bitpack=False keeps one level per element, in a floating dtype
             packed, bits = packed.to(torch.uint8), 8
         else:
-            if meta["packing"] not in _PACKING_BITS:
-                raise ValueError(f"packing must be one of {sorted(_PACKING_BITS)} or None, got {meta['packing']!r}.")
-            bits = _PACKING_BITS[meta["packing"]]
+            if meta["packing"] not in PACKING_BITS:
+                raise ValueError(f"packing must be one of {sorted(PACKING_BITS)} or None, got {meta['packing']!r}.")
+            bits = PACKING_BITS[meta["packing"]]
             if meta.get("view_as_float"):
                 packed = packed.view(torch.int32 if bits == 3 else torch.uint8)
         return cls(

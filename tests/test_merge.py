@@ -401,8 +401,8 @@ def test_safe_merge_checks_what_quantizing_makes_of_it(monkeypatch):
     state = state_of(layer)
     original = merging.requantize
 
-    def overflowing(base, dense):
-        made = original(base, dense)
+    def overflowing(base, dense, into):
+        made = original(base, dense, into)
         made.meta["scale"] = made.meta["scale"] * float("inf")
         return made
 

@@ -272,11 +272,11 @@ def test_a_model_is_merged_whole_or_not_at_all(tokens, monkeypatch, error, actio
     expected, done = logits(model, tokens), []
     original = merging.requantize
 
-    def fail_at_the_third(base, dense):
+    def fail_at_the_third(base, dense, into):
         done.append(base)
         if len(done) == 3:
             raise error
-        return original(base, dense)
+        return original(base, dense, into)
 
     with monkeypatch.context() as patch:
         patch.setattr(merging, "requantize", fail_at_the_third)

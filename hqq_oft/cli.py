@@ -1,0 +1,340 @@
+"""The command `hqq-oft`: a directory in, a directory out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hqq.core.quantize import HQQLinear, Quantizer
+
+from .checkpoint import CONFIG
+from .saving import copy_into, save_quantized
+from .staging import check_replaceable, staged_directory
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# What goes with a model and is not made by saving it: tokenizers, processors, templates, licences.
+_COMPANIONS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
+    *("*processor_config.json", "chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+)
+
+
+class CommandError(Exception):
+    """Something the user can mend: the message goes to stderr, the exit status is 1."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0, or 1 for a failure, 130 for an interrupt (2 for wrong usage)."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], None] = options.command
+    try:
+        command(options)
+    except KeyboardInterrupt:
+        print("hqq-oft: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except (CommandError, OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+        if options.traceback:
+            raise
+        print(f"hqq-oft: {error or type(error).__name__}", file=sys.stderr)
+        return 1
+    return 0
+
+
+# --- Commands --------------------------------------------------------------------------------------------------------
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    from transformers import AutoConfig, PreTrainedModel
+
+    from . import quantize_model
+
+    source, target = _directories(options)
+    config = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        raise CommandError(f"{source} is quantized already; start from the dense model.")
+    model_class = _model_class(source)
+    assert issubclass(model_class, PreTrainedModel)
+    dtype = DTYPES.get(options.dtype, "auto")
+    model = model_class.from_pretrained(str(source), dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    report = quantize_model(
+        model,
+        nbits=options.nbits,
+        group_size=options.group_size,
+        axis=options.axis,
+        device=options.device,
+        skip_modules=options.skip or ["lm_head"],
+        overrides=dict(options.override),
+        progress=not options.quiet,
+    )
+    save_quantized(
+        model,
+        target,
+        max_shard_size=options.max_shard_size,
+        overwrite=options.force,
+        extra_files=_companions(source),
+    )
+    _say(options, f"{report}\nwritten to {target}")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from peft import PeftModel
+
+    from . import load_quantized, merge_report, patch_peft
+
+    source, target = _directories(options)
+    adapter = options.adapter
+    if not (adapter / "adapter_config.json").is_file():
+        raise CommandError(f"{adapter} holds no adapter_config.json: give the directory of a PEFT adapter.")
+    model = load_quantized(source, device=options.device, progress=not options.quiet)
+    bar = sys.stderr.isatty() and not options.quiet
+    with patch_peft():
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+        if options.report:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the report itself is shown
+                print(merge_report(adapted))
+        merged = adapted.merge_and_unload(progressbar=bar, safe_merge=True, into=options.into)
+    errors = adapted.base_model.merge_errors().values()
+    if not errors:
+        raise CommandError(f"the adapter in {adapter} is on no quantized layer of {source}.")
+    if any(isinstance(module, HQQLinear) for module in merged.modules()):
+        save_quantized(
+            merged,
+            target,
+            max_shard_size=options.max_shard_size,
+            overwrite=options.force,
+            extra_files=_companions(source),
+        )
+    else:
+        with staged_directory(target, options.force) as staging:
+            merged.save_pretrained(str(staging), max_shard_size=options.max_shard_size)
+            copy_into(staging, _companions(source))
+    _say(options, f"{len(errors)} layer(s) merged, worst weight error {max(errors):.2%}\nwritten to {target}")
+
+
+def _env(options: argparse.Namespace) -> None:
+    from .env import report
+
+    print(report())
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from . import layer_bench
+
+    case = layer_bench.LayerCase(
+        out_features=options.out_features,
+        in_features=options.in_features,
+        tokens=options.tokens,
+        block_size=options.block_size,
+        nbits=options.nbits,
+        group_size=options.group_size,
+        dtype=DTYPES[options.dtype],
+        device=options.device,
+        seconds=options.seconds,
+    )
+    print(layer_bench.table(case, layer_bench.run(case)))
+
+
+def _directories(options: argparse.Namespace) -> tuple[Path, Path]:
+    """Source and target, refused before any work where the work would be in vain."""
+    source, target = options.model, options.out
+    if not (source / CONFIG).is_file():
+        raise CommandError(f"{source} holds no {CONFIG}: give the directory of a transformers model.")
+    if source.resolve() == target.resolve() or source.resolve() in target.resolve().parents:
+        raise CommandError(f"{target} is {source} or inside it; choose another directory for the result.")
+    try:
+        check_replaceable(target, options.force)
+    except FileExistsError as error:
+        raise CommandError(str(error)) from error
+    return source, target
+
+
+def _model_class(source: Path) -> Any:
+    import transformers
+
+    architectures = json.loads((source / CONFIG).read_text("utf-8")).get("architectures")
+    found = [getattr(transformers, name, None) for name in architectures or [] if isinstance(name, str)]
+    if len(found) != 1 or not isinstance(found[0], type) or not issubclass(found[0], transformers.PreTrainedModel):
+        raise CommandError(
+            f"{source / CONFIG}: architectures is {architectures!r}, which is no model class of transformers "
+            f"{transformers.__version__}; models with code of their own are not supported."
+        )
+    return found[0]
+
+
+def _companions(source: Path) -> list[Path]:
+    found = {path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()}
+    return sorted(found)
+
+
+def _say(options: argparse.Namespace, text: str) -> None:
+    if not options.quiet:
+        print(text)
+
+
+# --- Command line ----------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hqq-oft",
+        description="Orthogonal Fine-Tuning on HQQ-quantized models: whole models on the command line.",
+        epilog="Exit status: 0 done, 1 failed (the reason is on stderr, and nothing was written), 2 wrong usage, "
+        "130 interrupted.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    quantize = _add(
+        commands,
+        "quantize",
+        _quantize,
+        "quantize a dense transformers model",
+        """examples:
+  hqq-oft quantize llama llama-4bit
+  hqq-oft quantize llama llama-3bit --nbits 3 --dtype bfloat16 --device cuda
+  hqq-oft quantize llama llama-mixed --override down_proj=nbits:8 --override 'model.layers.0.*=dense'""",
+    )
+    quantize.add_argument("model", type=Path, metavar="MODEL", help="directory of a dense transformers model")
+    _add_output(quantize)
+    _add_quantizer(quantize)
+    quantize.add_argument("--axis", type=int, default=1, choices=(0, 1), help="1: groups along a row; 0: down a column")
+    quantize.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of computation; auto: as stored")
+    quantize.add_argument(
+        "--skip",
+        action="append",
+        metavar="NAME",
+        help="a layer to leave dense, given once or more often (default: lm_head); --skip - to skip none",
+    )
+    quantize.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        type=_override,
+        metavar="NAME=SETTINGS",
+        help="settings of the layers of that name, its end, or a pattern: nbits:8,group_size:32,axis:1, or dense",
+    )
+
+    merge = _add(
+        commands,
+        "merge",
+        _merge,
+        "merge a PEFT adapter into a quantized model",
+        """examples:
+  hqq-oft merge llama-4bit adapter merged --report
+  hqq-oft merge llama-2bit adapter merged --into 8
+  hqq-oft merge llama-4bit adapter merged --into dense""",
+    )
+    merge.add_argument("model", type=Path, metavar="MODEL", help="directory of a quantized model")
+    merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="directory of the adapter")
+    _add_output(merge)
+    merge.add_argument(
+        "--into", type=_into, metavar="BITS|dense", help="what merged layers become (default: their own settings)"
+    )
+    merge.add_argument("--report", action="store_true", help="first show what merging loses, and what else would")
+
+    _add(
+        commands,
+        "env",
+        _env,
+        "print versions, devices, and which backend serves what",
+        "examples:\n  hqq-oft env",
+    )
+
+    bench = _add(
+        commands,
+        "bench",
+        _bench,
+        "time one layer on this machine: ours, PEFT's, and a dense one",
+        """examples:
+  hqq-oft bench
+  hqq-oft bench --device cuda --dtype bfloat16 --out-features 14336 --in-features 4096 --tokens 4096
+
+`python -m bench.run` in a checkout of the project measures more, and against the machine's limits.""",
+    )
+    for name, default, what in (
+        ("out-features", 2048, "rows of the weight"),
+        ("in-features", 2048, "columns of the weight"),
+        ("tokens", 512, "rows of the input"),
+        ("block-size", 32, "OFT block size"),
+    ):
+        bench.add_argument(f"--{name}", type=_positive, default=default, help=f"{what} (default: {default})")
+    _add_quantizer(bench)
+    bench.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of computation (default: float32)")
+    bench.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
+    bench.add_argument("--seconds", type=float, default=10.0, help="time for it all (default: 10)")
+    return parser
+
+
+def _add(
+    commands: Any, name: str, command: Callable[[argparse.Namespace], None], what: str, examples: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, metavar="OUT", help="directory to make; it is there complete or not at all")
+    parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, ... (default: cpu)")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: 5GB)")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it holds a model")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no summary")
+
+
+def _add_quantizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nbits", type=_bits, default=4, help="8, 6, 5, 4, 3, 2, 1.58 or 1 (default: 4)")
+    parser.add_argument(
+        "--group-size", type=_positive, default=64, help="weights that share a scale: a multiple of 8 (default: 64)"
+    )
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    return int(value) if value == int(value) else value
+
+
+def _bits(text: str) -> float:
+    value = _number(text)
+    if value not in Quantizer.SUPPORTED_BITS:
+        raise argparse.ArgumentTypeError(f"must be one of {Quantizer.SUPPORTED_BITS}, got {text}")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _into(text: str) -> float | str:
+    return text if text == "dense" else _bits(text)
+
+
+def _override(text: str) -> tuple[str, dict[str, float] | None]:
+    name, _, settings = text.partition("=")
+    if not name or not settings:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SETTINGS")
+    if settings == "dense":
+        return name, None
+    try:
+        return name, {key: _number(value) for key, value in (pair.split(":") for pair in settings.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{settings!r} is neither 'dense' nor like nbits:8,group_size:32") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""`load_quantized`: a stored model, layer by layer, without its dense weights ever being there."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from tqdm import tqdm
+
+from .checkpoint import CONFIG, Checkpoint, read_json
+from .safetensors_file import CheckpointError
+from .stored_layer import FIELDS, StoredLayer
+
+_FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Buffers that are computed and not stored take their sizes from config.json alone. Real ones are tables of a few MiB.
+_MAX_COMPUTED_BUFFERS = 1 << 30
+
+
+def load_quantized(
+    directory: str | os.PathLike[str], *, device: torch.device | str | None = None, progress: bool = True
+) -> Any:
+    """Load a model that `save_quantized` wrote, or transformers 4.57 with an `HqqConfig`.
+
+    Whatever is in the directory, no code of it is run. Names, shapes and dtypes of all tensors are compared with
+    `config.json` before the first weight is read, sizes are never taken on trust, and where `save_quantized` left
+    checksums, the bytes are compared with them.
+
+    Args:
+        directory: where the model is.
+        device: where to put it, layer by layer; by default into host memory.
+        progress: show a bar, on a terminal.
+
+    Returns:
+        The transformers model, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: no model is there.
+        CheckpointError: a file is damaged, truncated, or does not fit the others; the message names file and tensor.
+        ValueError: the model is of a kind that this transformers does not have.
+        OSError: a file can't be read.
+    """
+    directory, device = Path(directory), torch.device("cpu" if device is None else device)
+    torch.empty(0, device=device)
+    config_path = directory / CONFIG
+    if not config_path.is_file():
+        raise FileNotFoundError(f"{directory} holds no {CONFIG}: no model is stored there.")
+    model_class, config = _read_config(config_path)
+    with Checkpoint(directory) as checkpoint:
+        layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+        if layers > len(checkpoint):
+            raise CheckpointError(
+                f"{config_path}: num_hidden_layers is {layers}, more than there are tensors ({len(checkpoint)})."
+            )
+        # On the meta device first: nothing is allocated before all sizes are known to be those of the stored tensors.
+        outline = _build(model_class, config, torch.device("meta"))
+        plan = _plan(outline, checkpoint, config_path)
+        del outline
+        model = _build(model_class, config, init_empty_weights(include_buffers=False))
+        _fill(model, plan, checkpoint, device, progress)
+    if (directory / "generation_config.json").is_file() and model.can_generate():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(str(directory))
+    model.hqq_quantized = True
+    return model.eval()
+
+
+def _read_config(path: Path) -> tuple[Any, Any]:
+    """The model's class and its configuration, without the part on quantization, which transformers 5 refuses."""
+    import transformers
+
+    raw = read_json(path)
+    if (raw.get("quantization_config") or {}).get("quant_method") != "hqq":
+        raise CheckpointError(f"{path}: its quantization_config is not one of HQQ: the model is dense, or another's.")
+    architectures = raw.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
+    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
+        raise ValueError(
+            f"{path}: architectures is {architectures!r}, which is no model class of transformers "
+            f"{transformers.__version__}; models with code of their own are not supported."
+        )
+    del raw["quantization_config"]
+    try:
+        return model_class, model_class.config_class.from_dict(raw)  # type: ignore[attr-defined]
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a configuration of {name} ({error}).") from error
+
+
+def _build(model_class: Any, config: Any, where: AbstractContextManager[Any]) -> Any:
+    with where:
+        model = model_class(copy.deepcopy(config))
+    model.tie_weights()
+    return model
+
+
+@dataclass
+class _Plan:
+    """What is read from where: checked, nothing read yet.
+
+    Attributes:
+        layers: name of each HQQ layer -> its settings.
+        dense: name of each stored parameter or buffer -> all names under which the model has it.
+    """
+
+    layers: dict[str, StoredLayer] = field(default_factory=dict)
+    dense: dict[str, list[str]] = field(default_factory=dict)
+
+
+def _tensors(model: nn.Module, inside: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers with every name they have; of modules in `inside`, none."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if prefix not in inside:
+            for name, value in (*module._parameters.items(), *module._buffers.items()):
+                if value is not None:
+                    yield f"{prefix}.{name}" if prefix else name, value
+
+
+def _computed(model: nn.Module) -> set[str]:
+    """Names of the buffers that are not stored."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
+
+
+def _plan(outline: Any, checkpoint: Checkpoint, config_path: Path) -> _Plan:
+    plan, expected = _Plan(), set()
+    for name, module in outline.named_modules():
+        if isinstance(module, nn.Linear) and f"{name}.W_q" in checkpoint:
+            plan.layers[name] = StoredLayer.read(checkpoint, name, module)
+            fields = set(FIELDS) - (set() if module.bias is not None else {"bias"})
+            expected |= {f"{name}.{field}" for field in fields}
+    computed = _computed(outline)
+    names_of: dict[int, list[str]] = {}
+    tensors = dict(_tensors(outline, inside=set(plan.layers)))
+    for name, tensor in tensors.items():
+        if name not in computed:
+            names_of.setdefault(id(tensor), []).append(name)
+    for names in names_of.values():
+        stored = next((name for name in names if name in checkpoint), names[0])
+        tensor = tensors[stored]
+        checkpoint.expect(stored, tuple(tensor.shape), _FLOATING if tensor.is_floating_point() else (tensor.dtype,))
+        plan.dense[stored] = names
+        expected |= set(names)
+    ignored = getattr(outline, "_keys_to_ignore_on_load_unexpected", None) or []
+    for name in checkpoint.names:
+        if name not in expected and not any(re.search(pattern, name) for pattern in ignored):
+            raise checkpoint.error(name, f"the model that {config_path} describes has no such tensor")
+    size = sum(tensors[name].numel() * tensors[name].element_size() for name in computed & tensors.keys())
+    if size > _MAX_COMPUTED_BUFFERS:
+        raise CheckpointError(f"{config_path}: the model would compute buffers of {size} bytes.")
+    return plan
+
+
+def _fill(model: Any, plan: _Plan, checkpoint: Checkpoint, device: torch.device, progress: bool) -> None:
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
+    modules = {name: model.get_submodule(name) for name in plan.layers}
+    for name, stored in tqdm(plan.layers.items(), disable=None if progress else True, desc="Loading", unit="layer"):
+        layer = stored.load(checkpoint, name, modules[name].bias is not None, device)
+        for place in places[id(modules[name])]:
+            _set(model, place, layer)
+    for name, names in plan.dense.items():
+        tensor = checkpoint.read(name).to(device)
+        old = _get(model, names[0])
+        if isinstance(old, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        for place in names:
+            _set(model, place, tensor)
+    for name in _computed(model):
+        buffer = _get(model, name)
+        if buffer is not None:
+            _set(model, name, buffer.to(device))
+
+
+def _get(model: nn.Module, name: str) -> Any:
+    parent, _, child = name.rpartition(".")
+    return getattr(model.get_submodule(parent), child)
+
+
+def _set(model: nn.Module, name: str, value: Any) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, value)
