@@ -7,6 +7,7 @@ from .backends import BackendError, Unsupported, backend
 from .layer import HqqOFTLinear
 from .peft_integration import ConversionReport, convert, dispatch_hqq, patch_peft, revert, unpatch_peft
 from .serving import frozen_rotations
+from .sharing import share_rotations
 from .weight import QuantizedWeight
 
 __version__ = _metadata.version("hqq-oft")
@@ -24,5 +25,6 @@ __all__ = [
     "functional",
     "patch_peft",
     "revert",
+    "share_rotations",
     "unpatch_peft",
 ]
