@@ -7,6 +7,7 @@ from .backends import BackendError, Unsupported, backend
 from .layer import HqqOFTLinear
 from .peft_integration import ConversionReport, convert, dispatch_hqq, patch_peft, revert, unpatch_peft
 from .serving import frozen_rotations
+from .sharded import full_adapter_state_dict
 from .sharing import share_rotations
 from .weight import QuantizedWeight
 
@@ -22,6 +23,7 @@ __all__ = [
     "convert",
     "dispatch_hqq",
     "frozen_rotations",
+    "full_adapter_state_dict",
     "functional",
     "patch_peft",
     "revert",

@@ -26,7 +26,7 @@ from .adapter_settings import AdapterSettings
 from .merging import PackedState
 from .reference import project
 from .rotation_cache import RotationCache
-from .weight import QuantizedWeight
+from .weight import QuantizedWeight, require_whole
 
 
 class HqqOFTLinear(nn.Module, OFTLayer):
@@ -275,6 +275,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
     def _rotation(self, adapter_name: str) -> Tensor:
         """The adapter's `D = R - I` as merging uses it: float32, no dropout."""
         weight = self.oft_R[adapter_name].weight
+        require_whole(f"the adapter {adapter_name!r}", weight)
         device = self.get_base_layer().W_q.device
         return functional.cayley(weight.to(device), dtype=torch.float32, **self._cayley_arguments(adapter_name))
 
