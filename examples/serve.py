@@ -3,7 +3,7 @@
     python examples/serve.py --model path/to/model --adapter chat=adapters/chat --adapter code=adapters/code \
         --prompt chat "Tell me" --prompt code "def add" --prompt base "Once upon a time"
 
-`base` is the model without an adapter. All prompts go through the model in one batch; the packed weights are there once.
+`base` is the model without an adapter. All prompts go through the model in one batch.
 """
 
 from __future__ import annotations

@@ -90,13 +90,15 @@ def main() -> None:
             save_steps=max(1, options.steps // 2),
             save_total_limit=1,
             data_seed=0,  # the order of the samples then is the same for any number of processes
+            # Not by `trainer.evaluate()` before `trainer.train()`: after it, processes would not average gradients.
+            eval_on_start=True,
             report_to=[],
         ),
         train_dataset=data[:-held_out],
         eval_dataset=data[-held_out:],
     )
-    before = trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=options.resume)
+    before = next(row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row)
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(options.out))
     if trainer.is_world_process_zero():
