@@ -12,6 +12,8 @@ from .quantizing import QuantizationReport, quantize_model
 from .safetensors_file import CheckpointError
 from .saving import save_quantized
 from .serving import frozen_rotations
+from .sharded import full_adapter_state_dict
+from .sharing import share_rotations
 from .weight import QuantizedWeight
 
 __version__ = _metadata.version("hqq-oft")
@@ -29,6 +31,7 @@ __all__ = [
     "convert",
     "dispatch_hqq",
     "frozen_rotations",
+    "full_adapter_state_dict",
     "functional",
     "load_quantized",
     "merge_report",
@@ -36,5 +39,6 @@ __all__ = [
     "quantize_model",
     "revert",
     "save_quantized",
+    "share_rotations",
     "unpatch_peft",
 ]

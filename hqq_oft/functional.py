@@ -56,14 +56,29 @@ class _Rotate(Function):
 
 
 class _OFTRotate(Function):
-    """`_Cayley` and `_Rotate` in one node, so that D is not saved: backward builds it again from `v`."""
+    """`_Cayley` and `_Rotate` in one node, so that D is not saved: backward builds it again from `v`.
+
+    A `d` that is given stays with the node, outside of what is saved: gradient checkpointing, whose second forward may
+    have none at hand, compares what the two save.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, v: Tensor, keep: Tensor | None, block_size: int, terms: Any, max_norm: Any) -> Any:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        v: Tensor,
+        keep: Tensor | None,
+        d: Tensor | None,
+        block_size: int,
+        terms: Any,
+        max_norm: Any,
+    ) -> Any:
         need_x, need_v = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_v else None, v if need_x or need_v else None, keep)
-        ctx.spec = (block_size, terms, max_norm)
-        return ops.rotate(x, ops.cayley(v, block_size, terms, keep, max_norm, x.dtype), None, False)
+        ctx.spec, ctx.d = (block_size, terms, max_norm), d
+        if d is None:
+            d = ops.cayley(v, block_size, terms, keep, max_norm, x.dtype)
+        return ops.rotate(x, d, None, False)
 
     @staticmethod
     @once_differentiable
@@ -71,11 +86,11 @@ class _OFTRotate(Function):
         x, v, keep = ctx.saved_tensors
         block_size, terms, max_norm = ctx.spec
         need_x, need_v = ctx.needs_input_grad[:2]
-        d = ops.cayley(v, block_size, terms, keep, max_norm, grad.dtype)
+        d = ops.cayley(v, block_size, terms, keep, max_norm, grad.dtype) if ctx.d is None else ctx.d
         # Where v needs no gradient, x is not saved and not read: grad stands in for it in the schema.
         dx, dd = ops.rotate_backward(grad, grad if x is None else x, d, None, False, need_x, need_v)
         dv = ops.cayley_backward(dd, v, block_size, terms, keep, max_norm) if need_v else None
-        return dx if need_x else None, dv, None, None, None, None
+        return dx if need_x else None, dv, None, None, None, None, None
 
 
 class _DequantizeRotate(Function):
@@ -125,7 +140,7 @@ class _Linear(Function):
 
 
 class _OFTLinear(Function):
-    """`_Cayley` and `_Linear` in one node, so that D is not saved: backward builds it again from `v`."""
+    """`_Cayley` and `_Linear` in one node; what is saved, and a `d` that is given, are as in `_OFTRotate`."""
 
     @staticmethod
     def forward(
@@ -134,6 +149,7 @@ class _OFTLinear(Function):
         v: Tensor,
         bias: Tensor | None,
         keep: Tensor | None,
+        d: Tensor | None,
         block_size: int,
         terms: Any,
         max_norm: Any,
@@ -141,10 +157,11 @@ class _OFTLinear(Function):
     ) -> Any:
         need_x, need_v, need_bias = ctx.needs_input_grad[:3]
         ctx.save_for_backward(x if need_v else None, v if need_x or need_v else None, keep)
-        ctx.spec = (block_size, terms, max_norm)
+        ctx.spec, ctx.d = (block_size, terms, max_norm), d
         ctx.weight = weight
         ctx.bias_dtype = bias.dtype if need_bias and bias is not None else None
-        d = ops.cayley(v, block_size, terms, keep, max_norm, x.dtype)
+        if d is None:
+            d = ops.cayley(v, block_size, terms, keep, max_norm, x.dtype)
         return ops.linear(x, d, *weight, bias, None)
 
     @staticmethod
@@ -155,7 +172,7 @@ class _OFTLinear(Function):
         need_x, need_v = ctx.needs_input_grad[:2]
         dx = dv = None
         if need_x or need_v:
-            d = ops.cayley(v, block_size, terms, keep, max_norm, grad.dtype)
+            d = ops.cayley(v, block_size, terms, keep, max_norm, grad.dtype) if ctx.d is None else ctx.d
             dx, dd = ops.linear_backward(grad, grad if x is None else x, d, *ctx.weight, None, need_x, need_v)
             if need_v:
                 dv = ops.cayley_backward(dd, v, block_size, terms, keep, max_norm)
@@ -163,7 +180,7 @@ class _OFTLinear(Function):
             dx if need_x else None,
             dv,
             _bias_gradient(grad, ctx.bias_dtype),
-            *(None for _ in range(4 + len(ctx.weight))),
+            *(None for _ in range(5 + len(ctx.weight))),
         )
 
 
@@ -391,7 +408,9 @@ def linear(
     return y.reshape(*x.shape[:-1], weight.out_features)
 
 
-def _check_oft(v: Tensor, features: int, block_size: int, terms: int | None, keep: Tensor | None) -> None:
+def _check_oft(
+    v: Tensor, features: int, block_size: int, terms: int | None, keep: Tensor | None, d: Tensor | None
+) -> None:
     _check_cayley(v, block_size, terms, keep)
     stored = v.shape[0] if keep is None else keep.shape[0]
     if features % block_size or stored not in (1, features // block_size):
@@ -399,6 +418,8 @@ def _check_oft(v: Tensor, features: int, block_size: int, terms: int | None, kee
             f"v must rotate {features} features with blocks that divide them, one per position or one shared; got "
             f"{stored} blocks of {block_size}."
         )
+    if d is not None and tuple(d.shape) != (stored, block_size, block_size):
+        raise ValueError(f"d must have shape {(stored, block_size, block_size)} as v asks, got {tuple(d.shape)}.")
 
 
 def oft_rotate(
@@ -409,16 +430,21 @@ def oft_rotate(
     terms: int | None = 5,
     keep: Tensor | None = None,
     max_norm: float | None = None,
+    d: Tensor | None = None,
 ) -> Tensor:
     """`rotate(x, cayley(v, ...))` that keeps only `x` and `v` for backward, not `D`.
 
-    Args, result and errors are those of `rotate` and `cayley`.
+    Args, result and errors are those of `rotate` and `cayley`, and:
+
+    Args:
+        d: what `cayley(v, ...)` gives in the dtype of `x`, where that is known already. It is taken at its word and
+            kept until backward, which saves computing it in both; gradients still go to `v`.
     """
     _check_floating("x", x)
     if x.dim() == 0:
         raise ValueError("x must have shape [..., K], got a scalar.")
-    _check_oft(v, x.shape[-1], block_size, terms, keep)
-    return _OFTRotate.apply(_flatten(x), v, keep, block_size, terms, max_norm).reshape(x.shape)
+    _check_oft(v, x.shape[-1], block_size, terms, keep, d)
+    return _OFTRotate.apply(_flatten(x), v, keep, d, block_size, terms, max_norm).reshape(x.shape)
 
 
 def oft_linear(
@@ -431,13 +457,14 @@ def oft_linear(
     terms: int | None = 5,
     keep: Tensor | None = None,
     max_norm: float | None = None,
+    d: Tensor | None = None,
 ) -> Tensor:
     """`linear(x, cayley(v, ...), weight, bias)` that keeps only `x` and `v` for backward, not `D`.
 
-    Args, result and errors are those of `linear` and `cayley`.
+    Args, result and errors are those of `linear` and `cayley`; `d` as for `oft_rotate`.
     """
     _check_input(x, weight.in_features)
     _check_bias(bias, weight.out_features)
-    _check_oft(v, weight.in_features, block_size, terms, keep)
-    y = _OFTLinear.apply(_flatten(x), v, bias, keep, block_size, terms, max_norm, *weight.arguments())
+    _check_oft(v, weight.in_features, block_size, terms, keep, d)
+    y = _OFTLinear.apply(_flatten(x), v, bias, keep, d, block_size, terms, max_norm, *weight.arguments())
     return y.reshape(*x.shape[:-1], weight.out_features)

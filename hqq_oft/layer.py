@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -18,14 +19,14 @@ from peft.tuners.oft.layer import MultiplicativeDropoutLayer, OFTLayer, OFTRotat
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from . import functional, merging
+from . import functional, merging, rotation_step
 from ._autocast import without_autocast
 from ._config import KeepPristine, keep_pristine_from_environment
 from .adapter_settings import AdapterSettings
 from .merging import PackedState
 from .reference import project
 from .rotation_cache import RotationCache
-from .weight import QuantizedWeight
+from .weight import QuantizedWeight, require_whole
 
 
 class HqqOFTLinear(nn.Module, OFTLayer):
@@ -259,18 +260,22 @@ class HqqOFTLinear(nn.Module, OFTLayer):
 
     def _dropout_keep(self, adapter_name: str) -> Tensor | None:
         """Bool `[B]` with floor(p * B) randomly chosen blocks False, or None where nothing is dropped."""
-        p = getattr(self.oft_dropout[adapter_name], "p", 0.0) if adapter_name in self.oft_dropout else 0.0
-        module = self.oft_R[adapter_name]
-        blocks = self.in_features // module.block_size
-        dropped = math.floor(p * blocks + 1e-6)  # 0.29 * 100 is a little below 29 in floating point
+        module, dropped = self.oft_R[adapter_name], self._dropped_blocks(adapter_name)
         if dropped == 0:
             return None
+        blocks = self.in_features // module.block_size
         return torch.randperm(blocks, device=module.weight.device) >= dropped
+
+    def _dropped_blocks(self, adapter_name: str) -> int:
+        p = getattr(self.oft_dropout[adapter_name], "p", 0.0) if adapter_name in self.oft_dropout else 0.0
+        blocks = self.in_features // self.oft_R[adapter_name].block_size
+        return math.floor(p * blocks + 1e-6)  # 0.29 * 100 is a little below 29 in floating point
 
     @torch.no_grad()
     def _rotation(self, adapter_name: str) -> Tensor:
         """The adapter's `D = R - I` as merging uses it: float32, no dropout."""
         weight = self.oft_R[adapter_name].weight
+        require_whole(f"the adapter {adapter_name!r}", weight)
         device = self.get_base_layer().W_q.device
         return functional.cayley(weight.to(device), dtype=torch.float32, **self._cayley_arguments(adapter_name))
 
@@ -355,7 +360,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
                 x = functional.rotate(x, self._kept_rotation(name, x.dtype))
             else:
                 v, arguments = self._begin_forward(name)
-                x = functional.oft_rotate(x, v, **arguments)
+                x = functional.oft_rotate(x, v, d=self._shared_rotation(v), **arguments)
         if fused is None:
             return self.base_layer(x, *args, **kwargs)
         base = self.base_layer
@@ -363,7 +368,26 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         if self._keeps_rotation(fused, x):
             return functional.linear(x, self._kept_rotation(fused, x.dtype), weight, base.bias)
         v, arguments = self._begin_forward(fused)
-        return functional.oft_linear(x, v, weight, base.bias, **arguments)
+        return functional.oft_linear(x, v, weight, base.bias, d=self._shared_rotation(v), **arguments)
+
+    def _shared_rotation(self, v: Tensor) -> Tensor | None:
+        """`D` of the parameter, if it was made together with those of other layers (`hqq_oft.share_rotations`)."""
+        if not self.training or torch.compiler.is_compiling():
+            return None
+        step = rotation_step.current()
+        return None if step is None else step.rotation(v)
+
+    def rotations_to_share(self) -> Iterator[rotation_step.Member]:
+        """The active adapters whose `D`, in a training forward, depends on their parameter alone."""
+        if not self.training or self.disable_adapters or self.merged:
+            return
+        for name in dict.fromkeys(self.active_adapters):
+            if name not in self.oft_R or self._dropped_blocks(name):
+                continue
+            v = self.oft_R[name].weight
+            if rotation_step.can_share(v):
+                dtype = self.get_base_layer().compute_dtype
+                yield rotation_step.Member(v, self._cayley_arguments(name), dtype, partial(self._begin_forward, name))
 
     def _keeps_rotation(self, adapter_name: str, x: Tensor) -> bool:
         """Whether `D` may come from, and stay in, the cache: in evaluation, where nothing records a gradient."""

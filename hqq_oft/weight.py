@@ -146,8 +146,9 @@ class QuantizedWeight:
         """As `from_hqq`, from HQQ's packed tensor `W_q` and its `meta` dictionary.
 
         Raises:
-            ValueError: the parts do not fit together.
+            ValueError: the parts do not fit together, or `packed` is sharded.
         """
+        require_whole("the packed weight", packed)
         packed = packed.detach()
         out_features, in_features = (int(size) for size in meta["shape"])
         axis = int(meta["axis"])
@@ -176,6 +177,20 @@ class QuantizedWeight:
             bits=bits,
             group_size=int(group_size),
             axis=axis,
+        )
+
+
+def require_whole(name: str, value: Tensor) -> None:
+    """Refuse a shard.
+
+    Raises:
+        ValueError: `value` is a `DTensor`; the message says where it is whole.
+    """
+    if hasattr(value, "full_tensor"):
+        raise ValueError(
+            f"{name} is sharded over processes (a DTensor). It is whole inside a forward of the module that "
+            "`fully_shard` was called on, and only there; to merge, load the adapter that `full_adapter_state_dict` "
+            "gathers into a model that is not sharded."
         )
 
 
