@@ -6,12 +6,13 @@ import os
 import platform
 import shutil
 from importlib import metadata
+from typing import Any
 
 import torch
 
 from . import __version__, _native
 from ._config import cpu_instruction_set, keep_pristine_from_environment
-from .backends import OPERATIONS, registry, selected_backend
+from .backends import OPERATIONS, Unsupported, registry, selected_backend
 
 _PACKAGES = ("torch", "peft", "hqq", "transformers", "accelerate", "triton", "numpy", "safetensors")
 
@@ -37,12 +38,66 @@ def _devices() -> list[str]:
     return lines
 
 
-def _serving(operation: str) -> str:
-    """Which backend the current selection takes, then why each other one would not have served."""
+def _small_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
+    """Arguments of every operation, on a layer of 32 x 32."""
+    half = torch.bfloat16
+    x, d = torch.ones(1, 32, dtype=half, device=device), torch.zeros(2, 16, 16, dtype=half, device=device)
+    v, per_group = torch.zeros(2, 120, device=device), torch.ones(32, dtype=half, device=device)
+    packed = torch.zeros(16, 32, dtype=torch.uint8, device=device)
+    weight = (packed, per_group, per_group, 32, 32, 4, 32, 1)
+    return {
+        "cayley": (v, 16, 5, None, None, half),
+        "cayley_backward": (d, v, 16, 5, None, None),
+        "rotate": (x, d, None, False),
+        "rotate_backward": (x, x, d, None, False, True, True),
+        "dequantize": (*weight, half),
+        "dequantize_rotate": (*weight, d, half),
+        "linear": (x, d, *weight, None, None),
+        "linear_backward": (x, x, d, *weight, None, True, True),
+    }
+
+
+def serving(operation: str, device: torch.device) -> tuple[str, dict[str, str]]:
+    """Which backend the current selection takes for a small bfloat16 call, and why those asked before it did not serve.
+
+    Args:
+        operation: name of an operator.
+        device: where the call is.
+
+    Returns:
+        The backend's name, `none` if a backend asked for by name can't serve; and name -> reason.
+    """
     selected = selected_backend()
-    candidates = list(registry().values()) if selected == "auto" else [registry()[selected]]
-    serving = next((backend.name for backend in candidates if backend.why_not(operation) is None), None)
-    return serving or f"none: {candidates[0].why_not(operation)}"
+    reasons: dict[str, str] = {}
+    for backend in registry().values() if selected == "auto" else (registry()[selected],):
+        reason = backend.why_not(operation)
+        if reason is None:
+            try:
+                backend.operations[operation](*_small_calls(device)[operation])
+                return backend.name, reasons
+            except Unsupported as refusal:
+                reason = str(refusal)
+        reasons[backend.name] = reason
+    return "none", reasons
+
+
+def _served() -> list[str]:
+    """A table of who serves what where, and the reasons of those who do not."""
+    devices = [torch.device("cpu")] + [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    lines = [f"{'operation':20}" + "".join(f"{f'on {device}':14}" for device in devices)]
+    refused: dict[str, list[str]] = {}
+    for operation in OPERATIONS:
+        line = f"{operation:20}"
+        for device in devices:
+            name, reasons = serving(operation, device)
+            line += f"{name:14}"
+            for other, reason in reasons.items():
+                refused.setdefault(f"{other} on {device}: {reason}", []).append(operation)
+        lines.append(line.rstrip())
+    if refused:
+        lines += ["", "not served by:"]
+        lines += [f"  {reason} ({', '.join(operations)})" for reason, operations in refused.items()]
+    return lines
 
 
 def _instruction_sets() -> str:
@@ -61,13 +116,7 @@ def report() -> str:
     lines += [f"{tool:14}{shutil.which(tool) or 'not found'}" for tool in ("g++", "nvcc", "ninja")]
     lines += ["", f"HQQ_OFT_BACKEND={selected_backend()}", f"HQQ_OFT_KEEP_PRISTINE={keep_pristine_from_environment()}"]
     lines += [f"HQQ_OFT_CPU_ISA={cpu_instruction_set()}{_instruction_sets()}"]
-    lines += ["", f"{'operation':20}served by"]
-    lines += [f"{operation:20}{_serving(operation)}" for operation in OPERATIONS]
-    lines += ["", "operations that a backend does not serve:"]
-    for backend in registry().values():
-        missing = [operation for operation in OPERATIONS if backend.why_not(operation) is not None]
-        if missing:
-            lines.append(f"  {backend.name}: {', '.join(missing)} ({backend.why_not(missing[0])})")
+    lines += ["", *_served()]
     return "\n".join(lines)
 
 

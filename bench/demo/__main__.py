@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from peft import OFTConfig, PeftModel, get_peft_model
 from torch import nn
 
 import hqq_oft
-from hqq_oft import HqqOFTLinear
+from hqq_oft import HqqOFTLinear, env
 
 from . import corpus, model, report
 
@@ -78,6 +80,20 @@ def copy_adapted_weights(adapted: PeftModel, dense: nn.Module) -> None:
             weight.copy_(layer(torch.eye(layer.in_features, device=weight.device)).T)
 
 
+def against_peft(adapted: PeftModel, batches: list[torch.Tensor], device: str) -> str:
+    """How long a training step takes with our layers and with PEFT's own, which take turns on the same model."""
+    ours: list[float] = []
+    theirs: list[float] = []
+    model.step_milliseconds(adapted, batches[:1], device)
+    for batch in batches:
+        ours += model.step_milliseconds(adapted, [batch], device)
+        hqq_oft.revert(adapted)
+        theirs += model.step_milliseconds(adapted, [batch], device)
+        hqq_oft.convert(adapted)
+    mine, other = statistics.median(ours), statistics.median(theirs)
+    return f"{mine:.0f} ms with hqq-oft, {other:.0f} ms with PEFT {version('peft')}: {other / mine:.2f} times as fast"
+
+
 def run(args: argparse.Namespace) -> None:
     """The job; stops with an error at the first number that is not what it should be."""
     start, device = time.perf_counter(), args.device
@@ -117,6 +133,7 @@ def run(args: argparse.Namespace) -> None:
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         print(f"OFT trains {trainable:,} parameters of a model of {parameters:,}")
         adapter_run = model.train(adapted, code, args.steps, 1e-2, args.seed + 1, device, "fine-tune on code")
+        comparison = against_peft(adapted, list(code.batches(4, model.BATCH, model.LENGTH, args.seed)), args.device)
         expected, packed = measure("adapted", adapted, adapter_run), packed_bytes(adapted)
 
         adapted.save_pretrained(args.out / "adapter")
@@ -152,6 +169,8 @@ def run(args: argparse.Namespace) -> None:
     facts = {
         "settings": f"{args.bits} bits, group {args.group_size}, block {blocks}, {args.steps} steps, "
         f"seed {args.seed}, {device}, torch {torch.__version__}",
+        "forward and backward": comparison,
+        "backend": env.serving("linear", torch.device(args.device))[0],
         "logits on code": f"moved {float((expected - base_logits).norm() / base_logits.norm()):.2%} by the adapter, "
         f"{float(noise / expected.norm()):.2%} by quantizing the merged weights",
         "dense model": "from the cache" if dense_run.cached else "trained in this run",

@@ -81,6 +81,22 @@ def train(model: nn.Module, text: Text, steps: int, lr: float, seed: int, device
     return run
 
 
+def step_milliseconds(model: nn.Module, batches: list[Tensor], device: str) -> list[float]:
+    """Times of forward and backward on each batch, in milliseconds; nothing is trained."""
+    model.train()
+    times = []
+    for batch in batches:
+        tokens = batch.to(device)
+        start = time.perf_counter()
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1e3 * (time.perf_counter() - start))
+        model.zero_grad()
+    model.eval()
+    return times
+
+
 def trained_on_prose(text: Text, steps: int, seed: int, cache: Path, device: str) -> tuple[LlamaForCausalLM, Run]:
     """The dense model and how its training went; from the cache where the same training was done before."""
     key = json.dumps([LLAMA, BATCH, LENGTH, steps, seed, device, torch.__version__, len(text.train)])
