@@ -1,10 +1,11 @@
 // y = x blockdiag(I + D) W^T + bias for 1 to 16 tokens, from HQQ's own bytes. Include the instructions (ptx.cuh) first.
 //
 // Bytes: the packed levels once, and their scales and zeros once: bits / 8 + 4 / group_size per weight, 0.5625 at 4 bits
-// and groups of 64. Operations: 2 N K tokens, on matrix units that pad the tokens to 8 or 16; per packed word of four
-// columns about 7 instructions to make its levels into pairs, 1 or 2 mma, and 5 to fold in scale and zero, where memory
-// allows about 31 (H200: 4.3 TB/s copied, 132 multiprocessors at 1.75 GHz). So memory bounds it: no less than 2.2 us at
-// N x K = 4096 x 4096, 7.7 us at 14336 x 4096, 31 us at 28672 x 8192; of D, x and y little is added (plan.h).
+// and groups of 64. Operations: 2 N K tokens, on matrix units that pad the tokens to 8 or 16. A 32-bit word of packed
+// levels is four columns of one row; of 4-bit ones it takes about 20 instructions in all (8 to make pairs of its levels, 1
+// or 2 mma, the rest copies, reads, scale and zero), where the time for its bytes allows about 31 (H200: 4.3 TB/s copied,
+// 132 multiprocessors at 1.75 GHz). So memory bounds it: no less than 2.2 us at N x K = 4096 x 4096, 7.7 us at
+// 14336 x 4096, 31 us at 28672 x 8192. What D and partial sums add is weighed in plan.h.
 //
 // Every warp streams packed rows of its own through its own pipeline of asynchronous copies and meets the others only
 // while x is put into shared memory, for which the copies do not wait. Scale and zero are applied to a span's sum, in

@@ -1,7 +1,8 @@
 // The instructions of csrc/cuda/ptx.cuh on a host: every thread of a block is a fiber, every function does what the PTX
 // ISA says of its instruction. Threads run in a random order between the points where they wait for each other;
 // asynchronous copies land at once or when they are waited for, at random; shared memory and outputs begin as NaN. So a
-// barrier or a wait that is missing shows as a wrong value.
+// barrier or a wait that is missing within a block shows as a wrong value. Blocks run one after the other, so the order of
+// memory between blocks is not tested here.
 #pragma once
 
 #include <setjmp.h>
