@@ -1,10 +1,11 @@
 // y = x blockdiag(I + D) W^T + bias for 1 to 16 tokens, from HQQ's own bytes. Include the instructions (ptx.cuh) first.
 //
-// Bytes: the packed levels once, and their scales and zeros once: bits / 8 + 4 / group_size per weight, 0.5625 at 4 bits
-// and groups of 64. Operations: 2 N K tokens, on matrix units that pad the tokens to 8 or 16; per packed word of four
-// columns about 7 instructions to make its levels into pairs, 1 or 2 mma, and 5 to fold in scale and zero, where memory
-// allows about 31 (H200: 4.3 TB/s copied, 132 multiprocessors at 1.75 GHz). So memory bounds it: no less than 2.2 us at
-// N x K = 4096 x 4096, 7.7 us at 14336 x 4096, 31 us at 28672 x 8192; of D, x and y little is added (plan.h).
+// Bytes: the packed levels once, and their scales and zeros once: bits / 8 + 4 / group_size per weight, 0.5625 at 4
+// bits and groups of 64. Operations: 2 N K tokens, on matrix units that pad the tokens to 8 or 16. A 32-bit word of
+// packed levels is four columns of one row; of 4-bit ones it takes about 20 instructions in all (8 to make pairs of its
+// levels, 1 or 2 mma, the rest copies, reads, scale and zero), where the time for its bytes allows about 31 (H200: 4.3
+// TB/s copied, 132 multiprocessors at 1.75 GHz). So memory bounds it: no less than 2.2 us at N x K = 4096 x 4096, 7.7
+// us at 14336 x 4096, 31 us at 28672 x 8192. What D and partial sums add is weighed in plan.h.
 //
 // Every warp streams packed rows of its own through its own pipeline of asynchronous copies and meets the others only
 // while x is put into shared memory, for which the copies do not wait. Scale and zero are applied to a span's sum, in
@@ -19,8 +20,8 @@
 
 namespace hqq_oft::cuda {
 
-// One warp's stream of stages: TILE_ROWS rows of a tile by STAGE_COLUMNS columns; tile by tile, and each from the slice's
-// first column to its last. A tile's scales travel with its first stage.
+// One warp's stream of stages: TILE_ROWS rows of a tile by STAGE_COLUMNS columns; tile by tile, and each from the
+// slice's first column to its last. A tile's scales travel with its first stage.
 template <int BITS>
 struct Stream {
   using P = Packing<BITS>;
@@ -246,8 +247,9 @@ __device__ __forceinline__ void multiply_chunk(Accumulators<BITS, TOKEN_TILES>& 
 #pragma unroll
       for (int step = 0; step < SPAN_STEPS; ++step) {
         const uint32_t *upper = &levels[0][step * P::WORDS], *lower = &levels[1][step * P::WORDS];
-        const uint32_t a[4] = {Levels<Format, BITS>::pair(upper, field, 0), Levels<Format, BITS>::pair(lower, field, 0),
-                               Levels<Format, BITS>::pair(upper, field, 1), Levels<Format, BITS>::pair(lower, field, 1)};
+        using L = Levels<Format, BITS>;
+        const uint32_t a[4] = {L::pair(upper, field, 0), L::pair(lower, field, 0), L::pair(upper, field, 1),
+                               L::pair(lower, field, 1)};
         const int of_chunk = span * SPAN_STEPS + step;
 #pragma unroll
         for (int tokens = 0; tokens < TOKEN_TILES; ++tokens) {
@@ -281,7 +283,8 @@ __device__ __forceinline__ bool arrive_last(uint64_t* ticket, uint64_t stamp, in
   return last;
 }
 
-// Calls `visit(value, token, field, row)` for all that a lane holds of tokens and of packed rows of the tile that exist.
+// Calls `visit(value, token, field, row)` for all that a lane holds of tokens and of packed rows of the tile that
+// exist.
 template <int BITS, int TOKEN_TILES, class Visit>
 __device__ __forceinline__ void for_each_sum(Accumulators<BITS, TOKEN_TILES>& sum, int tokens, int rows, Visit visit) {
   const int group = lane_index() / 4, quad = lane_index() % 4;
@@ -337,7 +340,8 @@ __device__ __forceinline__ void store_tile(Accumulators<BITS, TOKEN_TILES>& sum,
 
 // Grid: (bands, splits). See `Plan` for what a block does, `shared_layout` for its shared memory.
 template <class Format, int BITS, int SPAN, int TOKEN_TILES>
-__global__ void __launch_bounds__(WARPS * WARP, max_resident(BITS, TOKEN_TILES)) decode_kernel(const DecodeArguments a) {
+__global__ void __launch_bounds__(WARPS * WARP, max_resident(BITS, TOKEN_TILES))
+    decode_kernel(const DecodeArguments a) {
   using P = Packing<BITS>;
   const SharedLayout layout =
       shared_layout(facts_of<BITS>(), warp_count(), TOKEN_TILES, SPAN, a.slice, a.scale_words, a.scale_buffers);

@@ -15,7 +15,8 @@ int describe_device(int index, Device* device, int* capability_major);
 int launch_rotate(Element element, const RotationArguments& a, uint16_t* rotated, void* stream);
 
 // Multiplies as planned. If `plan.chained`, a.rotation.x is what the launch before this one on the stream, a
-// `launch_rotate`, writes: where the architecture can (compute capability 9.0), the weight is already being fetched then.
+// `launch_rotate`, writes: where the architecture can (compute capability 9.0), the weight is already being fetched
+// then.
 int launch_decode(Element element, const Problem& problem, const Plan& plan, const DecodeArguments& a,
                   int capability_major, void* stream);
 

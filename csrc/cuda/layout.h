@@ -1,13 +1,13 @@
 // Where things are: the index arithmetic of the decode kernel, free of CUDA so that a host can run and test it.
 //
-// HQQ's packed matrix, for axis 1 and where the fields of an element divide the out-features N, is [N / FIELDS, K]: field
-// i of element [r, k] is the level of weight [r + i * N / FIELDS, k]. A warp takes TILE_ROWS packed rows, so one packed
-// tile yields FIELDS tiles of outputs that share their inputs.
+// HQQ's packed matrix, for axis 1 and where the fields of an element divide the out-features N, is [N / FIELDS, K]:
+// field i of element [r, k] is the level of weight [r + i * N / FIELDS, k]. A warp takes TILE_ROWS packed rows, so one
+// packed tile yields FIELDS tiles of outputs that share their inputs.
 //
-// Matrix units: mma.m16n8k16 with the weight as A (16 outputs x 16 columns) and x as B (16 columns x 8 tokens). A lane is
-// `group = lane / 4`, `quad = lane % 4` (PTX ISA, "Matrix fragments for mma.m16n8k16"): it holds columns
-// {2 quad, 2 quad + 1, 2 quad + 8, 2 quad + 9} of rows group and group + 8. A sum over columns has no order, so each lane
-// takes instead four neighbours, whose packed bytes are one 32-bit word, and x is laid out to match.
+// Matrix units: mma.m16n8k16 with the weight as A (16 outputs x 16 columns) and x as B (16 columns x 8 tokens). A lane
+// is `group = lane / 4`, `quad = lane % 4` (PTX ISA, "Matrix fragments for mma.m16n8k16"): it holds columns {2 quad, 2
+// quad + 1, 2 quad + 8, 2 quad + 9} of rows group and group + 8. A sum over columns has no order, so each lane takes
+// instead four neighbours, whose packed bytes are one 32-bit word, and x is laid out to match.
 #pragma once
 
 #include "format.h"
@@ -114,7 +114,8 @@ HQQ_OFT_HOST_DEVICE int64_t scale_element(int row, int groups_per_row, int first
   return static_cast<int64_t>(row) * groups_per_row + first_group;
 }
 
-// Whether it is odd, for row `row` of any tile: tiles begin at multiples of 16 rows, and so does their second half of 8.
+// Whether it is odd, for row `row` of any tile: tiles begin at multiples of 16 rows, and so does their second half of
+// 8.
 HQQ_OFT_HOST_DEVICE int scale_is_odd(int row, int field, int band_rows, int groups_per_row, int first_group) {
   return ((row + field * band_rows) * groups_per_row + first_group) & 1;
 }

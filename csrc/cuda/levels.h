@@ -1,8 +1,9 @@
 // Packed levels to pairs of 16-bit floats, exactly.
 //
 // A level q of BITS bits put into the top of the mantissa of 2^BITS reads as 2^BITS + q: one shift and one logical
-// operation for two levels. The bias 2^BITS is of the levels' own order, so nothing is lost in the products' float32 sum,
-// and it goes away together with the zero: sum x (2^BITS + q - (2^BITS + z)). Include the instructions (ptx.cuh) first.
+// operation for two levels. The bias 2^BITS is of the levels' own order, so nothing is lost in the products' float32
+// sum, and it goes away together with the zero: sum x (2^BITS + q - (2^BITS + z)). Include the instructions (ptx.cuh)
+// first.
 #pragma once
 
 #include "layout.h"
@@ -17,7 +18,8 @@ struct Levels {
   static constexpr int POSITION = Format::MANTISSA_BITS - BITS;  // of the level's lowest bit
   static constexpr uint32_t MASK = ((1u << BITS) - 1u) << POSITION;
 
-  // The level at bit `bit` of each half of `word`, as a pair. Bits that a shift carries over a half's border are masked.
+  // The level at bit `bit` of each half of `word`, as a pair. Bits that a shift carries over a half's border are
+  // masked.
   static __device__ __forceinline__ uint32_t pair_at(uint32_t word, int bit) {
     const int shift = bit - POSITION;
     const uint32_t placed = shift >= 0 ? word >> shift : word << -shift;
@@ -51,7 +53,9 @@ struct Levels<BFloat16, 8> {
 
  private:
   // 2^23 + byte, less 2^23.
-  static __device__ __forceinline__ float byte_value(uint32_t byte) { return from_bits(0x4B000000u | byte) - 8388608.0f; }
+  static __device__ __forceinline__ float byte_value(uint32_t byte) {
+    return from_bits(0x4B000000u | byte) - 8388608.0f;
+  }
 };
 
 }  // namespace hqq_oft::cuda

@@ -109,7 +109,8 @@ inline Plan make_plan(const Problem& problem, int warps, int band_tiles, int sli
   const int groups = std::min(groups_per_row, whole ? plan.slice / group : plan.slice / group + 2);
   const bool may_begin_odd = groups_per_row % 2 != 0 || !whole || (plan.slice / group) % 2 != 0;
   plan.scale_words = ceil_div(groups + (may_begin_odd ? 1 : 0), 2);
-  // The copies run at most stages - 1 stages ahead of the products: over more tiles where a slice, as the last, is short.
+  // The copies run at most stages - 1 stages ahead of the products: over more tiles where a slice, as the last, is
+  // short.
   const int last_slice = problem.in_features - (plan.splits - 1) * plan.slice;
   plan.scale_buffers = ceil_div(p.stages - 1, ceil_div(last_slice, p.stage_columns)) + 1;
   plan.resident = 1;
@@ -117,7 +118,8 @@ inline Plan make_plan(const Problem& problem, int warps, int band_tiles, int sli
   return plan;
 }
 
-// About what the L2 cache delivers in the 1.5 us that a second, chained launch takes: reading D more than this is dearer.
+// About what the L2 cache delivers in the 1.5 us that a second, chained launch takes: reading D more than this is
+// dearer.
 constexpr int64_t CHAIN_BYTES = 8 << 20;
 // Bytes of shared memory that the system keeps for each block.
 constexpr int BLOCK_SHARED = 1024;

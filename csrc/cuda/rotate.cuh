@@ -1,8 +1,8 @@
 // x + x blockdiag(D), sixteen columns by a warp. Include the instructions (ptx.cuh) first.
 //
-// x is A (16 tokens x 16 columns of one block) and D is B. D is stored [row k, column n], and B wants pairs along k, so a
-// lane reads two neighbouring columns of four rows and regroups them: two tiles of eight columns, the even and the odd
-// ones. D goes from global memory straight to registers, every element once.
+// x is A (16 tokens x 16 columns of one block) and D is B. D is stored [row k, column n], and B wants pairs along k, so
+// a lane reads two neighbouring columns of four rows and regroups them: two tiles of eight columns, the even and the
+// odd ones. D goes from global memory straight to registers, every element once.
 #pragma once
 
 #include "arguments.h"
@@ -72,7 +72,8 @@ __device__ __forceinline__ void add_rotation(RotatedColumns& columns, const Rota
 // Columns first_column ... + 15 of the rotated x, rounded once: of a lane the four at 4 quad, as two pairs per token.
 // Tokens and columns that do not exist are zero.
 template <class Format>
-__device__ __forceinline__ void rotated_columns(const RotationArguments& a, int first_column, int lane, Four (&out)[2]) {
+__device__ __forceinline__ void rotated_columns(const RotationArguments& a, int first_column, int lane,
+                                                Four (&out)[2]) {
   const int group = lane / 4, quad = lane % 4;
   const Four x[2] = {load_four(a, group, first_column + 4 * quad), load_four(a, group + 8, first_column + 4 * quad)};
   RotatedColumns columns = widen_columns<Format>(x);

@@ -1,7 +1,8 @@
 // The instructions of csrc/cuda/ptx.cuh on a host: every thread of a block is a fiber, every function does what the PTX
 // ISA says of its instruction. Threads run in a random order between the points where they wait for each other;
 // asynchronous copies land at once or when they are waited for, at random; shared memory and outputs begin as NaN. So a
-// barrier or a wait that is missing shows as a wrong value.
+// barrier or a wait that is missing within a block shows as a wrong value. Blocks run one after the other, so the order
+// of memory between blocks is not tested here.
 #pragma once
 
 #include <setjmp.h>
@@ -205,9 +206,9 @@ inline uint32_t and_or(uint32_t value, uint32_t mask, uint32_t bits) { return (v
 
 // --- Matrix units ----------------------------------------------------------------------------------------------------
 
-// PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type": registers of A are (row g, columns 2t, 2t + 1),
-// (g + 8, same), (g, columns 2t + 8, 2t + 9), (g + 8, same); of B (rows 2t, 2t + 1, column g), (rows 2t + 8, 2t + 9,
-// column g); of C (row g, columns 2t, 2t + 1), (row g + 8, same); g is lane / 4 and t is lane % 4.
+// PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type": registers of A are (row g, columns 2t, 2t +
+// 1), (g + 8, same), (g, columns 2t + 8, 2t + 9), (g + 8, same); of B (rows 2t, 2t + 1, column g), (rows 2t + 8, 2t +
+// 9, column g); of C (row g, columns 2t, 2t + 1), (row g + 8, same); g is lane / 4 and t is lane % 4.
 template <class Format>
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   block.now->a = a;

@@ -15,7 +15,8 @@ void run_blocks(const Plan& plan, const DecodeArguments& a, std::mt19937& random
   for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
   std::shuffle(order.begin(), order.end(), random);  // blocks arrive in any order
   for (const int i : order) {
-    run_block(i % plan.bands, i / plan.bands, plan.warps, shared, [&] { decode_kernel<Format, BITS, SPAN, TOKEN_TILES>(a); });
+    run_block(i % plan.bands, i / plan.bands, plan.warps, shared,
+              [&] { decode_kernel<Format, BITS, SPAN, TOKEN_TILES>(a); });
   }
 }
 
