@@ -84,7 +84,7 @@ def _chunk(total: int, bytes_each: int) -> int:
 
 
 def _operand(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to multiply in: on a CPU, PyTorch's float16 products take up to a thousand times float32's time."""
+    """The dtype of a product: PyTorch's float16 products on a CPU take up to a thousand times as long as float32's."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
