@@ -106,7 +106,7 @@ FAILURES = {
     "into itself": (["quantize", "{folder}/dense", "{folder}/dense/q"], "choose another directory for the result"),
     "onto a model": (
         ["quantize", "{folder}/dense", "{folder}/four"],
-        "four exists; choose another name, or replace it",
+        "four exists; choose another name, or",
     ),
     "onto other things": (["quantize", "{folder}/dense", "{folder}", "--force"], "holds no config.json, so it is no"),
     "a group that does not fit": (
@@ -124,7 +124,10 @@ FAILURES = {
     "a device that is none": (["quantize", "{folder}/dense", "{tmp}/out", "--device", "nowhere"], "nowhere"),
     "a dense model to merge into": (["merge", "{folder}/dense", "{folder}/adapter", "{tmp}/out"], "not one of HQQ"),
     "no adapter": (["merge", "{folder}/four", "{folder}/four", "{tmp}/out"], "holds no adapter_config.json: give the"),
-    "a bench that does not fit": (["bench", "--in-features", "60", "--group-size", "64"], "group_size"),
+    "a bench that does not fit": (
+        ["bench", "--in-features", "10", "--out-features", "10"],
+        "group_size=64 does not divide the 10x10",
+    ),
 }
 
 

@@ -179,6 +179,8 @@ def test_into_more_bits_loses_less_whether_merged_before_or_not(first):
         model.merge_adapter()
     merged = model.merge_and_unload(into=8)
     assert merged.model.layers[0].mlp.down_proj.meta["nbits"] == 8
+    settings = merging.quantization_settings(merged.model.layers[0].mlp.down_proj)["weight_quant_params"]
+    assert (settings["nbits"], settings["round_zero"]) == (8, False)
     assert merged.model.layers[0].mlp.up_proj.meta["nbits"] == 2
     assert relative_error(logits(merged), expected) < relative_error(logits(plain.merge_and_unload()), expected) / 10
 
