@@ -15,7 +15,7 @@ import hqq_oft
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_example_runs(tmp_path, monkeypatch):
+def test_the_examples_run(tmp_path, monkeypatch):
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=64,
@@ -25,14 +25,16 @@ def test_the_example_runs(tmp_path, monkeypatch):
         eos_token_id=None,
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    adapting, whole = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     try:
-        exec(example.replace("path/to/model", str(tmp_path / "model")), names)
+        exec(adapting.replace("path/to/model", str(tmp_path / "model")), names)
+        exec(whole.replace("path/to/model", str(tmp_path / "model")), names)
     finally:
         hqq_oft.unpatch_peft()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert isinstance(names["model"].model.layers[0].mlp.down_proj, HQQLinear)
     assert isinstance(names["merged"].model.layers[0].self_attn.q_proj, HQQLinear)
 
 
