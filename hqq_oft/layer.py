@@ -478,7 +478,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
             ValueError: `safe_merge` found NaN or infinity, and names the adapter; or the layer wraps another tuner
                 layer, which merging would bypass.
         """
-        order = self._adapters_after_merge(adapter_names)
+        order = self._adapters_after_merge(adapter_names, again=into is not None)
         if not order or (into is None and set(order) == set(self.merged_adapters)):
             return
         base = self.base_layer
@@ -516,7 +516,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         Raises:
             ValueError: as for `merge`.
         """
-        order = self._adapters_after_merge(adapter_names)
+        order = self._adapters_after_merge(adapter_names, again=True)
         if not order:
             return None
         base = self.base_layer
@@ -527,8 +527,14 @@ class HqqOFTLinear(nn.Module, OFTLayer):
             linear.bias = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
         return linear.train(base.training), merging.relative_distance(linear.weight, exact)
 
-    def _adapters_after_merge(self, adapter_names: list[str] | None) -> list[str]:
-        """The adapters that are merged after `merge(adapter_names)`, in the order in which the input meets them."""
+    def _adapters_after_merge(self, adapter_names: list[str] | None, again: bool = False) -> list[str]:
+        """The adapters that are merged after `merge(adapter_names)`, in the order in which the input meets them.
+
+        With `again`, merged adapters are to be merged anew into something else, and no warning says that they are.
+        """
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        if self.merged and set(wanted) <= set(self.merged_adapters) and again:
+            return list(self.merged_adapters)
         requested = check_adapters_to_merge(self, adapter_names)
         new = [name for name in dict.fromkeys(requested) if name in self.oft_R]
         if new and not isinstance(self.base_layer, HQQLinear):

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import peft
 import torch
-from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+from hqq.core.quantize import HQQLinear
 from peft.tuners.oft.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from .layer import HqqOFTLinear
+from .quantizing import QuantizationSettings
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ def _adapted(case: LayerCase, dense: nn.Linear, layer_class: Callable[..., nn.Mo
     """A layer of that class with random rotations on the quantized `dense`, which stays as it is."""
     copy = nn.Linear(case.in_features, case.out_features, bias=False, device="meta")
     copy.weight = nn.Parameter(dense.weight.detach().clone(), requires_grad=False)
-    settings = BaseQuantizeConfig(nbits=case.nbits, group_size=case.group_size, axis=1)
-    base = HQQLinear(copy, settings, compute_dtype=case.dtype, device=case.device)
+    settings = QuantizationSettings(case.nbits, case.group_size)
+    settings.check("the layer", dense)
+    base = HQQLinear(copy, settings.for_hqq(), compute_dtype=case.dtype, device=case.device)
     config = peft.OFTConfig(r=0, oft_block_size=case.block_size, use_cayley_neumann=True)
     layer = layer_class(base, "default", r=0, config=config)
     with torch.random.fork_rng():

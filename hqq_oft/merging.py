@@ -113,8 +113,9 @@ def forget_quantization(model: nn.Module) -> None:
     if any(isinstance(module, HQQLinear) for module in model.modules()):
         return
     # `hqq_quantized` is ours and PEFT's; the others are set by transformers 4.57.
-    marks = ("hqq_quantized", "is_hqq_quantized", "is_hqq_serializable", "is_quantized", "quantization_method")
-    for owner, names in ((model, (*marks, "hf_quantizer")), (getattr(model, "config", None), ("quantization_config",))):
+    marks = ["hqq_quantized", "is_hqq_quantized", "is_hqq_serializable", "is_quantized", "quantization_method"]
+    config_marks = ["quantization_config", "_pre_quantization_dtype"]
+    for owner, names in ((model, [*marks, "hf_quantizer"]), (getattr(model, "config", None), config_marks)):
         for name in names:
             if name in getattr(owner, "__dict__", {}):
                 delattr(owner, name)
@@ -190,8 +191,16 @@ def relative_distance(stored: Tensor, exact: Tensor) -> float:
     return float((stored.to(exact.dtype) - exact).norm() / exact.norm().clamp_min(torch.finfo(exact.dtype).tiny))
 
 
-def quantization_settings(base: HQQLinear) -> dict[str, Any]:
-    """The settings `base` was quantized with; read off its meta data where it has forgotten them."""
+def quantization_settings(base: HQQLinear, nbits: float | None = None) -> dict[str, Any]:
+    """The settings `base` was quantized with, or those with other bits."""
+    settings = _own_settings(base)
+    if nbits is not None:
+        settings["weight_quant_params"].update(nbits=nbits, round_zero=nbits == 4)  # as HQQ does
+    return settings
+
+
+def _own_settings(base: HQQLinear) -> dict[str, Any]:
+    """Those that the layer remembers; read off its meta data where it has forgotten them."""
     if getattr(base, "quant_config", None):
         names = ("weight_quant_params", "scale_quant_params", "zero_quant_params")
         settings = {name: copy.deepcopy(base.quant_config.get(name)) for name in names}
@@ -253,9 +262,7 @@ def requantize(base: HQQLinear, dense: Tensor, nbits: float | None = None) -> Pa
         dense: the weight.
         nbits: bits, if other than those of `base`.
     """
-    settings = quantization_settings(base)
-    if nbits is not None:
-        settings["weight_quant_params"].update(nbits=nbits, round_zero=nbits == 4)
+    settings = quantization_settings(base, nbits)
     with torch.inference_mode(False):  # what is made here outlives an enclosing inference mode
         scratch = HQQLinear(None, None, compute_dtype=base.compute_dtype, device=str(base.W_q.device))
         scratch.quantize(dense.clone() if dense.is_inference() else dense, **settings)

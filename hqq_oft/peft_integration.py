@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .layer import HqqOFTLinear
-from .merging import MergeInto, check_into, forget_quantization
+from .merging import MergeInto, check_into, forget_quantization, quantization_settings
 
 logger = logging.getLogger("hqq_oft")
 
@@ -168,6 +168,11 @@ class HqqOFTModel(OFTModel):
                     )
                     model = super()._unload_and_optionally_merge(safe_merge=safe_merge, adapter_names=adapter_names)
                 self._unloaded_errors = errors
+                if into is not None and into != "dense":
+                    for _, _, child in places:
+                        if isinstance(child, HqqOFTLinear) and child.merged:
+                            base = child.get_base_layer()
+                            base.quant_config = quantization_settings(base, into)
                 if dense:
                     forget_quantization(model)
                 return model

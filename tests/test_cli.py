@@ -1,0 +1,208 @@
+"""The command `hqq-oft`: what it makes, what it says, and how it ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hqq.core.quantize import HQQLinear
+from peft import OFTConfig, PeftModel, get_peft_model
+from small_llama import VOCABULARY, small_llama
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import hqq_oft
+from hqq_oft import cli, layer_bench, load_quantized
+
+TOKENS = torch.arange(6)[None] % VOCABULARY
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A dense model with a tokenizer's file, a quantized one, and an adapter."""
+    root = tmp_path_factory.mktemp("models")
+    small_llama().save_pretrained(root / "dense")
+    (root / "dense" / "tokenizer.json").write_text("{}")
+    (root / "dense" / "pytorch_model.bin").write_text("not to be copied")
+    assert cli.main(["quantize", str(root / "dense"), str(root / "four"), "--group-size", "16", "--quiet"]) == 0
+    with hqq_oft.patch_peft():
+        config = OFTConfig(r=0, oft_block_size=8, target_modules=r".*_proj")
+        adapted = get_peft_model(load_quantized(root / "four"), config)
+        for layer in adapted.modules():
+            if isinstance(layer, hqq_oft.HqqOFTLinear):
+                nn.init.normal_(layer.oft_R["default"].weight, std=0.1)
+        adapted.save_pretrained(root / "adapter")
+    return root
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=TOKENS).logits
+
+
+def test_quantize(folder, tmp_path, capsys):
+    arguments = ["--group-size", "16", "--nbits", "3", "--axis", "0", "--dtype", "bfloat16", "--max-shard-size", "8KB"]
+    arguments += ["--override", "down_proj=nbits:8,axis:1", "--override", "model.layers.1.*=dense", "--skip", "-"]
+    assert cli.main(["quantize", str(folder / "dense"), str(tmp_path / "out"), *arguments]) == 0
+    model = load_quantized(tmp_path / "out")
+    layers = {name: module.meta for name, module in model.named_modules() if isinstance(module, HQQLinear)}
+    assert len(layers) == 8
+    assert (layers["lm_head"]["nbits"], layers["lm_head"]["axis"]) == (3, 0)
+    assert (layers["model.layers.0.mlp.down_proj"]["nbits"], layers["model.layers.0.mlp.down_proj"]["axis"]) == (8, 1)
+    assert logits(model).dtype == torch.bfloat16
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+    said = capsys.readouterr().out
+    assert "8 layer(s) quantized, 7 kept" in said
+    assert f"written to {tmp_path / 'out'}" in said
+
+
+@pytest.mark.parametrize("into", [None, "8", "dense"])
+def test_merge(folder, tmp_path, capsys, into):
+    out = tmp_path / "out"
+    arguments = [str(folder / "four"), str(folder / "adapter"), str(out), *(["--into", into] if into else [])]
+    assert cli.main(["merge", *arguments, "--report"]) == 0
+    said = capsys.readouterr().out
+    assert "keep it unmerged" in said
+    assert "14 layer(s) merged, worst weight error" in said
+    assert (out / "tokenizer.json").exists()
+    merged = AutoModelForCausalLM.from_pretrained(out) if into == "dense" else load_quantized(out)
+    with hqq_oft.patch_peft():
+        adapted = PeftModel.from_pretrained(load_quantized(folder / "four"), folder / "adapter")
+        expected = adapted.merge_and_unload(into={"8": 8}.get(into, into))
+    assert torch.equal(logits(merged), logits(expected))
+
+
+def test_env(capsys):
+    assert cli.main(["env"]) == 0
+    assert "HQQ_OFT_BACKEND=" in capsys.readouterr().out
+
+
+def test_bench(capsys):
+    arguments = ["--out-features", "32", "--in-features", "64", "--tokens", "3", "--seconds", "0"]
+    assert cli.main(["bench", *arguments, "--block-size", "8", "--group-size", "16"]) == 0
+    said = capsys.readouterr().out
+    assert "one layer 32x64, 3 tokens, 4 bits, group 16, block 8, torch.float32, cpu" in said
+    assert said.count("(1.00x)") >= 2
+
+
+def test_the_contenders_of_bench_compute_the_same():
+    case = layer_bench.LayerCase(64, 64, tokens=4, block_size=8, nbits=8, group_size=16)
+    layers, x = layer_bench.contenders(case), torch.randn(4, 64)
+    ours, dense = layers["hqq_oft"].eval(), layers["dense, no adapter"]
+    for name, layer in layers.items():
+        if name.startswith("peft"):
+            assert torch.allclose(ours(x), layer.eval()(x), atol=1e-5)
+    rotation = ours.get_delta_weight("default")
+    assert (ours(x) - dense(x @ rotation)).norm() < 0.02 * dense(x).norm()
+
+
+FAILURES = {
+    "no model": (["quantize", "{tmp}/lost", "{tmp}/out"], "lost holds no config.json: give the directory of a"),
+    "a model that is quantized": (["quantize", "{folder}/four", "{tmp}/out"], "four is quantized already"),
+    "onto itself": (["quantize", "{folder}/dense", "{folder}/dense", "--force"], "choose another directory for the"),
+    "into itself": (["quantize", "{folder}/dense", "{folder}/dense/q"], "choose another directory for the result"),
+    "onto a model": (
+        ["quantize", "{folder}/dense", "{folder}/four"],
+        "four exists; choose another name, or",
+    ),
+    "onto other things": (["quantize", "{folder}/dense", "{folder}", "--force"], "holds no config.json, so it is no"),
+    "a group that does not fit": (
+        ["quantize", "{folder}/dense", "{tmp}/out", "--group-size", "4096"],
+        "does not divide",
+    ),
+    "an override of nothing": (
+        ["quantize", "{folder}/dense", "{tmp}/out", "--group-size", "16", "--override", "no=dense"],
+        "overrides name no linear layer of the model: ['no']",
+    ),
+    "a shard size that is none": (
+        ["quantize", "{folder}/dense", "{tmp}/out", "--group-size", "16", "--max-shard-size", "big"],
+        "a size must be a number of bytes or like",
+    ),
+    "a device that is none": (["quantize", "{folder}/dense", "{tmp}/out", "--device", "nowhere"], "nowhere"),
+    "a dense model to merge into": (["merge", "{folder}/dense", "{folder}/adapter", "{tmp}/out"], "not one of HQQ"),
+    "no adapter": (["merge", "{folder}/four", "{folder}/four", "{tmp}/out"], "holds no adapter_config.json: give the"),
+    "a bench that does not fit": (
+        ["bench", "--in-features", "10", "--out-features", "10"],
+        "group_size=64 does not divide the 10x10",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_failure_says_why_on_stderr_exits_with_1_and_writes_nothing(folder, tmp_path, capsys, case):
+    arguments, message = FAILURES[case]
+    before = sorted(folder.rglob("*"))
+    assert cli.main([argument.format(folder=folder, tmp=tmp_path) for argument in arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1].startswith("hqq-oft: ")
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert sorted(folder.rglob("*")) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_force_replaces_a_model_and_traceback_shows_where(folder, tmp_path):
+    out = str(tmp_path / "out")
+    for bits in ("2", "8"):
+        arguments = ["--nbits", bits, "--group-size", "16", "--force", "--quiet"]
+        assert cli.main(["quantize", str(folder / "dense"), out, *arguments]) == 0
+    assert load_quantized(out).model.layers[0].mlp.up_proj.meta["nbits"] == 8
+    with pytest.raises(cli.CommandError, match="replace it"):
+        cli.main(["quantize", str(folder / "dense"), out, "--traceback"])
+
+
+def test_an_interrupt_exits_with_130_and_writes_nothing(folder, tmp_path, capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hqq_oft, "quantize_model", interrupted)
+    assert cli.main(["quantize", str(folder / "dense"), str(tmp_path / "out")]) == 130
+    assert "interrupted; nothing was written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["lost"],
+        ["quantize"],
+        ["quantize", "a"],
+        ["quantize", "a", "b", "--nbits", "7"],
+        ["quantize", "a", "b", "--nbits", "many"],
+        ["quantize", "a", "b", "--axis", "2"],
+        ["quantize", "a", "b", "--group-size", "0"],
+        ["quantize", "a", "b", "--override", "q_proj"],
+        ["quantize", "a", "b", "--override", "q_proj=8"],
+        ["merge", "a", "b"],
+        ["merge", "a", "b", "c", "--into", "thin"],
+        ["bench", "--dtype", "int8"],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(arguments)
+    assert exit_info.value.code == 2
+    assert "usage: hqq-oft" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["quantize", "merge", "env", "bench"])
+def test_help_has_examples_that_parse(command, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main([command, "--help"])
+    assert exit_info.value.code == 0
+    examples = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  hqq-oft ")]
+    assert examples
+    for example in examples:
+        cli._parser().parse_args(example.replace("'", "").split()[1:])
+
+
+def test_the_module_runs_as_a_program():
+    command = [sys.executable, "-m", "hqq_oft.cli", "quantize", "lost", "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("hqq-oft: lost holds no config.json")
