@@ -77,11 +77,12 @@ def _from_package(name: str, package: str, absent: str) -> Backend:
 
 def load_backends() -> dict[str, Backend]:
     """All backends by name, in the order in which `auto` asks them."""
+    # Where both serve a GPU, the native kernels refuse what was not measured to be faster by them.
     return {
+        "native": _from_package("native", "hqq_oft._native", "this installation of hqq_oft has no native kernels"),
         "triton": _from_package(
             "triton", "hqq_oft.triton_kernels", "this installation of hqq_oft has no Triton kernels"
         ),
-        "native": _from_package("native", "hqq_oft._native", "this installation of hqq_oft has no native kernels"),
         "reference": _reference(),
     }
 
