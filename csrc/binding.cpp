@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/instruction_set.h"
+#include "cpu/pages.h"
 
 namespace {
 
@@ -43,7 +44,10 @@ Tensor with_contiguous_rows(const Tensor& t) {
 }
 
 Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
+  Tensor out = torch::stable::new_empty(like, shape, type);
+  const size_t bytes = static_cast<size_t>(out.numel()) * (type == ScalarType::Float ? 4 : 2);
+  if (bytes >= 4 * kLargePage) ask_for_large_pages(out.mutable_data_ptr(), bytes);
+  return out;
 }
 
 std::vector<int64_t> shape_of(const Tensor& t) {
