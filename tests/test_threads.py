@@ -162,14 +162,14 @@ def test_a_waiting_change_gets_its_turn_and_one_thread_may_do_both():
         with lock.reading():
             order.append("second reader")
 
-    threads = [threading.Thread(target=read)]
+    threads = [threading.Thread(target=read, daemon=True)]
     threads[0].start()
     reading.wait()
-    threads.append(threading.Thread(target=write))
+    threads.append(threading.Thread(target=write, daemon=True))
     threads[1].start()
     while not lock._waiting:
         time.sleep(0.001)
-    threads.append(threading.Thread(target=read_later))
+    threads.append(threading.Thread(target=read_later, daemon=True))
     threads[2].start()
     time.sleep(0.02)
     assert order == []
