@@ -9,7 +9,7 @@ DEMO ?=
 BENCH ?=
 GPU_ARGS ?=
 
-.PHONY: help venv check format test test-matrix test-triton-3.6 coverage offline demo clean
+.PHONY: help venv native check format test test-asan test-matrix test-triton-3.6 coverage offline demo clean
 .PHONY: bench-cpu gpu gpu-pack gpu-test gpu-tune
 
 help: ## this list
@@ -17,13 +17,16 @@ help: ## this list
 
 venv: $(STAMP) ## make .venv with the package (editable) and everything the other commands need
 
-$(STAMP): constraints.txt pyproject.toml setup.py
+$(STAMP): constraints.txt pyproject.toml setup.py csrc/build.py
 	@echo "setting up $(VENV): a few minutes, about 1.5 GB with a CPU build of torch"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
+
+native: $(STAMP) ## build the native kernels again, after a change in csrc/
+	$(BIN)/python csrc/build.py hqq_oft/_native/hqq_oft_native.so
 
 check: $(STAMP) ## lint, format and types
 	$(BIN)/ruff check .
@@ -39,6 +42,18 @@ test: $(STAMP) ## the tests (options: PYTEST_ARGS="-k merge")
 
 coverage: PYTEST_ARGS += --cov --cov-report=term-missing
 coverage: test ## the tests with line coverage of hqq_oft/, at least 90%
+
+# A copy of the package with a sanitized library, found before the one in this folder (`python -m` would look here first).
+# The sanitizers must be loaded before Python, whose own leaks are not looked for.
+SANITIZED := build/sanitized
+test-asan: $(STAMP) ## the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	rm -rf $(SANITIZED)
+	mkdir -p $(SANITIZED)
+	cp -r hqq_oft $(SANITIZED)/hqq_oft
+	HQQ_OFT_BUILD=cpu $(BIN)/python csrc/build.py $(SANITIZED)/hqq_oft/_native/hqq_oft_native.so --sanitize
+	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+		$(BIN)/pytest -n 2 -p no:cacheprovider tests/native -k "not compile and not environment" $(PYTEST_ARGS)
 
 # An environment that sees the packages of $(VENV) behind its own.
 define behind_own

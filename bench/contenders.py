@@ -1,7 +1,8 @@
 """What a user would pick for a layer: ours, and what there is instead.
 
 A contender is built from a problem and holds one callable per set of buffers. Those that rotate compute `x R W^T`, the
-others `x W^T`; each is checked against float64 before it is timed.
+others `x W^T`; each is checked against float64 before it is timed. Layers are in evaluation: nothing here drops
+anything out in training, and where gradients are recorded, rotations are made anew all the same.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Contender:
         parameters: trained; they get a gradient.
         held: all tensors that stay whether or not there is a backward.
         trains: whether it has a backward.
-        graph: whether a CUDA graph can capture its forward.
+        decodes_only: whether it is for few tokens alone.
+        graph: whether a CUDA graph can capture it.
         repeats_backward: whether one forward's graph can be gone through more than once.
     """
 
@@ -51,14 +53,9 @@ class Contender:
     parameters: list[Tensor] = field(default_factory=list)
     held: list[Tensor] = field(default_factory=list)
     trains: bool = True
+    decodes_only: bool = False
     graph: bool = True
     repeats_backward: bool = True
-
-    def train(self, mode: bool) -> None:
-        """Training or evaluation mode, where the layers know the difference."""
-        for layer in self.layers:
-            if isinstance(layer, nn.Module):
-                layer.train(mode)
 
 
 class _Holder(nn.Module):
@@ -89,7 +86,7 @@ def _adapted(problem: Problem, config: Any, backend: HQQBackend | None = None) -
         base = hqq_layer(weight, problem.dtype)
         if backend is not None:
             base.forward = types.MethodType(getattr(HQQLinear, backend.value), base)
-        layers.append(get_peft_model(_Holder(base), config).base_model.model.layer.to(problem.device))
+        layers.append(get_peft_model(_Holder(base), config).base_model.model.layer.to(problem.device).eval())
     return layers
 
 
@@ -133,7 +130,9 @@ def native_decode(problem: Problem) -> Contender:
 
         return forward
 
-    return Contender("hqq_oft, native", [layer(weight) for weight in problem.weights], True, trains=False)
+    return Contender(
+        "hqq_oft, native", [layer(weight) for weight in problem.weights], True, trains=False, decodes_only=True
+    )
 
 
 def unrotated(problem: Problem) -> Contender:
@@ -142,7 +141,9 @@ def unrotated(problem: Problem) -> Contender:
     def layer(weight: Any) -> Callable[[Tensor], Tensor]:
         return lambda x: hqq_oft.functional.linear(x, None, weight)
 
-    return Contender("hqq_oft, no rotation", [layer(weight) for weight in problem.weights], False, trains=False)
+    return Contender(
+        "hqq_oft, no rotation", [layer(weight) for weight in problem.weights], False, trains=False, decodes_only=True
+    )
 
 
 def dense(problem: Problem) -> Contender:
@@ -194,7 +195,10 @@ def peft_lora(problem: Problem) -> Contender:
 
 
 class _Plain(nn.Module):
-    """OFT written well in plain PyTorch: float32 series of a cached layout, `bmm` over blocks, HQQ's product."""
+    """OFT written well in plain PyTorch: float32 series of a cached layout, `bmm` over blocks, HQQ's product.
+
+    Without gradients the rotation is made once.
+    """
 
     def __init__(self, problem: Problem, base: HQQLinear) -> None:
         super().__init__()
@@ -203,10 +207,6 @@ class _Plain(nn.Module):
         rows, columns = torch.triu_indices(self.b, self.b, 1, device=problem.device)
         self.register_buffer("place", rows * self.b + columns)
         self.kept: Tensor | None = None
-
-    def train(self, mode: bool = True) -> _Plain:
-        self.kept = None
-        return super().train(mode)
 
     def rotation(self, dtype: torch.dtype) -> Tensor:
         upper = self.v.new_zeros(self.v.shape[0], self.b**2).index_copy(1, self.place, self.v)
@@ -222,7 +222,7 @@ class _Plain(nn.Module):
         return d.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
+        if torch.is_grad_enabled():
             d = self.rotation(x.dtype)
         else:
             self.kept = d = self.rotation(x.dtype) if self.kept is None else self.kept
@@ -292,7 +292,7 @@ def gemlite(problem: Problem) -> Contender:
 
     helper = A16Wn(device=str(problem.device))
     layers = [helper.from_hqqlinear(hqq_layer(w, problem.dtype), del_orig=False) for w in problem.weights]
-    return Contender("GemLite", layers, False, trains=False)
+    return Contender("GemLite", layers, False, trains=False, decodes_only=True)
 
 
 def int4(problem: Problem) -> Contender:
@@ -311,7 +311,9 @@ def int4(problem: Problem) -> Contender:
         pairs = pairs.view(problem.n, groups, 2).transpose(0, 1).contiguous()
         return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, setting.group, pairs)
 
-    return Contender("PyTorch int4", [layer(weight) for weight in problem.weights], False, trains=False)
+    return Contender(
+        "PyTorch int4", [layer(weight) for weight in problem.weights], False, trains=False, decodes_only=True
+    )
 
 
 def forward_passes(contender: Contender, problem: Problem, m: int, training: bool, limits: Limits) -> tuple[Cost, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
+SOURCES = (".py", ".json", ".c", ".cc", ".cpp", ".cu", ".h", ".hpp", ".cuh")
 PACKAGES = ("torch", "triton", "peft", "hqq", "transformers", "gemlite", "numpy")
 
 
@@ -33,6 +35,19 @@ def commit() -> str:
         return git("rev-parse", "HEAD") + (", with changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def sources() -> str:
+    """A digest of all that decides a figure: the package, its kernels and their tiles, and the measuring itself.
+
+    A commit does not tell two states of changed files apart, and is unknown in a copy without its history.
+    """
+    digest = hashlib.sha256()
+    for folder in ("hqq_oft", "kernels", "csrc", "bench"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in SOURCES and path.is_file() and ROOT / "bench" / "results" not in path.parents:
+                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def device_names() -> list[str]:
@@ -63,6 +78,7 @@ def describe(device: str) -> dict[str, str]:
         "python": platform.python_version(),
         "cuda": str(torch.version.cuda),
         "commit": commit(),
+        "sources": sources(),
     }
     return facts | {package: version(package) for package in PACKAGES}
 

@@ -49,8 +49,13 @@ def latest(rows: Iterable[Row]) -> list[Row]:
         earlier = runs.get(key, [])
         named = [(r.get("contender"), r.get("phase"), r.get("mode")) for r in earlier]
         again = (row.get("contender"), row.get("phase"), row.get("mode")) in named or not row.get("contender")
+        again = again or any(_code(r) != _code(row) or not r.get("contender") for r in earlier)
         runs[key] = [row] if again else [*earlier, row]
     return [row for run in runs.values() for row in run]
+
+
+def _code(row: Row) -> tuple[str, str]:
+    return f"{row.get('commit')}", f"{row.get('sources')}"
 
 
 def with_ratios(rows: list[Row]) -> list[Row]:
@@ -100,12 +105,14 @@ def _page(rows: list[Row], measured: list[Row], environment: dict[str, Any], plo
         "",
         *(dry if rows[-1].get("dry") else []),
         f"Written by `python -m bench.report`. {environment['threads']} threads, Python {environment['python']}, "
-        f"{facts}. Commit `{environment['commit']}`.",
+        f"{facts}. Commit `{environment['commit']}`, sources "
+        f"`{environment['sources']}`.",
         "",
         f"In the same run a copy moved {environment['bandwidth_gb_per_s']:.1f} GB/s, bytes read and written, and a "
         f"dense bfloat16 product ran at {environment['rate_tflops']:.3g} TFLOP/s; *limit* is the time that the bytes "
         "and operations of `bench/model.py` take at these.",
         "",
+        *_of_other_code(measured, environment),
         "## Targets",
         "",
         targets.table(wanted, measured),
@@ -124,6 +131,15 @@ def _page(rows: list[Row], measured: list[Row], environment: dict[str, Any], plo
     for plot in plots:
         lines += [f"![{Path(plot).stem}]({plot})", ""]
     return "\n".join(lines)
+
+
+def _of_other_code(measured: list[Row], environment: dict[str, Any]) -> list[str]:
+    """A warning where cases stand from a run of other code."""
+    stale = {(row["suite"], row["case"]) for row in measured if _code(row) != _code(environment)}
+    return [
+        f"**{len(stale)} cases were measured with other code: `commit` and `sources` of their rows say which.**",
+        "",
+    ][: 2 * bool(stale)]
 
 
 def _table(rows: list[Row]) -> str:
@@ -158,8 +174,10 @@ def _flagged(rows: list[Row]) -> str:
 
 
 def _speed(folder: Path, rows: list[Row]) -> str | None:
-    """Time against M, one panel per shape and phase, of the main setting."""
-    rows = [r for r in rows if r["suite"] == "layer" and r["mode"] == "eager" and r["case"].endswith(targets.MAIN)]
+    """Time against M, one panel per shape and phase, of the main setting; replayed from a CUDA graph where it was."""
+    rows = [r for r in rows if r["suite"] == "layer" and r["case"].endswith(targets.MAIN)]
+    ordered = sorted(rows, key=lambda r: r["mode"] == "graph")
+    rows = list({(r["case"], r["contender"], r["phase"]): r for r in ordered}.values())
     panels = list(
         dict.fromkeys((r["N"], r["K"], phase) for phase in ("forward", "full") for r in rows if r["phase"] == phase)
     )

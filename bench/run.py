@@ -17,23 +17,26 @@ import torch
 from tqdm import tqdm
 
 from . import environment, limits, report, verify
-from .session import Case, Row, Session
+from .session import Case, Row, Session, failure
 from .suites import PROFILES, SUITES, cases
 
 RAW = "raw.jsonl"
 
 
 def finished(raw: Path, identity: Row) -> set[tuple[str, str]]:
-    """Suite and name of the cases that this very code has measured on this device, failed ones left out."""
-    done: dict[tuple[str, str], bool] = {}
-    for row in report.read_rows(raw):
-        if all(row.get(key) == value for key, value in identity.items()):
-            done[row["suite"], row["case"]] = not row["status"].startswith("failed")
-    return {key for key, well in done.items() if well}
+    """Suite and name of the cases that this very code has measured on this device, without those that failed whole.
+
+    A contender that failed alone fails again: its case is not measured anew for it.
+    """
+    return {
+        (row["suite"], row["case"])
+        for row in report.read_rows(raw)
+        if all(row.get(key) == value for key, value in identity.items()) and row["status"] == "measured"
+    }
 
 
 def measure(todo: list[Case], session: Session, raw: Path, until: float) -> list[str]:
-    """Run cases and append their rows; names of those that failed. Stops at `until`, on the monotonic clock."""
+    """Run cases and append their rows; what failed, in words. Stops at `until`, on the monotonic clock."""
     failed = []
     with raw.open("a") as file, tqdm(todo, unit="case", mininterval=0.1 if sys.stderr.isatty() else 10) as progress:
         for case in progress:
@@ -45,9 +48,14 @@ def measure(todo: list[Case], session: Session, raw: Path, until: float) -> list
                 rows = list(session.run(case))
             except Exception as error:  # one case must not cost the others; the report shows it, the exit status too
                 failed.append(f"{case.suite}: {case.name}: {type(error).__name__}: {error}")
-                status = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                rows = [{"suite": case.suite, "case": case.name, **case.facts, "status": status, **session.identity}]
+                rows = [{"suite": case.suite, "case": case.name, **case.facts, "status": failure(error)}]
+                rows[0] |= session.identity
                 session.keep(None, lambda: None)
+            failed += [
+                f"{case.suite}: {case.name}: {row['contender']}: {row['status'].removeprefix('failed: ')}"
+                for row in rows
+                if "contender" in row and row["status"].startswith("failed")
+            ]
             file.writelines(json.dumps(row) + "\n" for row in rows)
             file.flush()
     return failed
@@ -57,6 +65,8 @@ def red(device: torch.device, junit: Path | None, dry: bool) -> frozenset[str]:
     """Operations that must not be reported; none in a dry run, which reports no time."""
     if dry:
         return frozenset()
+    if junit is not None and not junit.exists():
+        raise SystemExit(f"{junit} is not there: the tests of the operations did not run, so nothing is measured")
     if junit is None:
         junit = environment.ROOT / "build" / f"verify-{device.type}.xml"
         junit.parent.mkdir(exist_ok=True)
@@ -88,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     out = options.out or environment.ROOT / "bench" / "results" / environment.folder_name(str(device))
     out.mkdir(parents=True, exist_ok=True)
     facts: dict[str, Any] = environment.describe(str(device))
-    identity = {key: facts[key] for key in ("device", "commit", "torch", "triton")} | {"dry": options.dry}
+    identity = {key: facts[key] for key in ("device", "commit", "sources", "torch", "triton")} | {"dry": options.dry}
     refused = red(device, options.junit, options.dry)
     dtype = torch.bfloat16
     session = Session(

@@ -7,6 +7,7 @@ where there is none.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,9 +24,10 @@ COLUMNS = (
     *("suite", "case", "M", "N", "K", "bits", "group", "axis", "block", "dtype", "share", "exact"),
     *("contender", "phase", "mode", "status", "p20_us", "p50_us", "p80_us", "repeats", "tflops", "gb_per_s"),
     *("predicted_us", "over_predicted", "limit_percent", "peak_mib", "kept_mib", "error", "setup_s"),
-    *("bandwidth_gb_per_s", "rate_tflops", "device", "commit", "torch", "triton"),
+    *("bandwidth_gb_per_s", "rate_tflops", "device", "commit", "sources", "torch", "triton"),
 )
 GRAPH_BELOW_US = 100.0
+OURS = "hqq_oft"
 
 
 class Unavailable(RuntimeError):  # noqa: N818
@@ -53,6 +55,11 @@ class Job:
     copies: int = 1
     graph: bool = False
     columns: Row = field(default_factory=dict)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is this package's layer or operation, which all else is compared with."""
+        return self.contender == OURS
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ class Session:
         limits: of the device, measured in this run.
         budget: seconds for the repeats of one job.
         red: operations whose tests fail; cases that need them are refused.
-        identity: columns of every row: device, commit, versions.
+        identity: columns of every row: device, commit, sources, versions.
         dry: call each job once and time nothing.
     """
 
@@ -118,7 +125,11 @@ class Session:
             torch.cuda.empty_cache()
 
     def run(self, case: Case) -> Iterator[Row]:
-        """The case's rows. What a job raises goes up: a contender that can't run says so by `Unavailable`."""
+        """The case's rows.
+
+        What ours raises goes up and fails the case. What another contender raises is its own row: code that is not ours
+        must not cost the rest. One that can't take part says so by `Unavailable`.
+        """
         red = sorted(case.operations & self.red)
         if red:
             yield self._row(case, Job("all", "", None), status=f"refused: the tests of {', '.join(red)} fail")
@@ -127,22 +138,45 @@ class Session:
         for job in jobs:
             if job.call is None:
                 yield self._row(case, job)
-        jobs = [job for job in jobs if job.call is not None]
+        able = []
+        for job in jobs:
+            if job.call is not None:
+                try:
+                    job.columns.setdefault("peak_mib", self._first_calls(job))
+                    able.append(job)
+                except Exception as error:
+                    if job.is_ours:
+                        raise
+                    yield self._row(case, job, status=failure(error))
         if self.dry:
-            for job in jobs:
-                for number in range(job.copies):
-                    job.call(number)
+            for job in able:
                 yield self._row(case, job, Timing(1.0, 1.0, 1.0, 1), "eager")
             return
-        peaks = {id(job): self.memory.peak(job.call) for job in jobs}
-        names = {f"{job.contender}|{job.phase}": job for job in jobs}
+        names = {f"{job.contender}|{job.phase}": job for job in able}
         timings = self.clock.take_turns({name: (job.call, job.copies) for name, job in names.items()})
         for name, job in names.items():
-            peak = peaks[id(job)]
-            job.columns.setdefault("peak_mib", peak)
             yield self._row(case, job, timings[name], "eager")
-            if job.graph and self.device.type == "cuda" and timings[name].p50 < GRAPH_BELOW_US:
-                yield self._row(case, job, self.clock.replay(job.call, job.copies), "graph")
+        for phase in {job.phase: None for job in able}:
+            chosen = {name: job for name, job in names.items() if job.phase == phase and job.graph}
+            if self.device.type == "cuda" and any(self._is_short(job, timings[name]) for name, job in chosen.items()):
+                yield from (self._replayed(case, job) for job in chosen.values())
+
+    def _first_calls(self, job: Job) -> float | None:
+        """Call a job with all its buffers, or the outermost in a dry run; its peak of memory once all is compiled."""
+        for number in {0, job.copies - 1} if self.dry else range(job.copies):
+            job.call(number)
+        return None if self.dry else self.memory.peak(job.call)
+
+    def _is_short(self, job: Job, timing: Timing) -> bool:
+        """Whether a call, or the least that the device needs for it, is short: an eager one may be all launches."""
+        least = 1e6 * predicted_seconds(job.passes, self.limits.bandwidth, self.limits.rate) if job.passes else math.inf
+        return min(timing.p50, least) < GRAPH_BELOW_US
+
+    def _replayed(self, case: Case, job: Job) -> Row:
+        try:
+            return self._row(case, job, self.clock.replay(job.call, job.copies), "graph")
+        except Exception as error:  # not every contender can be captured, and only the capture tells
+            return self._row(case, job, None, "graph", status=failure(error))
 
     def _row(self, case: Case, job: Job, timing: Timing | None = None, mode: str = "", **columns: Any) -> Row:
         row: Row = {"suite": case.suite, "case": case.name, **case.facts, "contender": job.contender}
@@ -165,6 +199,11 @@ class Session:
             "over_predicted": seconds / predicted,
             "limit_percent": 100 * predicted / seconds,
         }
+
+
+def failure(error: Exception) -> str:
+    """The status of a row in place of a time: the error and the first line of what it says."""
+    return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def unavailable(contender: str, reason: object) -> Job:

@@ -15,8 +15,9 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from hqq_oft import reference
 
 from .environment import ROOT
 from .problem import Problem, Setting
+from .suites import PROFILES
 from .timing import Clock
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
@@ -78,45 +80,62 @@ RANGES = (
 Trial = tuple[Range, Tile]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=len(SHAPES))
 def _problem(n: int, k: int, m: int, device: torch.device, dtype: str) -> tuple[Problem, Tensor, Tensor]:
     torch.manual_seed(0)
-    problem = Problem(n, k, Setting(dtype=dtype, group=min(64, k)), device)
+    copies = PROFILES["gpu"].copies(n, k) if device.type == "cuda" else 1
+    problem = Problem(n, k, Setting(dtype=dtype, group=min(64, k)), device, copies)
     x, dy = (torch.randn(m, size, device=device).to(problem.dtype) for size in (k, n))
     return problem, x, dy
 
 
-def call(operation: str, problem: Problem, x: Tensor, dy: Tensor) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """The operation with the tiles in force, and what it should give."""
+def call(
+    operation: str, problem: Problem, x: Tensor, dy: Tensor
+) -> tuple[Callable[[int], Tensor], Callable[[], Tensor]]:
+    """The operation with the tiles in force on one of the sets of buffers, and what it should give."""
     d, weight = problem.d, problem.weights[0].arguments()
-    packed = dequantize.Packed.of(*weight)
+    weights = [weight.arguments() for weight in problem.weights]
+    packed = [dequantize.Packed.of(*weight) for weight in weights]
 
     def rotated() -> Tensor:
         return reference.rotate(x, d, None, False)
 
     return {
         "linear_rotated": (
-            lambda: linear.fused_linear(x, d, packed, None, None),
+            lambda i: linear.fused_linear(x, d, packed[i], None, None),
             lambda: reference.linear(x, d, *weight, None, None),
         ),
         "linear": (
-            lambda: linear.fused_linear(x, None, packed, None, None),
+            lambda i: linear.fused_linear(x, None, packed[i], None, None),
             lambda: reference.linear(x, None, *weight, None, None),
         ),
         "linear_backward": (
-            lambda: linear_backward.fused_input_gradient(dy, packed),
+            lambda i: linear_backward.fused_input_gradient(dy, packed[i]),
             lambda: dy @ reference.dequantize(*weight, dy.dtype),
         ),
-        "rotate": (lambda: rotate.rotate(x, d, None, False), rotated),
+        "rotate": (lambda i: rotate.rotate(x, d, None, False), rotated),
         "rotate_backward": (
-            lambda: rotate.rotate_backward(x, x, d, None, False, True, True)[0],
+            lambda i: rotate.rotate_backward(x, x, d, None, False, True, True)[0],
             lambda: reference.rotate(x, d, None, True),
         ),
         "dequantize": (
-            lambda: dequantize.dequantize_rotate(*weight, d, x.dtype),
+            lambda i: dequantize.dequantize_rotate(*weights[i], d, x.dtype),
             lambda: reference.dequantize_rotate(*weight, d, x.dtype),
         ),
     }[operation]
+
+
+@lru_cache(maxsize=len(SHAPES))
+def _truth(operation: str, n: int, k: int, m: int, device: torch.device, dtype: str) -> Tensor:
+    return call(operation, *_problem(n, k, m, device, dtype))[1]().double()
+
+
+def _fused(x: Tensor, d: Tensor, weights: list[dequantize.Packed], number: int) -> Tensor:
+    return linear.fused_linear(x, d, weights[number], None, None)
+
+
+def _scratch(x: Tensor, d: Tensor, weights: list[dequantize.Packed], number: int) -> Tensor:
+    return linear.scratch_linear(x, d, weights[number], None)
 
 
 class Tuner:
@@ -152,20 +171,26 @@ class Tuner:
         logs = []
         with _tiles.using({target.operation: [asdict(tile)]}), hqq_oft.backend("triton"):
             for n, k in self.shapes:
-                run, expected = call(target.operation, *_problem(n, k, target.m, self.device, self.dtype))
+                problem, x, dy = _problem(n, k, target.m, self.device, self.dtype)
+                run, _ = call(target.operation, problem, x, dy)
                 try:
-                    out = run()
+                    out = run(0)
                 except Exception as error:  # a tile too large for the device: the compiler or the launch says so
                     print(f"{target.operation} {tile}: {type(error).__name__}: {str(error)[:100]}")
                     return None
-                truth = expected().double()
+                truth = _truth(target.operation, n, k, target.m, self.device, self.dtype)
                 error = float((out.double() - truth).norm() / truth.norm())
                 if not error <= TOLERANCE:
                     print(f"WRONG: {target.operation} {tile} is {error:.1e} off; it is left out")
                     return None
-                timing = self.clock.take_turns({"it": (lambda _, run=run: run(), 1)})["it"]
-                logs.append(math.log(timing.p50))
+                logs.append(math.log(self._microseconds(run, problem.copies)))
         return math.exp(sum(logs) / len(logs))
+
+    def _microseconds(self, run: Callable[[int], Tensor], copies: int) -> float:
+        """Median time on the device: eager calls of a few microseconds would be timed by their launches."""
+        if self.device.type == "cuda":
+            return self.clock.replay(run, copies).p50
+        return self.clock.take_turns({"it": (run, copies)})["it"].p50
 
     def best(self, target: Range, candidates: list[Tile]) -> Tile:
         """The fastest of those that there is time for; the first unless another is faster by more than noise."""
@@ -187,13 +212,10 @@ class Tuner:
                 gain = 0.0
                 for n, k in self.shapes:
                     problem, x, _ = _problem(n, k, m, self.device, self.dtype)
-                    packed = dequantize.Packed.of(*problem.weights[0].arguments())
-                    ways = {
-                        "fused": (lambda _, x=x, p=problem, w=packed: linear.fused_linear(x, p.d, w, None, None), 1),
-                        "scratch": (lambda _, x=x, p=problem, w=packed: linear.scratch_linear(x, p.d, w, None), 1),
-                    }
-                    timings = self.clock.take_turns(ways)
-                    gain += math.log(timings["fused"].p50 / timings["scratch"].p50)
+                    packed = [dequantize.Packed.of(*weight.arguments()) for weight in problem.weights]
+                    d = problem.d
+                    fused = self._microseconds(partial(_fused, x, d, packed), problem.copies)
+                    gain += math.log(fused / self._microseconds(partial(_scratch, x, d, packed), problem.copies))
                 if gain <= 0:
                     break
                 limit = m
@@ -215,11 +237,10 @@ def compile_ahead(trials: list[Trial], device: str, dtype: str, processes: int, 
 def _touch(trial: Trial, device: str, dtype: str) -> None:
     target, tile = trial
     with _tiles.using({target.operation: [asdict(tile)]}), hqq_oft.backend("triton"):
-        run, _ = call(target.operation, *_problem(*SHAPES[0], target.m, torch.device(device), dtype))
-        try:
-            run()
-        except Exception as error:  # the tuner meets it again and says so
-            del error
+        for n, k in SHAPES:  # each splits its sums in its own way, and the number of parts is compiled in
+            run, _ = call(target.operation, *_problem(n, k, target.m, torch.device(device), dtype))
+            with suppress(Exception):  # the tuner meets it again and says so
+                run(0)
 
 
 def by_operation(ranges: tuple[Range, ...]) -> Iterator[tuple[str, list[Range]]]:

@@ -32,7 +32,7 @@ def red_operations(report: Path) -> frozenset[str]:
     """Operations with a failing test; all of them where a failing test names none, or none passed.
 
     Args:
-        report: a JUnit report.
+        report: a JUnit report; of a run that was interrupted, what had ended counts.
     """
     red: set[str] = set()
     passed = 0

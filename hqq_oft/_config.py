@@ -7,6 +7,7 @@ from typing import Literal, cast, get_args
 
 BackendName = Literal["auto", "triton", "native", "reference"]
 KeepPristine = Literal["device", "host", "none"]
+CPUInstructionSet = Literal["auto", "portable", "avx2", "avx512", "avx512_bf16"]
 
 
 def _choice(variable: str, default: str, accepted: tuple[str, ...]) -> str:
@@ -34,6 +35,15 @@ def keep_pristine_from_environment() -> KeepPristine:
         ValueError: the variable holds something else than `device`, `host` or `none`.
     """
     return cast(KeepPristine, _choice("HQQ_OFT_KEEP_PRISTINE", "device", get_args(KeepPristine)))
+
+
+def cpu_instruction_set() -> CPUInstructionSet:
+    """The instruction set of the native CPU kernels that `HQQ_OFT_CPU_ISA` asks for, `auto` if unset.
+
+    Raises:
+        ValueError: the variable holds something else than the name of one.
+    """
+    return cast(CPUInstructionSet, _choice("HQQ_OFT_CPU_ISA", "auto", get_args(CPUInstructionSet)))
 
 
 def scratch_bytes() -> int:

@@ -81,7 +81,7 @@ def load_backends() -> dict[str, Backend]:
         "triton": _from_package(
             "triton", "hqq_oft.triton_kernels", "this installation of hqq_oft has no Triton kernels"
         ),
-        "native": _from_package("native", "hqq_oft._native", "this version of hqq_oft ships no native kernels"),
+        "native": _from_package("native", "hqq_oft._native", "this installation of hqq_oft has no native kernels"),
         "reference": _reference(),
     }
 

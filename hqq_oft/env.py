@@ -9,8 +9,8 @@ from importlib import metadata
 
 import torch
 
-from . import __version__
-from ._config import keep_pristine_from_environment
+from . import __version__, _native
+from ._config import cpu_instruction_set, keep_pristine_from_environment
 from .backends import OPERATIONS, registry, selected_backend
 
 _PACKAGES = ("torch", "peft", "hqq", "transformers", "accelerate", "triton", "numpy", "safetensors")
@@ -45,6 +45,14 @@ def _serving(operation: str) -> str:
     return serving or f"none: {candidates[0].why_not(operation)}"
 
 
+def _instruction_sets() -> str:
+    """What the native CPU kernels were compiled for and this processor has."""
+    if _native.REASON:
+        return ""
+    names = _native.operations.instruction_sets()
+    return f" (native CPU kernels here: {', '.join(names)}; in use: {_native.operations.instruction_set()})"
+
+
 def report() -> str:
     """The report as text: versions, devices, environment variables, and which backend serves which operation."""
     lines = [f"hqq_oft {__version__}, Python {platform.python_version()}, {platform.platform()}", ""]
@@ -52,6 +60,7 @@ def report() -> str:
     lines += ["", *_devices(), ""]
     lines += [f"{tool:14}{shutil.which(tool) or 'not found'}" for tool in ("g++", "nvcc", "ninja")]
     lines += ["", f"HQQ_OFT_BACKEND={selected_backend()}", f"HQQ_OFT_KEEP_PRISTINE={keep_pristine_from_environment()}"]
+    lines += [f"HQQ_OFT_CPU_ISA={cpu_instruction_set()}{_instruction_sets()}"]
     lines += ["", f"{'operation':20}served by"]
     lines += [f"{operation:20}{_serving(operation)}" for operation in OPERATIONS]
     lines += ["", "operations that a backend does not serve:"]

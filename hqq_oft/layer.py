@@ -148,8 +148,8 @@ class HqqOFTLinear(nn.Module, OFTLayer):
             self.keep_pristine = keep_pristine_from_environment()
         self._pristine: PackedState | None = vars(self).get("_pristine")
         self.merge_error: float | None = vars(self).get("merge_error")
-        self._rotations: RotationCache = vars(self).get("_rotations") or RotationCache()
-        self._lock: StateLock = vars(self).get("_lock") or StateLock()
+        self._rotations: RotationCache = vars(self).get("_rotations", RotationCache())
+        self._lock: StateLock = vars(self).get("_lock", StateLock())
         merging.mend(self.get_base_layer())
         if _after_load not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_after_load)
@@ -406,7 +406,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         step = rotation_step.current()
         return None if step is None else step.rotation(v)
 
-    def rotations_to_share(self) -> Iterator[rotation_step.Member]:
+    def _rotations_to_share(self) -> Iterator[rotation_step.Member]:
         """The active adapters whose `D`, in a training forward, depends on their parameter alone."""
         if not self.training or self.disable_adapters or self.merged:
             return

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -123,7 +125,7 @@ def test_the_environment_chooses_for_the_process(monkeypatch):
 def test_what_a_missing_or_empty_package_gives_as_the_reason():
     loaded = backends.load_backends()
     assert loaded["triton"].why_not("linear") is None or "Triton is not installed" in loaded["triton"].reason
-    assert loaded["native"].why_not("linear") == "this version of hqq_oft ships no native kernels"  # no package
+    assert loaded["native"].why_not("linear") is None or "without its native kernels" in loaded["native"].reason
     assert loaded["reference"].why_not("linear") is None
 
 
@@ -153,7 +155,9 @@ def test_environment_report():
     for name in backends.OPERATIONS:
         assert f"\n{name:20}" in run.stdout
     assert "HQQ_OFT_BACKEND=auto" in run.stdout
-    assert "  native: cayley" in run.stdout
+    assert "HQQ_OFT_CPU_ISA=auto" in run.stdout
+    for name, backend in backends.load_backends().items():
+        assert (f"  {name}: " in run.stdout) == (len(backend.operations) < len(backends.OPERATIONS))
 
 
 def test_environment_report_of_a_backend_that_serves_nothing(monkeypatch, registry):
@@ -161,6 +165,23 @@ def test_environment_report_of_a_backend_that_serves_nothing(monkeypatch, regist
 
     monkeypatch.setenv("HQQ_OFT_BACKEND", "native")
     assert "rotate              none: the native backend has no kernel for rotate" in env.report()
+
+
+def test_without_a_compiled_library_everything_else_works(tmp_path):
+    shutil.copytree(Path(hqq_oft.__file__).parent, tmp_path / "hqq_oft", ignore=shutil.ignore_patterns("*.so"))
+    program = (
+        "import torch, hqq_oft\n"
+        "from hqq_oft import backends, functional\n"
+        "print(backends.registry()['native'].why_not('linear'))\n"
+        "print(functional.rotate(torch.ones(1, 4), torch.zeros(2, 2, 2)).sum().item())\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HQQ_OFT_BACKEND"}
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**environment, "PYTHONPATH": "."})
+    assert run.returncode == 0, run.stderr
+    reason, result = run.stdout.splitlines()
+    assert reason.startswith("hqq_oft was installed without its native kernels, for want of a C++17 compiler")
+    assert result == "4.0"
 
 
 def test_without_triton_everything_else_works():

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import tarfile
+import time
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import contenders, gpu, pack, report, run, session, targets, timing, verify
+from bench import contenders, environment, gpu, pack, report, run, session, targets, timing, verify
 from bench.limits import Limits
 from bench.model import Cost
 from bench.problem import Problem, Setting
@@ -104,7 +107,6 @@ def test_contenders_that_rotate_agree_on_gradients(setting):
     grads = {}
     for build in (contenders.ours, contenders.peft_oft, contenders.plain, contenders.scratch):
         contender = build(problem)
-        contender.train(True)
         grads[build] = torch.autograd.grad(contender.layers[0](x).square().sum(), [x, contender.parameters[0]])
     for name, pair in grads.items():
         for mine, theirs in zip(grads[contenders.ours], pair, strict=True):
@@ -151,6 +153,57 @@ def test_a_failed_case_is_reported_and_tried_again(tmp_path, capsys):
     assert [row["status"] for row in rows] == ["failed: ValueError: no such thing", "measured"]
     assert run.finished(raw, {"device": "here"}) == {("ops", "second")}
     assert run.finished(raw, {"device": "elsewhere"}) == set()
+
+
+def test_a_baseline_that_fails_costs_its_own_row_alone(tmp_path):
+    def broken(number):
+        raise TypeError("its interface has changed")
+
+    jobs = [Job("hqq_oft", "forward", lambda _: None), Job("PEFT OFT", "forward", broken)]
+    case = Case("ops", "a case", 0, frozenset(), {}, lambda _: jobs)
+    raw = tmp_path / "raw.jsonl"
+    measuring = Session(CPU, LIMITS, budget=0.001, identity={"device": "here"})
+    assert run.measure([case], measuring, raw, float("inf")) == [
+        "ops: a case: PEFT OFT: TypeError: its interface has changed"
+    ]
+    assert {row["contender"]: row["status"] for row in report.read_rows(raw)} == {
+        "PEFT OFT": "failed: TypeError: its interface has changed",
+        "hqq_oft": "measured",
+    }
+    # it would fail again
+    assert run.finished(raw, {"device": "here"}) == {("ops", "a case")}
+
+
+def test_a_contender_that_cannot_be_built_costs_its_own_row_alone():
+    def broken(problem):
+        raise ImportError("no such module")
+
+    problem = Problem(64, 64, Setting(dtype="fp32", group=32, block=16), CPU)
+    able, absent = layer.build_all(problem, (contenders.ours, broken))
+    assert [contender.name for contender in able] == ["hqq_oft"]
+    assert [job.columns["status"] for job in absent] == ["failed: ImportError: no such module"]
+
+
+def test_no_rotation_is_made_anew_while_a_layer_is_timed(monkeypatch):
+    problem = Problem(64, 64, Setting(dtype="fp32", group=32, block=16), CPU)
+    ((ours,), _) = layer.build_all(problem, (contenders.ours,))
+    x = problem.inputs(3)[0]
+    layer.error(ours, problem, x)
+    monkeypatch.setattr("hqq_oft.functional.cayley", None)
+    with torch.no_grad():
+        ours.layers[0](x)
+
+
+def test_changed_sources_are_measured_anew(tmp_path, monkeypatch):
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    code, table = tmp_path / "bench" / "run.py", tmp_path / "bench" / "results" / "results.json"
+    code.write_text("1")
+    first = environment.sources()
+    table.write_text("a result changes nothing")
+    assert environment.sources() == first
+    code.write_text("2")
+    assert environment.sources() != first
 
 
 def test_red_operations_are_refused(tmp_path):
@@ -206,6 +259,9 @@ def test_memory_kept_for_backward_is_counted_once_and_without_what_stays_anyway(
 
 
 class Event:
+    now = 0
+    capturing = False
+
     def __init__(self, enable_timing):
         assert enable_timing
         self.at = None
@@ -235,7 +291,11 @@ def cuda(monkeypatch):
 
     @contextmanager
     def graph(captured):
-        yield
+        Event.capturing = True
+        try:
+            yield
+        finally:
+            Event.capturing = False
 
     stand_in = {
         "Event": Event,
@@ -265,6 +325,28 @@ def test_a_gpu_is_timed_with_events_and_graphs(cuda):
     assert (eager["mode"], eager["p50_us"], eager["peak_mib"]) == ("eager", pytest.approx(1), 2.0)
     # an event to the next is 1 us, a replay 80 us, and it holds three sets of buffers three times
     assert (graph["mode"], graph["p50_us"]) == ("graph", pytest.approx(81 / 9))
+
+
+def test_all_of_a_phase_are_replayed_where_one_is_short_and_a_failed_capture_is_one_row(cuda, monkeypatch):
+    def slow(number):
+        Event.now += 500  # launches alone: the device needs far less
+
+    def uncapturable(number):
+        if Event.capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        Event.now += 500
+
+    jobs = [
+        Job("hqq_oft", "forward", slow, (Cost(1e4, 0),), graph=True),
+        Job("dense", "forward", slow, (Cost(1e9, 0),), graph=True),
+        Job("PEFT OFT", "forward", uncapturable, (Cost(1e4, 0),), graph=True),
+        Job("hqq_oft", "backward", slow, (Cost(1e9, 0),), graph=True),
+    ]
+    rows = list(Session(cuda, LIMITS).run(Case("ops", "a case", 0, frozenset(), {}, lambda _: jobs)))
+    found = {(row["contender"], row["phase"], row["mode"]): row["status"] for row in rows}
+    assert [key for key in found if key[2] == "graph"] == [(j.contender, "forward", "graph") for j in jobs[:3]]
+    assert found["PEFT OFT", "forward", "graph"].startswith("failed: RuntimeError: operation not permitted")
+    assert found["PEFT OFT", "forward", "eager"] == found["dense", "forward", "graph"] == "measured"
 
 
 # --- Targets and tables ----------------------------------------------------------------------------------------------
@@ -322,8 +404,42 @@ def test_a_part_that_runs_too_long_is_stopped_and_its_output_kept(tmp_path, caps
     log = tmp_path / "log"
     code = "import time; print('begun', flush=True); time.sleep(60)"
     assert gpu.run([gpu.sys.executable, "-c", code], 3, log) == 124
-    assert log.read_text() == "begun\n"
+    assert log.read_text().startswith("begun\n")
     assert gpu.run([gpu.sys.executable, "-c", "raise SystemExit(3)"], 30, log) == 3
+
+
+def test_nothing_that_a_stopped_part_has_started_runs_on(tmp_path):
+    """Workers of a test run that were left behind would share the GPU with what is timed next."""
+    child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    parent = (
+        f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); "
+        "print(p.pid, flush=True); p.wait()"
+    )
+    log, calls = tmp_path / "log", []
+    assert gpu.run([gpu.sys.executable, "-c", parent], 4, log, lambda: calls.append(1)) == 124
+    status = Path(f"/proc/{int(log.read_text().split()[0])}/status")
+    end = time.monotonic() + 10  # a killed process takes a moment to go
+    while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert time.monotonic() < end
+    assert calls
+
+
+def test_an_interrupted_test_run_still_reports(tmp_path):
+    (tmp_path / "test_slow.py").write_text("import time\ndef test_linear(): pass\ndef test_rotate(): time.sleep(60)\n")
+    junit = tmp_path / "junit.xml"
+    command = [gpu.sys.executable, "-m", "pytest", "-q", "-n", "1", f"--junitxml={junit}", str(tmp_path)]
+    assert gpu.run(command, 8, tmp_path / "log") == 124
+    assert 'name="test_linear"' in junit.read_text()
+
+
+def test_results_leave_in_one_archive(tmp_path):
+    for name in ("results", "logs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "raw.jsonl").write_text(name)
+    gpu.archive([tmp_path / "results", tmp_path / "logs"], tmp_path / "out")
+    with tarfile.open(tmp_path / "out" / "gpu.tar.gz") as tar:
+        assert sorted(tar.getnames()) == ["logs/raw.jsonl", "results/raw.jsonl"]
 
 
 def test_packing_refuses_what_cannot_be_carried(tmp_path, monkeypatch):

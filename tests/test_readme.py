@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -36,7 +37,22 @@ def test_the_example_runs(tmp_path, monkeypatch):
     assert isinstance(names["merged"].model.layers[0].self_attn.q_proj, HQQLinear)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "ENVS.md", "CHANGELOG.md", "bench/results/README.md"])
+def documents():
+    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_the_pages_of_public_names_are_those_of_their_docstrings():
+    spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
+    make_api = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_api)
+    written = {path.name: path.read_text() for path in (ROOT / "docs" / "api").glob("*.md")}
+    assert written == make_api.pages(), "run `python docs/make_api.py`"
+    assert "hqq_oft.functional.linear.md" in written
+
+
+@pytest.mark.parametrize(
+    "page", [*documents(), "README.md", "CONTRIBUTING.md", "ENVS.md", "CHANGELOG.md", "bench/results/README.md"]
+)
 def test_links_and_commands_exist(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hqq_oft import HqqOFTLinear
+
 from .. import contenders
 from ..contenders import Contender
 from ..problem import Problem, Setting
-from ..session import Case, Job, Session, Unavailable, unavailable
+from ..session import Case, Job, Session, Unavailable, failure, unavailable
 from ..timing import kept_bytes
 from .profile import MAIN, Profile
 
@@ -29,13 +31,11 @@ ALL: tuple[Build, ...] = (
     contenders.scratch,
     contenders.peft_oft_aten,
 )
-DECODE_ONLY: tuple[Build, ...] = (
-    contenders.unrotated,
-    contenders.native_decode,
-    contenders.gemlite,
-    contenders.int4,
-)
-COMPILED: tuple[Build, ...] = (contenders.plain_compiled, contenders.peft_oft_compiled)
+DECODE_ONLY: tuple[Build, ...] = (contenders.unrotated, contenders.native_decode, contenders.int4)
+# Cases of their own, where what these compile and try out at their first call holds up nothing else.
+GEMLITE: tuple[Build, ...] = (OURS, contenders.gemlite)
+COMPILED: tuple[Build, ...] = (OURS, contenders.plain_compiled, contenders.peft_oft_compiled)
+DECODE_UP_TO = 32  # tokens
 CHECKED_ROWS = 64
 # A relative error beyond this says that a contender computes something else.
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
@@ -49,19 +49,22 @@ def cases(profile: Profile) -> list[Case]:
     def add(priority: int, n: int, k: int, m: int, setting: Setting, builds: tuple[Build, ...], note: str = "") -> None:
         name = f"{n}x{k} M={m} {setting.label}{note}"
         facts = {"M": m, **Problem(n, k, setting, torch.device("meta")).facts}
-        # The contenders of a layer are built once for all its numbers of tokens.
-        key = (n, k, setting, tuple(build.__name__ for build in builds))
-        jobs = partial(_jobs, profile, key, m, builds)
+        # A compiled layer is one more compilation for each set of buffers: it has one, and the cache is flushed anyway.
+        copies = 1 if builds is COMPILED else profile.copies(n, k)
+        jobs = partial(_jobs, profile, (n, k, setting), m, copies, builds)
         if not any(case.name == name for case in found):
             found.append(Case("layer", name, priority, OPERATIONS, facts, jobs))
 
-    main = ALL + DECODE_ONLY
     for rank, (n, k) in enumerate(profile.shapes[:3]):
         for m in profile.first:
-            add(rank, n, k, m, MAIN, main)
+            add(rank, n, k, m, MAIN, ALL + DECODE_ONLY)
     for rank, (n, k) in enumerate(profile.shapes):
         for m in profile.tokens:
-            add(10 + rank, n, k, m, MAIN, main)
+            add(10 + rank, n, k, m, MAIN, ALL + DECODE_ONLY)
+    if profile.gpu:
+        for rank, (n, k) in enumerate(profile.shapes[1:3]):
+            for m in profile.against_gemlite:
+                add(20 + rank, n, k, m, MAIN, GEMLITE, " against GemLite")
     n, k = profile.shapes[min(1, len(profile.shapes) - 1)]
     for rank, setting in enumerate(profile.variants):
         few = (OURS, contenders.dense, contenders.hqq, contenders.peft_oft_aten)
@@ -74,29 +77,40 @@ def cases(profile: Profile) -> list[Case]:
 
 
 def build_all(problem: Problem, builds: tuple[Build, ...]) -> tuple[list[Contender], list[Job]]:
-    """The contenders that can take part, checked, and rows for the others."""
+    """The contenders that can take part, and rows for the others."""
     able, absent = [], []
     for build in builds:
-        name = build.__name__
         try:
-            contender = build(problem)
+            able.append(build(problem))
         except Unavailable as reason:
-            absent.append(unavailable(name, reason))
-            continue
-        able.append(contender)
+            absent.append(unavailable(build.__name__, reason))
+        except Exception as error:  # code that is not ours must not cost the rest; its row and the exit status say so
+            if build is OURS:
+                raise
+            absent.append(Job(build.__name__, "", None, columns={"status": failure(error)}))
+    # Else each replay of a captured graph would make the rotations anew, which no one does who serves.
+    for contender in able:
+        for layer in contender.layers:
+            if isinstance(layer, HqqOFTLinear):
+                layer.rotations_frozen = True
     return able, absent
 
 
 @torch.no_grad()
-def error(contender: Contender, problem: Problem, x: Tensor) -> float:
+def error(contender: Contender, problem: Problem, x: Tensor, truth: Tensor | None = None) -> float:
     """Relative error of the first rows of this very input against float64.
+
+    Args:
+        contender, problem: what computes, and what should be computed.
+        x: the input.
+        truth: `problem.truth` of the first `CHECKED_ROWS`, where it is known.
 
     Raises:
         RuntimeError: it is so large that something else was computed.
     """
-    contender.train(False)
     out = contender.layers[0](x)[:CHECKED_ROWS].double()
-    truth = problem.truth(x[:CHECKED_ROWS], contender.rotates)
+    if truth is None:
+        truth = problem.truth(x[:CHECKED_ROWS], contender.rotates)
     if out.shape != truth.shape:
         raise RuntimeError(f"{contender.name} gives {tuple(out.shape)} in place of {tuple(truth.shape)}")
     if problem.device.type == "meta":
@@ -108,52 +122,70 @@ def error(contender: Contender, problem: Problem, x: Tensor) -> float:
     return found
 
 
-def _jobs(profile: Profile, key: Any, m: int, builds: tuple[Build, ...], session: Session) -> list[Job]:
-    n, k, setting, _ = key
+def _jobs(
+    profile: Profile,
+    layer: tuple[int, int, Setting],
+    m: int,
+    copies: int,
+    builds: tuple[Build, ...],
+    session: Session,
+) -> list[Job]:
+    n, k, setting = layer
 
     def make() -> tuple[Problem, list[Contender], list[Job]]:
-        problem = Problem(n, k, setting, session.device, profile.copies(n, k))
+        problem = Problem(n, k, setting, session.device, copies)
         return problem, *build_all(problem, builds)
 
-    problem, able, absent = session.keep(key, make)
+    # The contenders of a layer are built once for all its numbers of tokens.
+    problem, able, absent = session.keep((layer, builds), make)
     jobs = list(absent)
     inputs = problem.inputs(m)
+    if m >= profile.training_from:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        grads = [torch.randn(m, n, device=problem.device).to(problem.dtype) for _ in inputs]
+    truths = {rotates: problem.truth(inputs[0][:CHECKED_ROWS], rotates) for rotates in {c.rotates for c in able}}
     for contender in able:
-        columns = {"error": error(contender, problem, inputs[0])}
-        passes = contenders.forward_passes(contender, problem, m, False, session.limits)
-        call = inference(contender, inputs)
-        jobs.append(Job(contender.name, "forward", call, passes, problem.copies, contender.graph, dict(columns)))
-        if m >= profile.training_from and contender.trains:
-            jobs += _training(contender, problem, inputs, columns, session)
+        if m > DECODE_UP_TO and contender.decodes_only:
+            continue
+        try:
+            columns = {"error": error(contender, problem, inputs[0], truths[contender.rotates])}
+            found = [_inference(contender, problem, inputs, columns, session)]
+            if m >= profile.training_from and contender.trains:
+                found += _training(contender, problem, leaves, grads, columns, session)
+        except Exception as failed:
+            if contender.name == "hqq_oft":
+                raise
+            found = [Job(contender.name, "", None, columns={"status": failure(failed)})]
+        jobs += found
     return jobs
 
 
-def inference(contender: Contender, inputs: list[Tensor]) -> Callable[[int], object]:
-    """Forward in evaluation, with one set of buffers."""
+def _inference(
+    contender: Contender, problem: Problem, inputs: list[Tensor], columns: dict[str, Any], session: Session
+) -> Job:
+    """Forward with one set of buffers, nothing recorded."""
 
     def call(number: int) -> object:
-        layer = contender.layers[number]
-        if isinstance(layer, torch.nn.Module) and layer.training:
-            layer.eval()
         with torch.no_grad():
-            return layer(inputs[number])
+            return contender.layers[number](inputs[number])
 
-    return call
+    passes = contenders.forward_passes(contender, problem, len(inputs[0]), False, session.limits)
+    return Job(contender.name, "forward", call, passes, len(inputs), contender.graph, dict(columns))
 
 
 def _training(
-    contender: Contender, problem: Problem, inputs: list[Tensor], columns: dict[str, Any], session: Session
+    contender: Contender,
+    problem: Problem,
+    leaves: list[Tensor],
+    grads: list[Tensor],
+    columns: dict[str, Any],
+    session: Session,
 ) -> Iterator[Job]:
     """Backward alone, and forward with backward; a gradient reaches the input as it does inside a model."""
-    m, limits = len(inputs[0]), session.limits
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    grads = [torch.randn(m, problem.n, device=problem.device).to(problem.dtype) for _ in inputs]
+    m, limits = len(leaves[0]), session.limits
 
     def forward(number: int) -> Tensor:
-        layer = contender.layers[number]
-        if isinstance(layer, torch.nn.Module) and not layer.training:
-            layer.train()
-        return layer(leaves[number])
+        return contender.layers[number](leaves[number])
 
     def wanted(number: int) -> list[Tensor]:
         own = len(contender.parameters) // len(contender.layers) or 1
@@ -172,8 +204,7 @@ def _training(
 
     ahead = contenders.forward_passes(contender, problem, m, True, limits)
     back = contenders.backward_passes(contender, problem, m, limits)
-    outside = [*contender.held, *leaves]
-    columns = columns | {"kept_mib": kept_bytes(lambda: forward(0), outside) / 2**20}
-    yield Job(contender.name, "full", full, (*ahead, *back), len(inputs), False, dict(columns))
+    columns = columns | {"kept_mib": kept_bytes(lambda: forward(0), [*contender.held, *leaves]) / 2**20}
+    yield Job(contender.name, "full", full, (*ahead, *back), len(leaves), contender.graph, dict(columns))
     if contender.repeats_backward:
         yield Job(contender.name, "backward", backward, back, 1, False, dict(columns))

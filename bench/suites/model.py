@@ -32,7 +32,6 @@ from .profile import MAIN, Decoder, Profile
 OPERATIONS = frozenset({"cayley", "cayley_backward", "rotate", "rotate_backward", "linear", "linear_backward"})
 KINDS = ("hqq_oft", "dense", "PEFT LoRA r=16", "PEFT OFT")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ROOM = 4096  # positions of the cache beyond those decoded: each timed call takes one
 
 
 def cases(profile: Profile) -> list[Case]:
@@ -198,7 +197,7 @@ def decoder(
     """A function that decodes the next token of every sequence."""
     base = llama.get_base_model() if hasattr(llama, "get_base_model") else llama
     shape = profile.decoder
-    cache = StaticCache(config=base.config, max_cache_len=profile.decoded + ROOM)
+    cache = StaticCache(config=base.config, max_cache_len=profile.decoded + 1)
     tokens = torch.randint(0, shape.vocabulary, (profile.served, profile.decoded), device=device)
     with torch.no_grad():
         llama(input_ids=tokens, past_key_values=cache, use_cache=True, **options)
@@ -210,6 +209,9 @@ def decoder(
     position = torch.full((profile.served, 1), profile.decoded, device=device)
 
     def call(number: int) -> object:
+        # The same position in every call: attention reads all of the cache, and room for each call would cost the most.
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(profile.decoded)
         with torch.no_grad():
             return llama(input_ids=last, past_key_values=cache, use_cache=True, position_ids=position, **options)
 
@@ -217,8 +219,11 @@ def decoder(
 
 
 def decode_passes(kind: str, profile: Profile, adapters: int) -> Iterator[model.Cost]:
-    """The packed weights and the rotations once; attention's and the norms' bytes are left out."""
-    m = profile.served
+    """The packed weights, the rotations and the cache once; the norms' bytes are left out."""
+    m, shape = profile.served, profile.decoder
+    width = 2 * shape.hidden // shape.heads * shape.key_value_heads  # of a key and a value
+    cached = m * (profile.decoded + 1) * width * DTYPES[MAIN.dtype].itemsize
+    yield model.Cost(shape.layers * cached, 0)
     for n, k in linear_shapes(profile.decoder) * profile.decoder.layers:
         layer = MAIN.layer(n, k)
         if kind == "dense":

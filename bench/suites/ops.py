@@ -25,14 +25,18 @@ def cases(profile: Profile) -> list[Case]:
     ]
     for rank, (n, k) in enumerate(profile.shapes):
         shape = f"{n}x{k} {MAIN.label}"
-        found.append(_case("dequantize", shape, 1 + rank, _dequantize, n, k, MAIN))
+        found.append(_case("dequantize", shape, 1 + rank, _dequantize, n, k, MAIN, profile.copies(n, k)))
         found.append(_case("rotate", f"K={k} M={profile.tokens[-1]}", 2 + rank, _rotate, k, profile.tokens[-1], MAIN))
     for rank, k in enumerate(dict.fromkeys(k for _, k in profile.shapes)):
-        found.append(_case("cayley", f"K={k} {MAIN.label}", 2 + rank, _cayley, k, MAIN, True))
+        found.append(_case("cayley", f"K={k} {MAIN.label}", 2 + rank, _cayley, k, MAIN, False))
     n, k = profile.shapes[0]
+    if profile.compiled:  # minutes of compilation must not hold up the rest
+        found.append(_case("cayley", f"K={k} {MAIN.label} compiled", 30, _cayley, k, MAIN, True))
     for setting in profile.variants:
         if k % setting.block == 0:
-            found.append(_case("dequantize", f"{n}x{k} {setting.label}", 20, _dequantize, n, k, setting))
+            found.append(
+                _case("dequantize", f"{n}x{k} {setting.label}", 20, _dequantize, n, k, setting, profile.copies(n, k))
+            )
             if (setting.bits, setting.group, setting.axis, setting.dtype) == (4, 64, 1, "bf16"):
                 found.append(_case("cayley", f"K={k} {setting.label}", 21, _cayley, k, setting, False))
     unique = {case.name: case for case in reversed(found)}
@@ -154,29 +158,30 @@ def _rotate(k: int, m: int, setting: Setting, session: Session) -> list[Job]:
     ]
 
 
-def _dequantize(n: int, k: int, setting: Setting, session: Session) -> list[Job]:
-    problem = Problem(n, k, setting, session.device)
+def _dequantize(n: int, k: int, setting: Setting, copies: int, session: Session) -> list[Job]:
+    problem = Problem(n, k, setting, session.device, copies)
     layer, d, dtype, b = problem.layer, problem.d, problem.dtype, setting.block
-    weight = problem.weights[0].arguments()
-    hqq = hqq_layer(problem.weights[0], dtype)
+    weights = [weight.arguments() for weight in problem.weights]
+    hqq = [hqq_layer(weight, dtype) for weight in problem.weights]
 
     def plain(number: int) -> Tensor:
-        blocks = hqq.dequantize().view(n, -1, b).transpose(0, 1)
+        blocks = hqq[number].dequantize().view(n, -1, b).transpose(0, 1)
         return torch.baddbmm(blocks, blocks, d.transpose(1, 2).expand(k // b, -1, -1)).transpose(0, 1).reshape(n, k)
 
-    dense, dense_copy = problem.dense, torch.empty_like(problem.dense)
+    dense = [problem.dense, *(problem.dense.clone() for _ in range(copies - 1))]
     copied = (replace(model.gemm(layer, 0), bytes=2 * n * k * layer.element, operations=0),)
     flat, rotated = (model.dequantize(layer),), (model.dequantize_rotate(layer),)
-    ours = Job("hqq_oft", "dequantize_rotate", lambda i: ops.dequantize_rotate(*weight, d, dtype), rotated, 1, True)
-    out = ops.dequantize_rotate(*weight, d, dtype)
-    ours.columns["error"] = _error(out, reference.dequantize_rotate, *weight, d, torch.float64)
-    return [
-        ours,
-        Job("HQQ + plain rotation", "dequantize_rotate", plain, rotated, 1, True),
-        Job("hqq_oft", "dequantize", lambda number: ops.dequantize(*weight, dtype), flat, 1, True),
-        Job("HQQ", "dequantize", lambda number: hqq.dequantize(), flat, 1, True),
-        Job("copy", "dequantize", lambda number: dense_copy.copy_(dense), copied, 1, True),
-    ]
+    ways: tuple[tuple[str, str, Callable[[int], object], tuple[model.Cost, ...]], ...] = (
+        ("hqq_oft", "dequantize_rotate", lambda i: ops.dequantize_rotate(*weights[i], d, dtype), rotated),
+        ("HQQ + plain rotation", "dequantize_rotate", plain, rotated),
+        ("hqq_oft", "dequantize", lambda i: ops.dequantize(*weights[i], dtype), flat),
+        ("HQQ", "dequantize", lambda i: hqq[i].dequantize(), flat),
+        ("copy", "dequantize", lambda i: dense[i].clone(), copied),
+    )
+    jobs = [Job(name, phase, way, passes, copies, True) for name, phase, way, passes in ways]
+    out = ops.dequantize_rotate(*weights[0], d, dtype)
+    jobs[0].columns["error"] = _error(out, reference.dequantize_rotate, *weights[0], d, torch.float64)
+    return jobs
 
 
 def _error(out: Tensor, truth_of: Callable[..., Tensor], *args: Any) -> float:

@@ -47,6 +47,7 @@ class Profile:
         tokens: all the numbers of tokens.
         training_from: tokens from which training is measured as well.
         variants: settings beside the main one, and the tokens at which they are measured.
+        against_gemlite: tokens at which GemLite is measured, which tries out many tiles for each.
         compiled: shape and tokens at which what `torch.compile` makes is measured.
         adapters: features of every adapter of one model, for one launch of Cayley transforms.
         decoder, sequences: of the whole model's training step, by tokens of a batch.
@@ -61,6 +62,7 @@ class Profile:
     training_from: int
     variants: tuple[Setting, ...]
     variant_tokens: tuple[int, ...]
+    against_gemlite: tuple[int, ...]
     compiled: tuple[tuple[int, int, int], ...]
     adapters: tuple[int, ...]
     decoder: Decoder
@@ -71,7 +73,7 @@ class Profile:
 
     def copies(self, n: int, k: int) -> int:
         """Sets of buffers for a layer."""
-        return max(1, min(32, -(-self.buffers // int(MAIN.layer(n, k).weight_bytes))))
+        return max(1, min(64, -(-self.buffers // int(MAIN.layer(n, k).weight_bytes))))
 
 
 LLAMA_70B = (28672, 8192)
@@ -83,12 +85,13 @@ GPU = Profile(
     training_from=256,
     variants=VARIANTS,
     variant_tokens=(1, 16, 4096),
+    against_gemlite=(1, 16, 4),
     compiled=((4096, 4096, 1), (4096, 4096, 4096)),
     adapters=(4096, 4096, 4096, 4096, 4096, 4096, 14336) * 32,
     decoder=Decoder(4096, 14336, 32, 8, 4),
     sequences=(2048, 8192),
     served=8,
-    decoded=512,
+    decoded=255,
     buffers=160 << 20,
 )
 CPU = Profile(
@@ -99,6 +102,7 @@ CPU = Profile(
     training_from=256,
     variants=(Setting(bits=8), Setting(bits=2), Setting(bits=3), Setting(axis=0), Setting(dtype="fp32")),
     variant_tokens=(1,),
+    against_gemlite=(),
     compiled=(),
     adapters=(1024, 1024, 1024, 1024, 1024, 1024, 2816) * 4,
     decoder=Decoder(1024, 2816, 8, 8, 4),
@@ -119,6 +123,7 @@ def dry(profile: Profile) -> Profile:
         tokens=tuple(sorted({min(m, 40) for m in profile.tokens if m in (1, 16) or m >= 512})),
         training_from=40,
         variant_tokens=(1, 40),
+        against_gemlite=profile.against_gemlite[:1],
         compiled=tuple((512, 512, 40) for _ in profile.compiled[:1]),
         adapters=(768, 768, 1536),
         decoder=Decoder(768, 768, 4, 2, 1, 64),

@@ -64,9 +64,9 @@ def operations(
     }
 
 
-def run(name: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """The operation's results on the Triton backend, always as a tuple."""
-    with backend("triton"):
+def run(name: str, args: tuple[Any, ...], on: Any = "triton") -> tuple[Tensor, ...]:
+    """The operation's results on a backend, always as a tuple."""
+    with backend(on):
         out = getattr(ops, name)(*args)
     return out if isinstance(out, tuple) else (out,)
 
@@ -95,9 +95,9 @@ def relative_error(out: Tensor, truth: Tensor) -> float:
     return float((out - truth).norm() / (norm if norm > 0 else 1))
 
 
-def check(name: str, args: tuple[Any, ...], dtype: torch.dtype) -> None:
-    """Triton's results against float64: within the dtype's tolerance, and twice the error of the reference in it."""
-    results = run(name, args)
+def check(name: str, args: tuple[Any, ...], dtype: torch.dtype, on: Any = "triton") -> None:
+    """A backend's results against float64: within the dtype's tolerance, and twice the error of the reference in it."""
+    results = run(name, args, on)
     truths = run_reference(name, widened(args))
     references = run_reference(name, args)
     for i, (out, truth, own) in enumerate(zip(results, truths, references, strict=True)):

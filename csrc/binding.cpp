@@ -1,0 +1,359 @@
+// The operators of `hqq_oft_native` for CPU tensors: check, allocate, share out among PyTorch's threads.
+//
+// PyTorch's stable ABI alone is used, so that one build serves every PyTorch from 2.10 on. Arguments and results are
+// those of the functions of the same name in hqq_oft/reference.py.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <new>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/instruction_set.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using namespace hqq_oft::cpu;
+
+// --- Tensors ---------------------------------------------------------------------------------------------------------
+
+DType dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::BFloat16: return DType::bf16;
+    default: STD_TORCH_CHECK(false, "the native CPU kernels take float32, float16 and bfloat16");
+  }
+}
+
+Source source(const Tensor& t) { return {t.const_data_ptr(), dtype_of(t.scalar_type())}; }
+Sink sink(const Tensor& t) { return {t.mutable_data_ptr(), dtype_of(t.scalar_type())}; }
+
+Tensor compact(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// [M, K] with unit stride in its last dimension; its rows may be apart.
+Tensor with_contiguous_rows(const Tensor& t) {
+  return t.stride(1) == 1 && t.stride(0) >= t.size(1) ? t : torch::stable::contiguous(t);
+}
+
+Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
+  return torch::stable::new_empty(like, shape, type);
+}
+
+std::vector<int64_t> shape_of(const Tensor& t) {
+  std::vector<int64_t> shape(t.dim());
+  for (int64_t i = 0; i < t.dim(); ++i) shape[i] = t.size(i);
+  return shape;
+}
+
+// --- Threads ---------------------------------------------------------------------------------------------------------
+
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n) : data_(static_cast<T*>(::operator new(n * sizeof(T), kAlignment))) {}
+  ~Buffer() { ::operator delete(data_, kAlignment); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* data() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  T* data_;
+};
+
+// Multiplications below which waking another thread costs more than it saves.
+constexpr int64_t kWorthAThread = 1 << 16;
+
+template <class Op>
+void run(void (*kernel)(const Op&, int64_t, int64_t, float*), const Op& op) {
+  int64_t grain = larger(1, kWorthAThread / larger(1, op.cost()));
+  torch::stable::parallel_for(0, op.tasks(), grain, [&](int64_t begin, int64_t end) {
+    Buffer<float> scratch(op.scratch());
+    kernel(op, begin, end, scratch.data());
+  });
+}
+
+// --- Weights ---------------------------------------------------------------------------------------------------------
+
+// A `Weight`, and the tensors that it points into.
+struct HeldWeight {
+  Tensor packed, scale, zero;
+  Weight weight;
+};
+
+HeldWeight hold(const Tensor& packed, const Tensor& scale, const Tensor& zero, int64_t N, int64_t K, int64_t bits,
+                int64_t group_size, int64_t axis) {
+  auto plain = [&](const Tensor& t) {
+    return compact(scale.scalar_type() == zero.scalar_type() ? t : torch::stable::to(t, ScalarType::Float));
+  };
+  HeldWeight held{compact(packed), plain(scale), plain(zero), {}};
+  held.weight = {held.packed.const_data_ptr(), source(held.scale), source(held.zero), N, K, bits, group_size, axis};
+  const Weight& w = held.weight;
+  STD_TORCH_CHECK(packed.scalar_type() == (bits == 3 ? ScalarType::Int : ScalarType::Byte), "packed has a wrong dtype");
+  STD_TORCH_CHECK(packed.numel() == w.band_elements() && scale.numel() == w.groups() && zero.numel() == w.groups(),
+                  "packed, scale and zero do not fit the weight's shape");
+  return held;
+}
+
+#define WEIGHT                                                                                                         \
+  const Tensor &packed, const Tensor &scale, const Tensor &zero, int64_t N, int64_t K, int64_t bits,                   \
+      int64_t group_size, int64_t axis
+#define HELD_WEIGHT hold(packed, scale, zero, N, K, bits, group_size, axis)
+
+// --- Rotation --------------------------------------------------------------------------------------------------------
+
+// Rows grouped by adapter: a counting sort of the index, those without an adapter last.
+class GroupedRows {
+ public:
+  GroupedRows(const std::optional<Tensor>& index, int64_t adapters) : adapters_(index ? adapters : 1) {
+    if (!index) return;
+    Tensor dense = compact(*index);
+    STD_TORCH_CHECK(dense.scalar_type() == ScalarType::Long, "adapter_index must be int64");
+    auto adapter = static_cast<const int64_t*>(dense.const_data_ptr());
+    int64_t rows = dense.numel();
+    auto bucket = [&](int64_t row) { return adapter[row] < 0 || adapter[row] >= adapters ? adapters : adapter[row]; };
+    first_.assign(adapters + 2, 0);
+    for (int64_t row = 0; row < rows; ++row) ++first_[bucket(row) + 1];
+    for (int64_t a = 0; a <= adapters; ++a) first_[a + 1] += first_[a];
+    std::vector<int64_t> next(first_.begin(), first_.end() - 1);
+    order_.resize(rows);
+    for (int64_t row = 0; row < rows; ++row) order_[next[bucket(row)]++] = row;
+  }
+  RowsByAdapter view() const {
+    return first_.empty() ? RowsByAdapter{1, nullptr, nullptr} : RowsByAdapter{adapters_, order_.data(), first_.data()};
+  }
+
+ private:
+  int64_t adapters_;
+  std::vector<int64_t> order_, first_;
+};
+
+Blocks blocks_of(const Tensor& d, int64_t K, bool transpose) {
+  int64_t b = d.size(-1), stored = d.size(-3);
+  STD_TORCH_CHECK(K % b == 0 && (stored == 1 || stored == K / b), "d does not fit the features that it rotates");
+  return {source(d), K, b, stored, transpose};
+}
+
+void rotate_into(const Tensor& x, const Tensor& d, const std::optional<Tensor>& index, bool transpose,
+                 const Tensor& y) {
+  Tensor blocks = compact(d);
+  GroupedRows rows(index, index ? d.size(0) : 1);
+  STD_TORCH_CHECK(!index || index->numel() == x.size(0), "adapter_index must have an entry per row of x");
+  int64_t M = x.size(0);
+  run(kernels().rotate, Rotate{source(x), sink(y), M, x.stride(0), y.stride(0), blocks_of(blocks, x.size(1), transpose),
+                               rows.view()});
+}
+
+Tensor rotate(const Tensor& x, const Tensor& d, const std::optional<Tensor>& index, bool transpose) {
+  Tensor rows = with_contiguous_rows(x);
+  Tensor y = empty(x, {x.size(0), x.size(1)}, x.scalar_type());
+  rotate_into(rows, d, index, transpose, y);
+  return y;
+}
+
+Tensor rotation_gradient(const Tensor& left_in, const Tensor& right_in, const Tensor& d,
+                         const std::optional<Tensor>& index) {
+  Tensor left = with_contiguous_rows(left_in), right = with_contiguous_rows(right_in);
+  GroupedRows rows(index, index ? d.size(0) : 1);
+  STD_TORCH_CHECK(!index || index->numel() == left.size(0), "adapter_index must have an entry per row of x");
+  RotateGradient op{source(left), source(right), left.stride(0), right.stride(0), left.size(0),
+                    blocks_of(d, left.size(1), false), rows.view(), nullptr};
+  Tensor dd = empty(d, shape_of(d), ScalarType::Float);
+  auto out = static_cast<float*>(dd.mutable_data_ptr());
+  int64_t n = op.elements(), parts = op.parts();
+  Buffer<float> part(parts > 1 ? parts * n : 0);
+  op.part = parts > 1 ? part.data() : out;
+  run(kernels().rotate_gradient, op);
+  if (parts > 1)
+    for (int64_t i = 0; i < n; ++i) {
+      float total = op.part[i];
+      for (int64_t p = 1; p < parts; ++p) total += op.part[p * n + i];
+      out[i] = total;
+    }
+  return dd;
+}
+
+std::tuple<Tensor, Tensor> rotate_backward(const Tensor& grad, const Tensor& x, const Tensor& d,
+                                           const std::optional<Tensor>& index, bool transpose, bool need_x,
+                                           bool need_d) {
+  Tensor dx = need_x ? rotate(grad, d, index, !transpose) : empty(grad, {0}, grad.scalar_type());
+  if (!need_d) return {dx, empty(d, {0}, ScalarType::Float)};
+  return {dx, transpose ? rotation_gradient(grad, x, d, index) : rotation_gradient(x, grad, d, index)};
+}
+
+// --- Weights, dense --------------------------------------------------------------------------------------------------
+
+// Rows and columns of W, or of W * blockdiag(D)^T, from (first_row, first_column) on, as many as `out` has.
+void dequantize_into(const Tensor& out, WEIGHT, const std::optional<Tensor>& d, int64_t first_row,
+                     int64_t first_column) {
+  HeldWeight held = HELD_WEIGHT;
+  int64_t rows = out.size(0), columns = out.size(1);
+  STD_TORCH_CHECK(first_row >= 0 && first_row + rows <= N && first_column >= 0 && first_column + columns <= K &&
+                      out.stride(1) == 1,
+                  "out must be a window of the weight with contiguous rows");
+  Dequantize op{held.weight, sink(out), first_row, rows, first_column, columns, out.stride(0), d.has_value(), {}};
+  std::optional<Tensor> blocks;
+  if (d) {
+    blocks = compact(*d);
+    Blocks all = blocks_of(*blocks, K, true);
+    STD_TORCH_CHECK(first_column % all.b == 0 && columns % all.b == 0, "the window must hold whole blocks");
+    op.blocks = {all.d.from(all.offset(first_column / all.b)), columns, all.b, all.stored == 1 ? 1 : columns / all.b,
+                 true};
+  }
+  run(kernels().dequantize, op);
+}
+
+Tensor dequantize(WEIGHT, ScalarType dtype) {
+  Tensor out = empty(packed, {N, K}, dtype);
+  dequantize_into(out, packed, scale, zero, N, K, bits, group_size, axis, std::nullopt, 0, 0);
+  return out;
+}
+
+Tensor dequantize_rotate(WEIGHT, const Tensor& d, ScalarType dtype) {
+  Tensor out = empty(packed, {N, K}, dtype);
+  dequantize_into(out, packed, scale, zero, N, K, bits, group_size, axis, d, 0, 0);
+  return out;
+}
+
+// --- Product ---------------------------------------------------------------------------------------------------------
+
+Tensor linear(const Tensor& x, const std::optional<Tensor>& d, WEIGHT, const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& index) {
+  HeldWeight held = HELD_WEIGHT;
+  const Weight& w = held.weight;
+  int64_t M = x.size(0);
+  STD_TORCH_CHECK(x.size(1) == K, "x does not fit the weight's in-features");
+  Tensor y = empty(x, {M, N}, x.scalar_type());
+  if (M == 0) return y;
+  Tensor rotated = d ? rotate(x, *d, index, false) : compact(x);
+  std::optional<Tensor> bias_row;
+  Source bias_source{};
+  if (bias) {
+    bias_row = compact(*bias);
+    bias_source = source(*bias_row);
+  }
+  const Source* bias_pointer = bias ? &bias_source : nullptr;
+  if (kernels().product_bf16 && ProductBF16::serves(w, dtype_of(x.scalar_type()))) {
+    Buffer<uint16_t> columns(M * K);
+    Buffer<float> sums(M * (K / group_size));
+    auto from = static_cast<const uint16_t*>(rotated.const_data_ptr());
+    for (int64_t m = 0; m < M; ++m)
+      kernels().prepare_bf16(from + m * K, K, group_size, columns.data() + m * K, sums.data() + m * (K / group_size));
+    run(kernels().product_bf16, ProductBF16{columns.data(), sums.data(), w, bias_pointer, sink(y), M});
+  } else {
+    Buffer<float> wide(M * K);
+    kernels().widen(source(rotated), wide.data(), M * K);
+    run(kernels().product, Product{wide.data(), w, bias_pointer, sink(y), M});
+  }
+  return y;
+}
+
+// --- Cayley ----------------------------------------------------------------------------------------------------------
+
+// Coefficients of Q, Q^2, ... in D: `series_coefficients` of the reference.
+std::vector<float> series_coefficients(std::optional<int64_t> terms) {
+  if (!terms) return {};
+  if (*terms < 3) return std::vector<float>(*terms - 1, 2);
+  std::vector<float> coefficients(larger(*terms, 4) - 1, 2);
+  coefficients.back() = 1;
+  return coefficients;
+}
+
+struct HeldCayley {
+  Tensor v;
+  std::optional<Tensor> keep;
+  std::optional<double> max_norm;
+  std::vector<float> coefficients;
+  bool exact;
+
+  HeldCayley(const Tensor& v_in, std::optional<int64_t> terms, const std::optional<Tensor>& keep_in,
+             std::optional<double> max_norm_in)
+      : v(compact(v_in)), max_norm(max_norm_in), coefficients(series_coefficients(terms)), exact(!terms) {
+    if (keep_in) keep = compact(*keep_in);
+  }
+  int64_t count() const { return keep ? keep->numel() : v.size(0); }
+  Cayley view(int64_t b) const {
+    STD_TORCH_CHECK(v.size(1) == b * (b - 1) / 2, "v does not fit the block size");
+    STD_TORCH_CHECK(!keep || v.size(0) == 1 || v.size(0) == count(), "keep must have an entry per block");
+    return {source(v), v.size(0), b, count(), coefficients.data(), static_cast<int64_t>(coefficients.size()), exact,
+            keep ? static_cast<const bool*>(keep->const_data_ptr()) : nullptr, max_norm ? &*max_norm : nullptr};
+  }
+};
+
+Tensor cayley(const Tensor& v, int64_t b, std::optional<int64_t> terms, const std::optional<Tensor>& keep,
+              std::optional<double> max_norm, ScalarType dtype) {
+  HeldCayley held(v, terms, keep, max_norm);
+  Tensor d = empty(v, {held.count(), b, b}, dtype);
+  run(kernels().cayley, CayleyForward{held.view(b), sink(d)});
+  return d;
+}
+
+Tensor cayley_backward(const Tensor& grad_in, const Tensor& v, int64_t b, std::optional<int64_t> terms,
+                       const std::optional<Tensor>& keep, std::optional<double> max_norm) {
+  HeldCayley held(v, terms, keep, max_norm);
+  Tensor grad = compact(grad_in), dv = empty(v, shape_of(v), v.scalar_type());
+  STD_TORCH_CHECK(grad.numel() == held.count() * b * b, "grad must have the shape of D");
+  run(kernels().cayley_backward, CayleyBackward{held.view(b), source(grad), sink(dv)});
+  return dv;
+}
+
+// --- Instruction set -------------------------------------------------------------------------------------------------
+
+std::string instruction_sets() {
+  std::string names;
+  for (const Kernels* each : available()) names += (names.empty() ? "" : ", ") + std::string(each->name);
+  return names;
+}
+
+std::string instruction_set() { return kernels().name; }
+
+bool select_instruction_set(std::string name) { return select(name); }
+
+}  // namespace
+
+#define WEIGHT_SCHEMA \
+  "Tensor packed, Tensor scale, Tensor zero, SymInt out_features, SymInt in_features, int bits, SymInt group_size, " \
+  "int axis"
+
+// The schemas of hqq_oft/ops.py, and what the library has besides.
+STABLE_TORCH_LIBRARY(hqq_oft_native, m) {
+  m.def("cayley(Tensor v, int block_size, int? terms, Tensor? keep, float? max_norm, ScalarType dtype) -> Tensor");
+  m.def("cayley_backward(Tensor grad, Tensor v, int block_size, int? terms, Tensor? keep, float? max_norm) -> Tensor");
+  m.def("rotate(Tensor x, Tensor d, Tensor? adapter_index, bool transpose) -> Tensor");
+  m.def(
+      "rotate_backward(Tensor grad, Tensor x, Tensor d, Tensor? adapter_index, bool transpose, bool need_x, "
+      "bool need_d) -> (Tensor, Tensor)");
+  m.def("dequantize(" WEIGHT_SCHEMA ", ScalarType dtype) -> Tensor");
+  m.def("dequantize_rotate(" WEIGHT_SCHEMA ", Tensor d, ScalarType dtype) -> Tensor");
+  m.def("linear(Tensor x, Tensor? d, " WEIGHT_SCHEMA ", Tensor? bias, Tensor? adapter_index) -> Tensor");
+  m.def("dequantize_into(Tensor(a!) out, " WEIGHT_SCHEMA ", Tensor? d, int first_row, int first_column) -> ()");
+  m.def("rotate_into(Tensor x, Tensor d, Tensor? adapter_index, bool transpose, Tensor(a!) y) -> ()");
+  m.def("instruction_sets() -> str");
+  m.def("instruction_set() -> str");
+  m.def("select_instruction_set(str name) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hqq_oft_native, CPU, m) {
+  m.impl("cayley", TORCH_BOX(&cayley));
+  m.impl("cayley_backward", TORCH_BOX(&cayley_backward));
+  m.impl("rotate", TORCH_BOX(&rotate));
+  m.impl("rotate_backward", TORCH_BOX(&rotate_backward));
+  m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("dequantize_rotate", TORCH_BOX(&dequantize_rotate));
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("dequantize_into", TORCH_BOX(&dequantize_into));
+  m.impl("rotate_into", TORCH_BOX(&rotate_into));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hqq_oft_native, CompositeExplicitAutograd, m) {
+  m.impl("instruction_sets", TORCH_BOX(&instruction_sets));
+  m.impl("instruction_set", TORCH_BOX(&instruction_set));
+  m.impl("select_instruction_set", TORCH_BOX(&select_instruction_set));
+}

@@ -1,0 +1,198 @@
+"""Compiles csrc/ into one shared object: the CPU kernels, and the CUDA kernels where there is an nvcc.
+
+The object uses PyTorch's stable ABI and no Python, so that one build serves every Python and every PyTorch from 2.10
+on. `setup.py` calls `build`; `python csrc/build.py OUT [--sanitize]` does the same by hand.
+
+HQQ_OFT_BUILD chooses: `auto` (what there are compilers for), `cpu`, `cuda` (both parts), `0` (nothing). CXX and
+CUDA_HOME are heeded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent
+CHOICES = ("auto", "0", "cpu", "cuda")
+OLDEST_TORCH = "0x020A000000000000"  # 2.10
+CUDA_ARCHITECTURES = ("80", "89", "90a", "100")
+
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+# Each translation unit of csrc/cpu/isa is compiled for its own instruction set; the processor decides at run time.
+INSTRUCTION_SETS = {
+    "portable": [],
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512_bf16": [*_AVX512, "-mavx512bf16"],
+}
+
+
+class BuildError(Exception):
+    """The native kernels cannot be built here; the message says why and what to do."""
+
+
+def cxx() -> list[str] | None:
+    """The C++ compiler's command."""
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    return found and [found]
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler's path."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+
+
+def torch_folder() -> Path | None:
+    """Where PyTorch is installed; it is not imported."""
+    spec = importlib.util.find_spec("torch")
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+
+
+def parts() -> tuple[str, ...]:
+    """What `HQQ_OFT_BUILD` and the compilers at hand give: `()`, `("cpu",)` or `("cpu", "cuda")`.
+
+    Raises:
+        BuildError: a part that was asked for by name cannot be built.
+        ValueError: the variable holds something else.
+    """
+    choice = os.environ.get("HQQ_OFT_BUILD", "").strip().lower() or "auto"
+    if choice not in CHOICES:
+        raise ValueError(f"HQQ_OFT_BUILD={choice!r} is not understood; set it to one of {', '.join(CHOICES)}.")
+    if choice == "0":
+        return ()
+    cpu_missing = None
+    if platform.system() != "Linux":
+        cpu_missing = "the native kernels are built on Linux alone"
+    elif cxx() is None:
+        cpu_missing = "there is no C++ compiler: install g++ or clang++, or name one in CXX"
+    elif torch_folder() is None:
+        cpu_missing = "PyTorch is not there to build with: install it, and hqq-oft with --no-build-isolation"
+    has_cuda_sources = any((CSRC / "cuda").glob("*.cu"))
+    cuda_missing = None
+    if not has_cuda_sources:
+        cuda_missing = "this version has no CUDA kernels"
+    elif nvcc() is None:
+        cuda_missing = "there is no nvcc: install the CUDA toolkit, or set CUDA_HOME"
+    if choice == "auto":
+        if cpu_missing:
+            print(f"hqq_oft: no native kernels are built: {cpu_missing}.", file=sys.stderr)
+            return ()
+        return ("cpu",) if cuda_missing else ("cpu", "cuda")
+    missing = cpu_missing or (cuda_missing if choice == "cuda" else None)
+    if missing:
+        raise BuildError(f"HQQ_OFT_BUILD={choice}, but {missing}. Without it, what can be built is built.")
+    return ("cpu", "cuda") if choice == "cuda" else ("cpu",)
+
+
+def compile_commands(parts: tuple[str, ...], objects: Path, sanitize: bool = False) -> dict[Path, list[str]]:
+    """The command that makes each object file. `$out.d` is written beside each, for ninja."""
+    torch = torch_folder()
+    compiler = cxx()
+    assert torch is not None
+    assert compiler is not None
+    optimise = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitize else ["-O3"]
+    # GCC 12 warns of uninitialised values inside its own AVX-512 intrinsics.
+    flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-uninitialized",
+             "-Wno-maybe-uninitialized", *optimise]  # fmt: skip
+    binding = [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", f"-I{CSRC}", "-isystem", str(torch / "include")]
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    commands: dict[Path, list[str]] = {}
+
+    def add(source: Path, command: list[str]) -> None:
+        out = objects / source.relative_to(CSRC).with_suffix(source.suffix + ".o")
+        commands[out] = [*command, "-MD", "-MF", f"{out}.d", "-c", str(source), "-o", str(out)]
+
+    for name, target in INSTRUCTION_SETS.items():
+        if name == "portable" or x86:
+            add(CSRC / "cpu" / "isa" / f"{name}.cpp", [*compiler, *flags, *target])
+    for source in sorted((CSRC / "cpu").glob("*.cpp")):
+        add(source, [*compiler, *flags])
+    for source in sorted(CSRC.glob("*.cpp")):
+        add(source, [*compiler, *flags, *binding])
+    if "cuda" in parts:
+        path = nvcc()
+        assert path is not None
+        for source in sorted((CSRC / "cuda").glob("*.cpp")):
+            add(source, [*compiler, *flags, *binding])
+        targets = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in CUDA_ARCHITECTURES]
+        for source in sorted((CSRC / "cuda").glob("*.cu")):
+            add(source, [path, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{CSRC}", *targets])
+    return commands
+
+
+def link_command(parts: tuple[str, ...], objects: list[Path], out: Path, sanitize: bool = False) -> list[str]:
+    """The command that links the object files to `out`. PyTorch has loaded its libraries before it loads ours."""
+    torch, compiler = torch_folder(), cxx()
+    assert torch is not None
+    assert compiler is not None
+    # nvcc knows where its own runtime is, which a user's PyTorch need not have.
+    driver = [nvcc() or "", "-cudart=static", "-Xcompiler", "-fPIC"] if "cuda" in parts else compiler
+    command = [*driver, "-shared", *map(str, objects), "-o", str(out), f"-L{torch / 'lib'}", "-ltorch_cpu"]
+    if sanitize:
+        command.append("-fsanitize=address,undefined")
+    return command
+
+
+def build(out: Path, parts: tuple[str, ...], objects: Path, sanitize: bool = False) -> None:
+    """Compile and link, in parallel and only what has changed where ninja is found.
+
+    Args:
+        out: the shared object.
+        parts: as `parts()` gives them.
+        objects: folder for object files.
+        sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer.
+
+    Raises:
+        subprocess.CalledProcessError: a command failed.
+    """
+    commands = compile_commands(parts, objects, sanitize)
+    link = link_command(parts, list(commands), out, sanitize)
+    for path in (*commands, out):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    ninja = shutil.which("ninja")
+    if ninja is None:
+        for command in (*commands.values(), link):
+            subprocess.run(command, check=True)
+        return
+
+    def escaped(path: Path) -> str:
+        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    lines = ["rule run", "  command = $line", "  description = $out", "  deps = gcc", "  depfile = $out.d",
+             "rule link", "  command = $line", "  description = $out"]  # fmt: skip
+    for path, command in commands.items():
+        source = command[command.index("-c") + 1]
+        lines += [f"build {escaped(path)}: run {escaped(Path(source))}"]
+        lines += [f"  line = {shlex.join(command).replace('$', '$$')}"]
+    lines += [f"build {escaped(out)}: link {' '.join(map(escaped, commands))}"]
+    lines += [f"  line = {shlex.join(link).replace('$', '$$')}", ""]
+    (objects / "build.ninja").write_text("\n".join(lines))
+    subprocess.run([ninja, "-C", str(objects), "-f", str(objects / "build.ninja")], check=True)
+
+
+def main() -> None:
+    """`python csrc/build.py OUT`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="the shared object to make")
+    parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UBSan")
+    options = parser.parse_args()
+    chosen = parts()
+    if not chosen:
+        sys.exit("nothing to build")
+    objects = CSRC.parent / "build" / ("native-sanitized" if options.sanitize else "native")
+    build(options.out.resolve(), chosen, objects, options.sanitize)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+// Between float32, in which everything is computed, and the types that tensors have.
+#pragma once
+
+#include "types.h"
+
+namespace hqq_oft::cpu::HQQ_OFT_ISA {
+namespace {
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// f(Type<T>()) with the T of a type known at run time.
+template <class F>
+inline void with_type(DType type, F&& f) {
+  switch (type) {
+    case DType::f32: return f(Type<float>());
+    case DType::f16: return f(Type<F16>());
+    case DType::bf16: return f(Type<BF16>());
+  }
+}
+
+// The first n < kLanes elements; the other lanes are zero.
+template <class T>
+inline Vec load_first(const T* p, int64_t n) {
+  float lanes[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = float_of(p[i]);
+  return load(lanes);
+}
+
+inline void widen(Source from, float* to, int64_t n) {
+  with_type(from.type, [&](auto type) {
+    auto p = static_cast<const typename decltype(type)::type*>(from.data);
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(to + i, load(p + i));
+    for (; i < n; ++i) to[i] = float_of(p[i]);
+  });
+}
+
+inline void narrow(const float* from, Sink to, int64_t n) {
+  with_type(to.type, [&](auto type) {
+    auto p = static_cast<typename decltype(type)::type*>(to.data);
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(p + i, load(from + i));
+    for (; i < n; ++i) narrow(from[i], p + i);
+  });
+}
+
+inline float number(Source from, int64_t i) {
+  float value;
+  widen(from.from(i), &value, 1);
+  return value;
+}
+
+}  // namespace
+}  // namespace hqq_oft::cpu::HQQ_OFT_ISA

@@ -1,0 +1,12 @@
+#define HQQ_OFT_ISA portable
+#include "../half.h"
+#include "../vector_portable.h"
+#include "../kernels.h"
+
+namespace hqq_oft::cpu {
+
+extern const Kernels portable_kernels{"portable",      portable::rotate,  portable::rotate_gradient,
+                                      portable::dequantize, portable::product, nullptr,
+                                      portable::cayley, portable::cayley_backward, portable::widen, nullptr};
+
+}  // namespace hqq_oft::cpu

@@ -1,0 +1,142 @@
+// y = x * W^T + bias for few bfloat16 rows of x and levels of at most 4 bits, with AVX-512's bfloat16 dot product.
+//
+// A byte is looked up once per field: the 16-bit word that holds the levels of columns 2i and 2i + 1, shifted, is an
+// index into a table of bfloat16 levels (vpermw, which ignores all but its low five bits; the table repeats itself, so
+// that bits above the level's do not matter). Even and odd columns come out apart, and x is laid out likewise. Per
+// group, s * (q . x) - s * z * sum(x).
+#pragma once
+
+#include <immintrin.h>
+
+#include "types.h"
+
+namespace hqq_oft::cpu::HQQ_OFT_ISA {
+namespace {
+
+inline __m512bh as_bf16(__m512i v) { return reinterpret_cast<__m512bh>(v); }
+
+// One row of x: its even and its odd columns of each 64 apart, and its sum over each group.
+void prepare_bf16(const uint16_t* x, int64_t K, int64_t group_size, uint16_t* out, float* sums) {
+  const __m512i ones = _mm512_set1_epi16(0x3f80);
+  for (int64_t group = 0; group < K / group_size; ++group) {
+    Vec total = set(0);
+    for (int64_t i = 0; i < group_size; i += 32, x += 32) {
+      __m512i pairs = _mm512_loadu_si512(x);
+      total = _mm512_dpbf16_ps(total, as_bf16(pairs), as_bf16(ones));
+      uint16_t* even = out + i / 64 * 64 + i % 64 / 2;
+      // the even column is in the low half of a 32-bit word, the odd one in its high half
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(even), _mm512_cvtepi32_epi16(pairs));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(even + 32), _mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+    }
+    out += group_size;
+    sums[group] = sum(total);
+  }
+}
+
+inline __m512i level_table(int64_t bits) {
+  alignas(64) uint16_t table[32];
+  for (int i = 0; i < 32; ++i) table[i] = bf16_of(static_cast<float>(i & ((1 << bits) - 1))).bits;
+  return _mm512_load_si512(table);
+}
+
+// One row of W: its bytes, and the shifts that bring its levels of even and of odd columns to the low bits.
+struct PackedRow {
+  const uint8_t* bytes;
+  __m128i even, odd;
+};
+
+// totals[w][m] += s * (q . x) of each group in columns begin ... end, for ROWS rows of x and two of W, whose x vectors
+// they share. Totals are vectors, `stride` of them apart.
+template <int ROWS>
+inline void dots_bf16(const PackedRow* w, __m512i table, const ProductBF16& op, int64_t m, int64_t begin, int64_t end,
+                      const float* scale, int64_t scale_stride, float* totals, int64_t stride) {
+  int64_t K = op.w.K, g = op.w.group_size;
+  Vec total[2][ROWS];
+  for (int i = 0; i < 2; ++i)
+    for (int r = 0; r < ROWS; ++r) total[i][r] = load(totals + (i * stride + r) * kLanes);
+  const uint16_t* x = op.x + m * K;
+  for (int64_t k = begin; k < end; k += g) {
+    Vec acc[2][ROWS];
+    for (auto& row : acc)
+      for (Vec& a : row) a = set(0);
+    for (int64_t column = k; column < k + g; column += 64) {
+      __m512i even[2], odd[2];
+      for (int i = 0; i < 2; ++i) {
+        __m512i words = _mm512_loadu_si512(w[i].bytes + column);
+        even[i] = _mm512_permutexvar_epi16(_mm512_srl_epi16(words, w[i].even), table);
+        odd[i] = _mm512_permutexvar_epi16(_mm512_srl_epi16(words, w[i].odd), table);
+      }
+      for (int r = 0; r < ROWS; ++r) {
+        __m512i x_even = _mm512_loadu_si512(x + r * K + column), x_odd = _mm512_loadu_si512(x + r * K + column + 32);
+        for (int i = 0; i < 2; ++i) {
+          acc[i][r] = _mm512_dpbf16_ps(acc[i][r], as_bf16(even[i]), as_bf16(x_even));
+          acc[i][r] = _mm512_dpbf16_ps(acc[i][r], as_bf16(odd[i]), as_bf16(x_odd));
+        }
+      }
+    }
+    for (int i = 0; i < 2; ++i) {
+      Vec s = set(scale[i * scale_stride + k / g]);
+      for (int r = 0; r < ROWS; ++r) total[i][r] = fma(acc[i][r], s, total[i][r]);
+    }
+  }
+  for (int i = 0; i < 2; ++i)
+    for (int r = 0; r < ROWS; ++r) store(totals + (i * stride + r) * kLanes, total[i][r]);
+}
+
+// sum over groups of s * z * sum(x)
+inline float correction(const float* scaled_zero, const float* sums, int64_t groups) {
+  Vec total = set(0);
+  int64_t i = 0;
+  for (; i + kLanes <= groups; i += kLanes) total = fma(load(scaled_zero + i), load(sums + i), total);
+  total = fma(load_first(scaled_zero + i, groups - i), load_first(sums + i, groups - i), total);
+  return sum(total);
+}
+
+void product_bf16(const ProductBF16& op, int64_t begin, int64_t end, float* scratch) {
+  constexpr int kRowsOfW = ProductBF16::kRows;
+  const Weight& w = op.w;
+  RowOrder order = op.order();
+  int64_t K = w.K, M = op.M, groups = op.row_groups(), group_stride = padded(groups);
+  int64_t band_rows = w.N / w.fields(), step = op.slice_columns();
+  float* scale = scratch;
+  float* scaled_zero = scale + kRowsOfW * group_stride;
+  float* totals = scaled_zero + kRowsOfW * group_stride;
+  __m512i table = level_table(w.bits);
+  for (int64_t task = begin; task < end; ++task) {
+    PackedRow rows[kRowsOfW];
+    int64_t number_of[kRowsOfW];
+    for (int i = 0; i < kRowsOfW; ++i) {
+      // past the last row, it once more
+      int64_t row = order.row(smaller(task * kRowsOfW + i, w.N - 1));
+      int shift = static_cast<int>(w.bits * (w.fields() - 1 - row / band_rows));
+      rows[i] = {static_cast<const uint8_t*>(w.packed) + row % band_rows * K, _mm_cvtsi32_si128(shift),
+                 _mm_cvtsi32_si128(shift + 8)};
+      number_of[i] = row;
+      float *s = scale + i * group_stride, *sz = scaled_zero + i * group_stride;
+      widen(w.scale.from(row * groups), s, groups);
+      widen(w.zero.from(row * groups), sz, groups);
+      for (int64_t j = 0; j < groups; ++j) sz[j] *= s[j];
+    }
+    for (int64_t i = 0; i < kRowsOfW * M; ++i) store(totals + i * kLanes, set(0));
+    for (int64_t k = 0; k < K; k += step)
+      for (int i = 0; i < kRowsOfW; i += 2) {
+        float* sums = totals + i * M * kLanes;
+        const float* s = scale + i * group_stride;
+        int64_t last = smaller(K, k + step), m = 0;
+        for (; m + 4 <= M; m += 4)
+          dots_bf16<4>(rows + i, table, op, m, k, last, s, group_stride, sums + m * kLanes, M);
+        for (; m < M; ++m) dots_bf16<1>(rows + i, table, op, m, k, last, s, group_stride, sums + m * kLanes, M);
+      }
+    for (int i = 0; i < kRowsOfW; ++i) {
+      float bias = op.bias ? number(*op.bias, number_of[i]) : 0;
+      for (int64_t m = 0; m < M; ++m) {
+        float value = sum(load(totals + (i * M + m) * kLanes)) -
+                      correction(scaled_zero + i * group_stride, op.sums + m * groups, groups) + bias;
+        narrow(&value, op.y.from(m * w.N + number_of[i]), 1);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace hqq_oft::cpu::HQQ_OFT_ISA

@@ -1,0 +1,120 @@
+// Rotations of rows by blocks, y = x + x * blockdiag(D), and the gradient of D.
+#pragma once
+
+#include "types.h"
+
+namespace hqq_oft::cpu::HQQ_OFT_ISA {
+namespace {
+
+// Blocks of one slice as float32 rows of padded(b), transposed where asked; `row` is room for one of them.
+inline void pack_slice(const Blocks& blocks, int64_t adapter, int64_t first, int64_t count, float* row, float* out) {
+  int64_t b = blocks.b, stride = padded(b);
+  for (int64_t block = 0; block < count; ++block) {
+    if (blocks.stored == 1 && block > 0) {
+      for (int64_t i = 0; i < b * stride; ++i) out[block * b * stride + i] = out[i];
+      continue;
+    }
+    Source d = blocks.d.from(adapter * blocks.elements() + blocks.offset(first + block));
+    float* to = out + block * b * stride;
+    for (int64_t i = 0; i < b; ++i) {
+      if (blocks.transpose) {
+        widen(d.from(i * b), row, b);
+        for (int64_t j = 0; j < b; ++j) to[j * stride + i] = row[j];
+      } else {
+        widen(d.from(i * b), to + i * stride, b);
+      }
+      for (int64_t j = b; j < stride; ++j) to[i * stride + j] = 0;
+    }
+  }
+}
+
+// y = x + x * D on a tile of rows of one slice. Vectors reach past a block into the next, which is computed after it.
+inline void rotate_tile(const float* x, int64_t rows, const Blocks& blocks, int64_t count, const float* packed,
+                        float* y) {
+  int64_t b = blocks.b, stride = blocks.tile_stride();
+  for (int64_t block = 0; block < count; ++block) {
+    const float* from = x + block * b;
+    multiply(from, stride, 1, packed + block * b * padded(b), padded(b), rows, b, b, from, stride, y + block * b,
+             stride);
+  }
+}
+
+// Positions of adapter a within begin ... end of the rows grouped by adapter.
+struct Range {
+  int64_t begin, end;
+};
+inline Range rows_of(const RowsByAdapter& rows, int64_t adapter, int64_t begin, int64_t end) {
+  if (!rows.order) return {begin, end};
+  return {larger(begin, rows.first[adapter]), smaller(end, rows.first[adapter + 1])};
+}
+
+void rotate(const Rotate& op, int64_t begin, int64_t end, float* scratch) {
+  const Blocks& blocks = op.blocks;
+  int64_t stride = blocks.tile_stride();
+  float* packed = scratch;
+  float* row = packed + blocks.packed_floats();
+  float* x = row + padded(blocks.b);
+  float* y = x + kTileRows * stride;
+  for (int64_t task = begin; task < end; ++task) {
+    int64_t slice = task % blocks.slices(), chunk = task / blocks.slices();
+    int64_t first = slice * blocks.per_slice(), count = smaller(blocks.per_slice(), blocks.count() - first);
+    int64_t column = first * blocks.b, columns = count * blocks.b;
+    int64_t from = chunk * kChunkRows, to = smaller(op.M, from + kChunkRows);
+    for (int64_t adapter = 0; adapter < op.rows.adapters; ++adapter) {
+      Range range = rows_of(op.rows, adapter, from, to);
+      if (range.begin >= range.end) continue;
+      pack_slice(blocks, adapter, first, count, row, packed);
+      for (int64_t position = range.begin; position < range.end; position += kTileRows) {
+        int64_t n = smaller(kTileRows, range.end - position);
+        for (int64_t r = 0; r < n; ++r)
+          widen(op.x.from(op.rows.row(position + r) * op.x_stride + column), x + r * stride, columns);
+        rotate_tile(x, n, blocks, count, packed, y);
+        for (int64_t r = 0; r < n; ++r)
+          narrow(y + r * stride, op.y.from(op.rows.row(position + r) * op.y_stride + column), columns);
+      }
+    }
+    if (!op.rows.order) continue;
+    for (int64_t position = larger(from, op.rows.first[op.rows.adapters]); position < to; ++position) {
+      int64_t r = op.rows.row(position);
+      widen(op.x.from(r * op.x_stride + column), x, columns);
+      narrow(x, op.y.from(r * op.y_stride + column), columns);
+    }
+  }
+}
+
+void rotate_gradient(const RotateGradient& op, int64_t begin, int64_t end, float* scratch) {
+  const Blocks& blocks = op.blocks;
+  int64_t b = blocks.b, stride = blocks.tile_stride(), slices = blocks.slices();
+  bool shared = blocks.stored == 1;
+  float* acc = scratch;
+  float* left = acc + blocks.packed_floats();
+  float* right = left + kTileRows * stride;
+  for (int64_t task = begin; task < end; ++task) {
+    int64_t slice = task % slices, chunk = task / slices % op.chunks(), adapter = task / slices / op.chunks();
+    int64_t first = slice * blocks.per_slice(), count = smaller(blocks.per_slice(), blocks.count() - first);
+    int64_t column = first * b, columns = count * b, sums = shared ? 1 : count;
+    for (int64_t i = 0; i < sums * b * padded(b); ++i) acc[i] = 0;
+    Range all = rows_of(op.rows, adapter, 0, op.M);
+    int64_t each = ceil_div(all.end - all.begin, op.chunks());
+    int64_t last = smaller(all.end, all.begin + (chunk + 1) * each);
+    for (int64_t position = all.begin + chunk * each; position < last; position += kTileRows) {
+      int64_t n = smaller(kTileRows, last - position);
+      for (int64_t r = 0; r < n; ++r) {
+        int64_t row = op.rows.row(position + r);
+        widen(op.left.from(row * op.left_stride + column), left + r * stride, columns);
+        widen(op.right.from(row * op.right_stride + column), right + r * stride, columns);
+      }
+      for (int64_t block = 0; block < count; ++block) {
+        float* sum = acc + (shared ? 0 : block) * b * padded(b);
+        multiply(left + block * b, 1, stride, right + block * b, stride, b, n, b, sum, padded(b), sum, padded(b));
+      }
+    }
+    int64_t part = shared ? chunk * slices + slice : chunk;
+    float* out = op.part + part * op.elements() + adapter * blocks.elements() + blocks.offset(first);
+    for (int64_t i = 0; i < sums * b; ++i)
+      for (int64_t j = 0; j < b; ++j) out[i * b + j] = acc[i * padded(b) + j];
+  }
+}
+
+}  // namespace
+}  // namespace hqq_oft::cpu::HQQ_OFT_ISA

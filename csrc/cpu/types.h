@@ -1,0 +1,240 @@
+// Arguments of the CPU kernels, and the table of kernels that each instruction set fills in. Free of PyTorch.
+#pragma once
+
+#include <cstdint>
+
+namespace hqq_oft::cpu {
+
+enum class DType { f32, f16, bf16 };
+
+constexpr int64_t size_of(DType type) { return type == DType::f32 ? 4 : 2; }
+
+// Elements of a tensor, of a type known at run time.
+struct Source {
+  const void* data;
+  DType type;
+  Source from(int64_t element) const { return {static_cast<const char*>(data) + element * size_of(type), type}; }
+};
+
+struct Sink {
+  void* data;
+  DType type;
+  Sink from(int64_t element) const { return {static_cast<char*>(data) + element * size_of(type), type}; }
+};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Rows of blocks in scratch begin at multiples of this many floats: the widest vector.
+constexpr int64_t kPad = 16;
+constexpr int64_t padded(int64_t n) { return ceil_div(n, kPad) * kPad; }
+
+// W = (level - zero) * scale, [N, K], as HQQ packs it. Level e of W, read row by row, is field e / band_elements of
+// packed element e mod band_elements, the first field in the highest bits; its scale and zero are those of group
+// e / group_size (axis 1) or e mod groups (axis 0).
+struct Weight {
+  const void* packed;  // uint8, or int32 words of ten levels for 3 bits
+  Source scale, zero;  // [groups], of one type
+  int64_t N, K, bits, group_size, axis;
+
+  int64_t fields() const { return bits == 3 ? 10 : 8 / bits; }
+  int64_t groups() const { return N * K / group_size; }
+  int64_t band_elements() const {
+    int64_t rows = axis == 1 ? groups() : group_size, columns = axis == 1 ? group_size : groups();
+    return ceil_div(rows, fields()) * columns;
+  }
+};
+
+// Rows first ... first + count of W, those that share packed bytes one after another, so that the bytes are still in
+// cache: one row of each band, then the next.
+struct RowOrder {
+  int64_t first, count, fields, stride;
+
+  static RowOrder of(const Weight& w, int64_t first, int64_t count) {
+    bool all = first == 0 && count == w.N;
+    int64_t fields = all ? w.fields() : 1;
+    return {first, count, fields, ceil_div(count, fields)};
+  }
+  int64_t positions() const { return fields * stride; }
+  // Row at a position; -1 for a position past the last row of its band.
+  int64_t row(int64_t position) const {
+    int64_t row = position % fields * stride + position / fields;
+    return row < count ? first + row : -1;
+  }
+};
+
+// Blockwise rotation: D [adapters, stored, b, b] with stored = K / b, or 1 block for all positions.
+struct Blocks {
+  Source d;
+  int64_t K, b, stored;
+  bool transpose;
+
+  int64_t count() const { return K / b; }
+  int64_t elements() const { return stored * b * b; }  // of one adapter
+  int64_t offset(int64_t block) const { return (stored == 1 ? 0 : block) * b * b; }
+  // Neighbouring blocks that one task takes together, for long runs of memory.
+  int64_t per_slice() const { return smaller(larger(256 / b, 1), count()); }
+  int64_t slices() const { return ceil_div(count(), per_slice()); }
+  int64_t slice_columns() const { return per_slice() * b; }
+  // A tile of rows in scratch has room for a vector that begins in its last column.
+  int64_t tile_stride() const { return padded(slice_columns()) + kPad; }
+  int64_t packed_floats() const { return per_slice() * b * padded(b); }
+};
+
+// Rows grouped by adapter: order[first[a] ... first[a + 1]] are adapter a's rows; those from first[adapters] on have
+// none. Without an order: one adapter, all rows.
+struct RowsByAdapter {
+  int64_t adapters;
+  const int64_t* order;
+  const int64_t* first;
+
+  int64_t row(int64_t position) const { return order ? order[position] : position; }
+};
+
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kChunkRows = 512;
+
+// y = x + x * blockdiag(D), [M, K]; y may be x.
+struct Rotate {
+  Source x;
+  Sink y;
+  int64_t M, x_stride, y_stride;
+  Blocks blocks;
+  RowsByAdapter rows;
+
+  int64_t tasks() const { return blocks.slices() * ceil_div(M, kChunkRows); }
+  int64_t scratch() const { return blocks.packed_floats() + padded(blocks.b) + 2 * kTileRows * blocks.tile_stride(); }
+  int64_t cost() const { return smaller(M, kChunkRows) * blocks.slice_columns() * blocks.b; }
+};
+
+// dD_i = left_i^T * right_i, in `parts` that are added in their order: parts do not depend on the number of threads.
+struct RotateGradient {
+  Source left, right;
+  int64_t left_stride, right_stride, M;
+  Blocks blocks;
+  RowsByAdapter rows;
+  float* part;  // [parts, adapters, stored, b, b]
+
+  // Where there are too few blocks to share out, tokens are.
+  int64_t chunks() const {
+    int64_t independent = blocks.slices() * rows.adapters;
+    return independent >= 16 ? 1 : larger(1, smaller(ceil_div(M, kChunkRows), 16));
+  }
+  int64_t parts() const { return chunks() * (blocks.stored == 1 ? blocks.slices() : 1); }
+  int64_t elements() const { return rows.adapters * blocks.elements(); }
+  int64_t tasks() const { return rows.adapters * blocks.slices() * chunks(); }
+  int64_t scratch() const { return blocks.packed_floats() + 2 * kTileRows * blocks.tile_stride(); }
+  int64_t cost() const { return ceil_div(M, chunks()) * blocks.slice_columns() * blocks.b; }
+};
+
+// out = W[first_row ..., first_column ...] in its type, with `rotated` W * blockdiag(D)^T.
+struct Dequantize {
+  Weight w;
+  Sink out;
+  int64_t first_row, rows, first_column, columns, out_stride;
+  bool rotated;
+  Blocks blocks;  // transposed; those of the columns alone
+
+  RowOrder order() const { return RowOrder::of(w, first_row, rows); }
+  int64_t slice_columns() const { return rotated ? blocks.slice_columns() : smaller(columns, 4096); }
+  int64_t slices() const { return rotated ? blocks.slices() : ceil_div(columns, slice_columns()); }
+  int64_t chunk_rows() const { return rotated ? kChunkRows : kTileRows; }
+  int64_t tasks() const { return slices() * ceil_div(order().positions(), chunk_rows()); }
+  int64_t scratch() const {
+    return rotated ? blocks.packed_floats() + padded(blocks.b) + 2 * kTileRows * blocks.tile_stride()
+                   : padded(slice_columns());
+  }
+  int64_t cost() const { return chunk_rows() * slice_columns() * (rotated ? blocks.b : 4); }
+};
+
+constexpr int64_t kProductRows = 4;
+constexpr int64_t kProductColumns = 2048;
+
+// y = x * W^T + bias, [M, N], for few rows of x.
+struct Product {
+  const float* x;  // [M, K]
+  Weight w;
+  const Source* bias;
+  Sink y;
+  int64_t M;
+
+  RowOrder order() const { return RowOrder::of(w, 0, w.N); }
+  int64_t tasks() const { return ceil_div(order().positions(), kProductRows); }
+  int64_t scratch() const { return kProductRows * (padded(smaller(w.K, kProductColumns)) + padded(M)); }
+  int64_t cost() const { return kProductRows * w.K * (M + 4); }
+};
+
+// The same for bfloat16 rows and levels of at most 4 bits, which bfloat16 holds exactly.
+struct ProductBF16 {
+  const uint16_t* x;   // [M, K], the even and the odd ones of each 64 columns apart
+  const float* sums;   // [M, K / group_size], of x over each group
+  Weight w;
+  const Source* bias;
+  Sink y;
+  int64_t M;
+
+  // Whole vectors in each group, whole groups in each row, whole rows in each band.
+  static bool serves(const Weight& w, DType x) {
+    return x == DType::bf16 && w.axis == 1 && w.bits != 3 && w.bits != 8 && w.group_size % 64 == 0 &&
+           w.K % w.group_size == 0 && w.N % w.fields() == 0;
+  }
+  static constexpr int64_t kRows = 8;  // of W in a task
+
+  RowOrder order() const { return RowOrder::of(w, 0, w.N); }
+  int64_t row_groups() const { return w.K / w.group_size; }
+  // Columns of which all rows of x stay in the first-level cache while the task's rows of W pass.
+  int64_t slice_columns() const { return larger(16384 / M / w.group_size, 1) * w.group_size; }
+  int64_t tasks() const { return ceil_div(w.N, kRows); }
+  int64_t scratch() const { return kRows * (2 * padded(row_groups()) + M * kPad); }
+  int64_t cost() const { return kRows * w.K * (M + 4) / 4; }
+};
+
+// D = R - I from skew parameters v [stored, b(b-1)/2]; coefficients[k] is that of Q^(k + 1), none for the exact map.
+struct Cayley {
+  Source v;
+  int64_t stored, b, count;  // count: blocks of the result
+  const float* coefficients;
+  int64_t terms;  // number of coefficients
+  bool exact;
+  const bool* keep;         // [count] or null
+  const double* max_norm;   // or null
+
+  int64_t block() const { return b * padded(b); }
+  int64_t parameters() const { return b * (b - 1) / 2; }
+};
+
+struct CayleyForward {
+  Cayley map;
+  Sink d;
+
+  int64_t tasks() const { return map.count; }
+  int64_t scratch() const { return 4 * map.block(); }
+  int64_t cost() const { return map.b * map.b * map.b * larger(map.terms, 2); }
+};
+
+struct CayleyBackward {
+  Cayley map;
+  Source grad;  // [count, b, b]
+  Sink dv;
+
+  int64_t tasks() const { return map.stored; }
+  int64_t scratch() const { return (5 + larger(map.terms, 1)) * map.block(); }
+  int64_t cost() const { return 3 * map.b * map.b * map.b * larger(map.terms, 2); }
+};
+
+// Kernels of one instruction set. Each runs tasks begin ... end with `scratch()` floats of its own, 64-byte aligned.
+struct Kernels {
+  const char* name;
+  void (*rotate)(const Rotate&, int64_t begin, int64_t end, float* scratch);
+  void (*rotate_gradient)(const RotateGradient&, int64_t begin, int64_t end, float* scratch);
+  void (*dequantize)(const Dequantize&, int64_t begin, int64_t end, float* scratch);
+  void (*product)(const Product&, int64_t begin, int64_t end, float* scratch);
+  void (*product_bf16)(const ProductBF16&, int64_t begin, int64_t end, float* scratch);  // null: there is none
+  void (*cayley)(const CayleyForward&, int64_t begin, int64_t end, float* scratch);
+  void (*cayley_backward)(const CayleyBackward&, int64_t begin, int64_t end, float* scratch);
+  void (*widen)(Source from, float* to, int64_t n);
+  void (*prepare_bf16)(const uint16_t* x, int64_t K, int64_t group_size, uint16_t* out, float* sums);  // likewise
+};
+
+}  // namespace hqq_oft::cpu

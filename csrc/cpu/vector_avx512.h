@@ -1,0 +1,61 @@
+// Sixteen float lanes of AVX-512 (F, BW, DQ, VL).
+#pragma once
+
+#include <immintrin.h>
+
+#include "types.h"
+
+namespace hqq_oft::cpu::HQQ_OFT_ISA {
+namespace {
+
+constexpr int kLanes = 16;
+using Vec = __m512;
+
+inline Vec set(float value) { return _mm512_set1_ps(value); }
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+// a * b + c
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+
+inline __m256i load_32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+inline Vec load(const BF16* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_32(p)), 16));
+}
+inline Vec load(const F16* p) { return _mm512_cvtph_ps(load_32(p)); }
+
+// To nearest, ties to even, as `bf16_of`; the instruction makes numbers below 2^-126 zero.
+inline void store(BF16* p, Vec v) {
+#ifdef __AVX512BF16__
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+#else
+  __m512i bits = _mm512_castps_si512(v);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+  __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+#endif
+}
+inline void store(F16* p, Vec v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline Vec levels_of(__m512i elements, int shift, int mask) {
+  __m512i shifted = _mm512_srl_epi32(elements, _mm_cvtsi32_si128(shift));
+  return _mm512_cvtepi32_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(mask)));
+}
+inline Vec levels(const uint8_t* packed, int shift, int mask) {
+  __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
+  return levels_of(_mm512_cvtepu8_epi32(bytes), shift, mask);
+}
+inline Vec levels(const int32_t* packed, int shift, int mask) {
+  return levels_of(_mm512_loadu_si512(packed), shift, mask);
+}
+
+}  // namespace
+}  // namespace hqq_oft::cpu::HQQ_OFT_ISA

@@ -1,0 +1,69 @@
+// Eight float lanes in plain C++, for every compiler: it finds SSE2 or NEON by itself.
+#pragma once
+
+#include <cstring>
+
+#include "types.h"
+
+namespace hqq_oft::cpu::HQQ_OFT_ISA {
+namespace {
+
+constexpr int kLanes = 8;
+
+struct Vec {
+  float lane[kLanes];
+};
+
+template <class F>
+inline Vec each(F&& f) {
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v.lane[i] = f(i);
+  return v;
+}
+
+inline Vec set(float value) {
+  return each([&](int) { return value; });
+}
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline Vec sub(Vec a, Vec b) {
+  return each([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+inline Vec mul(Vec a, Vec b) {
+  return each([&](int i) { return a.lane[i] * b.lane[i]; });
+}
+// a * b + c
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return each([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+}
+inline float sum(Vec v) {
+  float total = 0;
+  for (float lane : v.lane) total += lane;
+  return total;
+}
+
+inline Vec load(const BF16* p) {
+  return each([&](int i) { return float_of(p[i]); });
+}
+inline Vec load(const F16* p) {
+  return each([&](int i) { return float_of(p[i]); });
+}
+inline void store(BF16* p, Vec v) {
+  for (int i = 0; i < kLanes; ++i) p[i] = bf16_of(v.lane[i]);
+}
+inline void store(F16* p, Vec v) {
+  for (int i = 0; i < kLanes; ++i) p[i] = f16_of(v.lane[i]);
+}
+
+template <class P>
+inline Vec levels(const P* packed, int shift, int mask) {
+  return each([&](int i) { return static_cast<float>((packed[i] >> shift) & mask); });
+}
+
+}  // namespace
+}  // namespace hqq_oft::cpu::HQQ_OFT_ISA

@@ -1,0 +1,35 @@
+// What the kernels are given: tensors as device pointers, sizes, and the plan. 16-bit values are raw bits.
+#pragma once
+
+#include <cstdint>
+
+namespace hqq_oft::cuda {
+
+struct RotationArguments {
+  const uint16_t* x;             // [tokens, in_features]
+  int64_t x_stride;              // elements between rows
+  const uint16_t* d;             // [adapters, stored blocks, b, b]; null for no rotation
+  const int64_t* adapter_index;  // [tokens], -1 for none; null where all rows have the one adapter
+  int tokens;
+  int in_features;
+  int block_size;
+  int stored_blocks;  // in_features / block_size, or 1 that all share
+};
+
+struct DecodeArguments {
+  RotationArguments rotation;
+  const uint8_t* packed;  // [out_features / fields, in_features] bytes, or 32-bit words for 3 bits
+  const uint16_t* scale;  // [out_features, in_features / group_size]
+  const uint16_t* zero;
+  const uint16_t* bias;  // [out_features] or null
+  uint16_t* y;           // [tokens, out_features]
+  float* partial;        // workspace, as `partial_elements` counts it
+  uint64_t* tickets;     // as `ticket_count` counts them; may hold anything
+  uint64_t stamp;        // see decode.cuh; its low 16 bits are 0
+  int out_features, band_rows;  // band_rows: out_features / fields
+  int group_size, groups_per_row;
+  int tiles, band_tiles, slice, splits, scale_words, scale_buffers;  // of the plan
+  bool chained;
+};
+
+}  // namespace hqq_oft::cuda

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hqq_oft import _native, backend
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if _native.REASON and HERE in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason=_native.REASON))
+
+
+def pytest_generate_tests(metafunc):
+    if "instruction_set" in metafunc.fixturenames:
+        names = [] if _native.REASON else _native.operations.instruction_sets()
+        metafunc.parametrize("instruction_set", names, indirect=True)
+
+
+@pytest.fixture
+def instruction_set(request):
+    """The tests that ask for it run on the kernels of each instruction set that the machine has."""
+    before = _native.operations.instruction_set()
+    _native.operations.use_instruction_set(request.param)
+    yield request.param
+    _native.operations.use_instruction_set(before)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _on_native():
+    with backend("native"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """PyTorch fills what it allocates with NaN, or the largest integer, in its deterministic mode."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,94 @@
+"""Operators over compiled kernels: opcheck, compile, refusals, the choice of an instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import oft_layer, relative_error
+from test_functional import operator_arguments
+
+from hqq_oft import BackendError, Unsupported, _native, backend, backends, functional
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_opcheck(case):
+    name, args = operator_arguments()[case]
+    if any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float64 for arg in args):
+        pytest.skip("float64 is left to the reference")
+    torch.library.opcheck(getattr(torch.ops.hqq_oft, name).default, args)
+
+
+@pytest.mark.parametrize("m", [5, 33])
+def test_compile_without_graph_breaks_forward_and_backward(m):
+    torch._dynamo.reset()
+    layer, x = oft_layer(), torch.randn(m, 96)
+    results = []
+    for module in (layer, torch.compile(layer, fullgraph=True)):
+        inputs = x.clone().requires_grad_()
+        layer.zero_grad()
+        out = module(inputs)
+        out.square().sum().backward()
+        results.append([out, inputs.grad, layer.oft_R["default"].weight.grad.clone()])
+    for eager, compiled in zip(*results, strict=True):
+        assert relative_error(compiled, eager) <= 1e-6
+
+
+def test_auto_takes_it_on_the_cpu(monkeypatch):
+    calls = []
+    real = _native.OPERATIONS["rotate"]
+    table = {**_native.OPERATIONS, "rotate": lambda *args: calls.append(args) or real(*args)}
+    entry = backends.Backend("native", table)
+    monkeypatch.setitem(backends.registry(), "native", entry)
+    with backend("auto"):
+        functional.rotate(torch.randn(3, 8), torch.randn(2, 4, 4))
+    assert len(calls) == 1
+
+
+def test_what_is_refused():
+    x, d = torch.randn(3, 8, dtype=torch.float64), torch.randn(2, 4, 4, dtype=torch.float64)
+    with pytest.raises(
+        BackendError, match=r"cannot serve rotate: .* compute in float32, and a tensor is torch.float64"
+    ):
+        functional.rotate(x, d)
+    with pytest.raises(BackendError, match=r"the result is to be torch.float64"):
+        functional.cayley(torch.randn(2, 6), 4, dtype=torch.float64)
+    with pytest.raises(Unsupported, match=r"run on the CPU, and a tensor is on meta"):
+        _native.OPERATIONS["rotate"](torch.empty(3, 8, device="meta"), torch.empty(2, 4, 4), None, False)
+    with backend("auto"):
+        assert functional.rotate(x, d).dtype == torch.float64
+
+
+def test_tensors_that_do_not_fit_are_errors_not_reads_beyond_them():
+    lib = torch.ops.hqq_oft_native
+    x, d = torch.randn(3, 8), torch.randn(2, 4, 4)
+    for args in ((x, d[:, :, :3], None, False), (x, d.repeat(2, 1, 1), None, False),
+                 (x, d[None], torch.zeros(2, dtype=torch.int64), False)):  # fmt: skip
+        with pytest.raises(RuntimeError):
+            lib.rotate(*args)
+    packed, scale = torch.zeros(4, 8, dtype=torch.uint8), torch.ones(8)
+    with pytest.raises(RuntimeError, match="do not fit the weight's shape"):
+        lib.dequantize(packed, scale, scale, 8, 16, 4, 8, 1, torch.float32)
+
+
+def test_an_instruction_set_by_name():
+    available = _native.operations.instruction_sets()
+    assert available[0] == "portable"
+    with pytest.raises(ValueError, match=rf"no CPU kernels for 'sse9'; it has {', '.join(available)}"):
+        _native.operations.use_instruction_set("sse9")
+
+
+@pytest.mark.parametrize("wanted", ["portable", "AVX512_BF16", "sse9"])
+def test_the_environment_chooses_the_instruction_set(wanted):
+    available = _native.operations.instruction_sets()
+    program = "from hqq_oft import _native; print(_native.operations.instruction_set())"
+    environment = {**os.environ, "HQQ_OFT_CPU_ISA": wanted}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    if wanted.lower() in available:
+        assert run.stdout.strip() == wanted.lower(), run.stderr
+    else:
+        assert "ValueError: " in run.stderr
+        assert ("HQQ_OFT_CPU_ISA='sse9' is not understood" if wanted == "sse9" else "it has portable") in run.stderr

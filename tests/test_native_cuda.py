@@ -1,0 +1,117 @@
+"""What the native CUDA decode kernel refuses, and why, without a device."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from gpu.cases import operations
+
+from hqq_oft import Unsupported, backend
+from hqq_oft._native import cuda
+
+
+def call(m=4, n=64, k=128, b=32, dtype=torch.bfloat16, **settings):
+    """The arguments of `linear` that decide whether it is served."""
+    return operations(m, n, k, b, "cpu", dtype, **settings)["linear"][:10]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"m": 0}, {"m": 16}, {"bits": 3, "n": 70, "m": 8}, {"bits": 1}, {"group": 32}, {"group": 128}, {"b": 128}],
+    ids=str,
+)
+def test_served(settings):
+    x, d, *weight = call(**settings)
+    cuda.check_call(x, d, *weight)
+    cuda.check_call(x, None, *weight)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"m": 17}, "up to 16 tokens"),
+        ({"bits": 3, "n": 70, "m": 9}, "up to 8 tokens at 3 bits"),
+        ({"dtype": torch.float32}, "x is torch.float32"),
+        ({"axis": 0}, "axis=1"),
+        ({"bits": 3}, "64 outputs are no multiple of 10"),
+        ({"bits": 2, "n": 66, "group": 32, "k": 64}, "66 outputs are no multiple of 4"),
+        ({"group": 16}, "group_size is 16"),
+        ({"group": 256, "k": 128}, "group_size is 256"),
+        ({"b": 8}, "these are of 8"),
+    ],
+    ids=str,
+)
+def test_refused(settings, reason):
+    with pytest.raises(Unsupported, match=reason):
+        cuda.check_call(*call(**settings))
+
+
+@pytest.mark.parametrize(("position", "name"), [(1, "D"), (3, "scale"), (4, "zero")])
+def test_other_dtypes_are_refused(position, name):
+    args = list(call())
+    args[position] = args[position].float()
+    with pytest.raises(Unsupported, match=f"{name} torch.float32"):
+        cuda.check_call(*args)
+
+
+def test_packed_weights_that_cannot_be_copied_by_sixteen_bytes_are_refused():
+    args = list(call())
+    args[2] = torch.cat([args[2].flatten(), args[2].new_zeros(1)])[1:].view_as(args[2])
+    with pytest.raises(Unsupported, match="an address that 16 divides"):
+        cuda.check_call(*args)
+
+
+def test_other_devices_are_refused():
+    with pytest.raises(Unsupported, match="the tensor is on cpu"):
+        cuda.check_device(torch.zeros(1, 1), 4)
+
+
+@pytest.fixture
+def _device(monkeypatch, tmp_path):
+    """A device with a table that says: 4 bits to 8 tokens."""
+    (tmp_path / "some_gpu.json").write_text(json.dumps({"native_decode": {"4": 8}}))
+    monkeypatch.setattr(cuda.resources, "files", lambda _: tmp_path)
+    monkeypatch.setattr(cuda, "_device", lambda _: ("some_gpu", (8, 0)))
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+    cuda.measured_tokens.cache_clear()
+    yield
+    cuda.measured_tokens.cache_clear()
+
+
+class OnCuda:
+    """What `check_device` asks of a tensor."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self, tokens):
+        self.shape = (tokens, 128)
+
+
+@pytest.mark.usefixtures("_device")
+def test_auto_wants_a_measurement():
+    cuda.check_device(OnCuda(8), 4)
+    for tokens, bits in ((9, 4), (1, 2)):
+        with pytest.raises(Unsupported, match=f"no measurement on this device .* {bits} bits and {tokens} tokens"):
+            cuda.check_device(OnCuda(tokens), bits)
+        with backend("native"):
+            cuda.check_device(OnCuda(tokens), bits)
+
+
+@pytest.mark.usefixtures("_device")
+def test_devices_without_a_table_have_no_measurement(monkeypatch):
+    monkeypatch.setattr(cuda, "_device", lambda _: ("other_gpu", (9, 0)))
+    with pytest.raises(Unsupported, match="no measurement"):
+        cuda.check_device(OnCuda(1), 4)
+
+
+@pytest.mark.usefixtures("_device")
+def test_old_devices_and_builds_without_cuda_are_refused(monkeypatch):
+    with backend("native"):
+        monkeypatch.setattr(cuda, "_device", lambda _: ("some_gpu", (7, 5)))
+        with pytest.raises(Unsupported, match=r"capability 8\.0"):
+            cuda.check_device(OnCuda(1), 4)
+        monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
+        with pytest.raises(Unsupported, match="has no CUDA kernels"):
+            cuda.check_device(OnCuda(1), 4)

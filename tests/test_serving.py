@@ -1,0 +1,136 @@
+"""Serving several adapters over one quantized model: mixed batches, adapters that come and go, memory given back."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from peft import OFTConfig, get_peft_model
+from small_llama import VOCABULARY, quantized_llama
+
+import hqq_oft
+from hqq_oft import HqqOFTLinear
+
+NAMES = ["first", "second", "__base__", "second"]
+
+
+def config(**settings):
+    return OFTConfig(
+        r=0, oft_block_size=8, target_modules=["q_proj", "v_proj", "down_proj"], init_weights=False, **settings
+    )
+
+
+@pytest.fixture
+def served():
+    torch.manual_seed(0)
+    with hqq_oft.patch_peft():
+        model = get_peft_model(quantized_llama(), config(use_cayley_neumann=True), adapter_name="first")
+        model.add_adapter("second", config(use_cayley_neumann=True))
+        yield model.eval()
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(1, VOCABULARY, (4, 5), generator=torch.Generator().manual_seed(1))
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, HqqOFTLinear)]
+
+
+def generate(model, tokens, **settings):
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **settings}
+    return model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **settings)
+
+
+def alone(model, tokens, name):
+    """What a model gives that has this adapter active and no other, for one sample."""
+    if name == "__base__":
+        with model.disable_adapter():
+            return generate(model, tokens)
+    model.set_adapter(name)
+    return generate(model, tokens)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_each_sample_of_a_batch_is_served_by_its_adapter(served, tokens, cache):
+    mixed = generate(served, tokens, adapter_names=NAMES, cache_implementation=cache)
+    for row, name in enumerate(NAMES):
+        expected = alone(served, tokens[row : row + 1], name)[0]
+        assert torch.equal(mixed[row, : len(expected)], expected)
+    assert len({tuple(row.tolist()) for row in mixed[:, 5:]}) > 2  # the adapters do differ
+
+
+def test_the_same_inside_frozen_rotations(served, tokens):
+    expected = generate(served, tokens, adapter_names=NAMES)
+    with hqq_oft.frozen_rotations(served):
+        for _ in range(2):
+            assert torch.equal(generate(served, tokens, adapter_names=NAMES), expected)
+        before = {id(layer): dict(layer._rotations._entries) for layer in layers(served)}
+        generate(served, tokens, adapter_names=NAMES[::-1])
+        assert all(dict(layer._rotations._entries) == before[id(layer)] for layer in layers(served))
+
+
+def test_rotations_are_made_once_for_all_tokens(served, tokens, monkeypatch):
+    calls = []
+    cayley = hqq_oft.functional.cayley
+    monkeypatch.setattr(hqq_oft.functional, "cayley", lambda *a, **k: calls.append(1) or cayley(*a, **k))
+    generate(served, tokens, adapter_names=NAMES)
+    assert len(calls) == 2 * len(layers(served))
+    generate(served, tokens, adapter_names=NAMES[::-1])
+    assert len(calls) == 2 * len(layers(served))
+
+
+def test_an_adapter_that_is_removed_gives_back_its_memory(served, tokens):
+    generate(served, tokens, adapter_names=NAMES)
+    refs = []
+    for layer in layers(served):
+        refs.append(weakref.ref(layer.oft_R["second"].weight))
+        refs.append(weakref.ref(layer._rotations._entries["second"][2]))
+        refs += [weakref.ref(made) for _, made in layer._rotations._derived.values()]
+    served.delete_adapter("second")
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * len(refs)
+    assert torch.equal(generate(served, tokens[:1]), alone(served, tokens[:1], "first"))
+
+
+def test_what_is_served_follows_every_change(served, tokens):
+    """Add, switch, replace, train, load, remove: the next batch is that of a model which never served anything."""
+
+    def check():
+        for layer in layers(served):
+            kept = dict(layer._rotations._entries)
+            for name, (v, _, d) in kept.items():
+                fresh = hqq_oft.functional.cayley(v, dtype=d.dtype, **layer._cayley_arguments(name))
+                assert torch.equal(d, fresh)
+
+    def serve(names):
+        out = generate(served, tokens, adapter_names=names)
+        for row, name in enumerate(names):
+            expected = alone(served, tokens[row : row + 1], name)[0]
+            assert torch.equal(out[row, : len(expected)], expected)
+        check()
+
+    serve(NAMES)
+    served.add_adapter("third", config(use_cayley_neumann=True))
+    served.eval()
+    serve(["third", "first", "second", "third"])
+    with torch.no_grad():
+        for layer in layers(served):
+            layer.oft_R["third"].weight.mul_(-1)
+    serve(["third", "first", "second", "third"])
+    served.delete_adapter("third")
+    served.add_adapter("third", config())
+    served.eval()
+    serve(["third", "third", "__base__", "first"])
+    served.train()
+    served.set_adapter("first")
+    served(input_ids=tokens, labels=tokens).loss.backward()
+    torch.optim.SGD([p for p in served.parameters() if p.requires_grad], lr=1.0).step()
+    served.eval()
+    serve(NAMES)
+    state = {name: value * 0.5 for name, value in served.state_dict().items() if "oft_R.second" in name}
+    served.load_state_dict(state, strict=False)
+    serve(NAMES)
