@@ -10,8 +10,8 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any, get_args
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 import torch
 from hqq.core.quantize import HQQLinear
@@ -26,7 +26,21 @@ from .adapter_settings import AdapterSettings
 from .merging import PackedState
 from .reference import project
 from .rotation_cache import RotationCache
+from .state_lock import StateLock
 from .weight import QuantizedWeight, require_whole
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _alone(method: _Method) -> _Method:
+    """Keep other threads' forwards, and other such methods, out of a layer while this one changes it."""
+
+    @wraps(method)
+    def call(self: HqqOFTLinear, *args: Any, **kwargs: Any) -> Any:
+        with self._lock.writing():
+            return method(self, *args, **kwargs)
+
+    return cast(_Method, call)
 
 
 class HqqOFTLinear(nn.Module, OFTLayer):
@@ -135,6 +149,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         self._pristine: PackedState | None = vars(self).get("_pristine")
         self.merge_error: float | None = vars(self).get("merge_error")
         self._rotations: RotationCache = vars(self).get("_rotations", RotationCache())
+        self._lock: StateLock = vars(self).get("_lock", StateLock())
         merging.mend(self.get_base_layer())
         if _after_load not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_after_load)
@@ -152,6 +167,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
 
     # --- Adapters ----------------------------------------------------------------------------------------------------
 
+    @_alone
     def update_layer(
         self,
         adapter_name: str,
@@ -222,6 +238,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         if weight.device.type != "meta" and torch.device(device).type != "meta":
             self.oft_R[adapter_name].to(device)
 
+    @_alone
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was active another becomes so, as in PEFT.
 
@@ -311,12 +328,19 @@ class HqqOFTLinear(nn.Module, OFTLayer):
             raise TypeError(f"the input must be a floating point tensor, got {x.dtype}; cast it first.")
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"the input must have shape [..., {self.in_features}], got {tuple(x.shape)}.")
+        if torch.compiler.is_compiling():
+            return self._forward(x, *args, adapter_names=adapter_names, **kwargs)
+        while True:
+            with self._lock.reading():
+                if not (self.disable_adapters and self.merged):
+                    return self._forward(x, *args, adapter_names=adapter_names, **kwargs)
+            self._unmerge_disabled()
+
+    def _forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None, **kwargs: Any) -> Tensor:
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
         dtype = x.dtype
         x = x.to(self.get_base_layer().compute_dtype)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
         with without_autocast(x.device.type):
             if self.disable_adapters or self.merged:
                 y = self.base_layer(x, *args, **kwargs)
@@ -325,6 +349,11 @@ class HqqOFTLinear(nn.Module, OFTLayer):
             else:
                 y = self._forward_active(x, *args, **kwargs)
         return y.to(dtype)
+
+    @_alone
+    def _unmerge_disabled(self) -> None:
+        if self.disable_adapters and self.merged:  # still: another thread may have been first
+            self.unmerge()
 
     def _check_adapter_names(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
@@ -377,7 +406,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         step = rotation_step.current()
         return None if step is None else step.rotation(v)
 
-    def rotations_to_share(self) -> Iterator[rotation_step.Member]:
+    def _rotations_to_share(self) -> Iterator[rotation_step.Member]:
         """The active adapters whose `D`, in a training forward, depends on their parameter alone."""
         if not self.training or self.disable_adapters or self.merged:
             return
@@ -458,6 +487,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
 
     # --- Merge -------------------------------------------------------------------------------------------------------
 
+    @_alone
     def merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None, into: float | None = None
     ) -> None:
@@ -497,7 +527,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
             warnings.warn(
                 f"Merged {order}; the active adapter(s) {left_out} are not merged and have no effect until "
                 "`unmerge` is called: a merged layer uses its base weight alone.",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def merged_linear(
@@ -551,7 +581,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         pristine = self._pristine if self.merged else PackedState.of(base)
         if pristine is not None:
             return merging.rotate_weight(pristine.to(base.W_q.device).weight(), rotations, check)
-        dense = self._estimate_pristine(action="Merging more adapters", stacklevel=4)
+        dense = self._estimate_pristine(action="Merging more adapters", stacklevel=5)
         return merging.rotate_dense(dense, rotations, check)
 
     def _merge_order(self, names: list[str]) -> list[str]:
@@ -574,6 +604,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
             return None
         return pristine.to("cpu") if self.keep_pristine == "host" else pristine
 
+    @_alone
     def unmerge(self) -> None:
         """Take all merged adapters out again: bit-exact, unless the pristine weight was given up.
 
@@ -581,13 +612,13 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         warned of.
         """
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
             return
         base = self.get_base_layer()
         if self._pristine is not None:
             state = self._pristine.to(base.W_q.device)
         else:
-            state = merging.requantize(base, self._estimate_pristine(action="Unmerging", stacklevel=3))
+            state = merging.requantize(base, self._estimate_pristine(action="Unmerging", stacklevel=4))
         with self._unchanged_on_error():
             state.install(base)
             self._pristine, self.merged_adapters, self.merge_error = None, [], None
@@ -609,6 +640,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         """What a merge changes, for `restore_merge_state`; tensors are shared, not copied."""
         return PackedState.of(self.get_base_layer()), self._pristine, list(self.merged_adapters), self.merge_error
 
+    @_alone
     def restore_merge_state(self, state: tuple[PackedState, PackedState | None, list[str], float | None]) -> None:
         """Go back to what `merge_state` returned."""
         packed, self._pristine, self.merged_adapters, self.merge_error = state

@@ -35,7 +35,7 @@ class SharedRotations:
 def _enter(model: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
         layers = [module for module in model.modules() if isinstance(module, HqqOFTLinear)]
-        members = [member for layer in layers for member in layer.rotations_to_share()]
+        members = [member for layer in layers for member in layer._rotations_to_share()]
         rotation_step.enter(rotation_step.RotationStep(model, members))
 
 

@@ -1,0 +1,65 @@
+"""Many forwards at a time, or one change of what they compute with."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class StateLock:
+    """A readers-writer lock: forwards read, merging and changing adapters write. Copies and pickles of it are new.
+
+    A writer that waits keeps new readers out, so that busy forwards can't hold it off for ever. A thread that reads may
+    read again, and write where no other reads: hooks call what they like.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._readers: Counter[int] = Counter()  # by thread
+        self._writer: int | None = None
+        self._depth = 0
+        self._waiting = 0
+
+    def __reduce__(self) -> tuple[type[StateLock], tuple[()]]:
+        return StateLock, ()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keep the state as it is for a block."""
+        me = threading.get_ident()
+        with self._condition:
+            while me not in self._readers and self._writer != me and (self._waiting or self._writer is not None):
+                self._condition.wait()
+            self._readers[me] += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._readers[me] -= 1
+                if not self._readers[me]:
+                    del self._readers[me]
+                    self._condition.notify_all()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Have the state alone for a block."""
+        me = threading.get_ident()
+        with self._condition:
+            self._waiting += 1
+            try:
+                while self._writer not in (None, me) or self._readers.keys() - {me}:
+                    self._condition.wait()
+                self._writer, self._depth = me, self._depth + 1
+            finally:
+                self._waiting -= 1
+                self._condition.notify_all()
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._depth -= 1
+                if not self._depth:
+                    self._writer = None
+                    self._condition.notify_all()
