@@ -6,6 +6,7 @@ The first process writes the loss of each step, over the batches of all processe
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from pathlib import Path
@@ -86,12 +87,7 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range, rank: 
     return losses
 
 
-def main(options: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    rank, world = 0, 1
-    if options.mode != "single":
-        dist.init_process_group("gloo")
-        rank, world = dist.get_rank(), dist.get_world_size()
+def run(options: argparse.Namespace, rank: int, world: int) -> None:
     hqq_oft.patch_peft()
     model = build(options.resume)
     if options.checkpointing:
@@ -122,9 +118,19 @@ def main(options: argparse.Namespace) -> None:
     losses += train(net, optimizer, range(max(start, half), STEPS), rank, world)
     if rank == 0:
         (options.out / "losses.json").write_text(json.dumps(losses))
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+
+
+def main(options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    if options.mode == "single":
+        run(options, 0, 1)
+        return
+    dist.init_process_group("gloo")
+    # In a function of its own, so that what holds the group is gone before it: gloo's threads may hang otherwise.
+    run(options, dist.get_rank(), dist.get_world_size())
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
