@@ -10,10 +10,12 @@ out. The adapter written to `--out` loads with `PeftModel.from_pretrained`, with
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from peft import OFTConfig, get_peft_model
 from quantized import TARGETS, load
 from torch import Tensor
@@ -90,6 +92,7 @@ def main() -> None:
             save_steps=max(1, options.steps // 2),
             save_total_limit=1,
             data_seed=0,  # the order of the samples then is the same for any number of processes
+            ddp_find_unused_parameters=False,  # every adapter takes part in every step
             # Not by `trainer.evaluate()` before `trainer.train()`: after it, processes would not average gradients.
             eval_on_start=True,
             report_to=[],
@@ -107,3 +110,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    if dist.is_initialized():
+        # gloo's threads can hang or abort a process in which something still holds the group when it ends.
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
