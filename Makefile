@@ -123,7 +123,8 @@ gpu-pack: $(STAMP) $(OLD_TRITON)/.installed ## wheels for a GPU machine without 
 	$(BIN)/python -m bench.pack $(WHEELS)
 	TRITON_DEFAULT_FP_FUSION=1 $(OLD_TRITON)/bin/python -m bench.offline --dtypes bf16 --targets sm_90
 
-$(SITE)/.built: setup.py pyproject.toml $(wildcard hqq_oft/*.py kernels/*/* csrc/* csrc/*/* $(WHEELS)/*.whl)
+$(SITE)/.built: setup.py pyproject.toml $(wildcard hqq_oft/*.py hqq_oft/*/*.py kernels/*/* csrc/* csrc/*/* csrc/*/*/* \
+	$(WHEELS)/*.whl)
 	rm -rf $(SITE) build/lib
 	$(if $(wildcard $(WHEELS)/*.whl),$(PYTHON_GPU) -m pip install --quiet --no-index --no-deps --no-compile \
 		--target $(SITE) $(wildcard $(WHEELS)/*.whl))

@@ -26,9 +26,7 @@ from . import model
 from .limits import Limits
 from .model import Cost
 from .problem import Problem, hqq_layer
-from .session import Unavailable
-
-LORA_RANK = 16
+from .session import LORA, LORA_RANK, Unavailable
 
 
 @dataclass
@@ -41,10 +39,8 @@ class Contender:
         rotates: whether it computes the rotation, too.
         parameters: trained; they get a gradient.
         held: all tensors that stay whether or not there is a backward.
-        trains: whether it has a backward.
-        decodes_only: whether it is for few tokens alone.
-        graph: whether a CUDA graph can capture it.
-        repeats_backward: whether one forward's graph can be gone through more than once.
+        decodes_only: whether it is for few tokens alone, and has no backward.
+        compiled: whether `torch.compile` made it: no CUDA graph captures it, and its backward can't be repeated.
     """
 
     name: str
@@ -52,10 +48,8 @@ class Contender:
     rotates: bool
     parameters: list[Tensor] = field(default_factory=list)
     held: list[Tensor] = field(default_factory=list)
-    trains: bool = True
     decodes_only: bool = False
-    graph: bool = True
-    repeats_backward: bool = True
+    compiled: bool = False
 
 
 class _Holder(nn.Module):
@@ -130,9 +124,7 @@ def native_decode(problem: Problem) -> Contender:
 
         return forward
 
-    return Contender(
-        "hqq_oft, native", [layer(weight) for weight in problem.weights], True, trains=False, decodes_only=True
-    )
+    return Contender("hqq_oft, native", [layer(weight) for weight in problem.weights], True, decodes_only=True)
 
 
 def unrotated(problem: Problem) -> Contender:
@@ -141,9 +133,7 @@ def unrotated(problem: Problem) -> Contender:
     def layer(weight: Any) -> Callable[[Tensor], Tensor]:
         return lambda x: hqq_oft.functional.linear(x, None, weight)
 
-    return Contender(
-        "hqq_oft, no rotation", [layer(weight) for weight in problem.weights], False, trains=False, decodes_only=True
-    )
+    return Contender("hqq_oft, no rotation", [layer(weight) for weight in problem.weights], False, decodes_only=True)
 
 
 def dense(problem: Problem) -> Contender:
@@ -172,7 +162,7 @@ def peft_oft_compiled(problem: Problem) -> Contender:
     if problem.device.type == "meta":
         raise Unavailable("there is nothing to compile for tensors without memory")
     layers = _adapted(problem, _oft_config(problem), HQQBackend.PYTORCH_COMPILE)
-    return _oft("PEFT OFT, HQQ compiled", problem, layers, graph=False, repeats_backward=False)
+    return _oft("PEFT OFT, HQQ compiled", problem, layers, compiled=True)
 
 
 def peft_oft_aten(problem: Problem) -> Contender:
@@ -191,7 +181,7 @@ def peft_lora(problem: Problem) -> Contender:
     for layer in layers:  # in the layer's dtype, as half-precision training sets it
         layer.lora_A.to(problem.dtype), layer.lora_B.to(problem.dtype)
         parameters += [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-    return Contender(f"PEFT LoRA r={LORA_RANK}", layers, False, parameters, _held(layers))
+    return Contender(LORA, layers, False, parameters, _held(layers))
 
 
 class _Plain(nn.Module):
@@ -244,7 +234,7 @@ def plain_compiled(problem: Problem) -> Contender:
         raise Unavailable("there is nothing to compile for tensors without memory")
     contender = plain(problem)
     contender.layers = [torch.compile(layer, dynamic=False) for layer in contender.layers]
-    contender.name, contender.graph, contender.repeats_backward = "plain PyTorch, compiled", False, False
+    contender.name, contender.compiled = "plain PyTorch, compiled", True
     return contender
 
 
@@ -292,7 +282,7 @@ def gemlite(problem: Problem) -> Contender:
 
     helper = A16Wn(device=str(problem.device))
     layers = [helper.from_hqqlinear(hqq_layer(w, problem.dtype), del_orig=False) for w in problem.weights]
-    return Contender("GemLite", layers, False, trains=False, decodes_only=True)
+    return Contender("GemLite", layers, False, decodes_only=True)
 
 
 def int4(problem: Problem) -> Contender:
@@ -311,9 +301,7 @@ def int4(problem: Problem) -> Contender:
         pairs = pairs.view(problem.n, groups, 2).transpose(0, 1).contiguous()
         return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, setting.group, pairs)
 
-    return Contender(
-        "PyTorch int4", [layer(weight) for weight in problem.weights], False, trains=False, decodes_only=True
-    )
+    return Contender("PyTorch int4", [layer(weight) for weight in problem.weights], False, decodes_only=True)
 
 
 def forward_passes(contender: Contender, problem: Problem, m: int, training: bool, limits: Limits) -> tuple[Cost, ...]:
@@ -323,7 +311,7 @@ def forward_passes(contender: Contender, problem: Problem, m: int, training: boo
         return (model.gemm(layer, m),)
     if not contender.rotates:
         passes = _cheapest(model.linear, replace(layer, block=None), m, limits)
-        return (*passes, *_lora(layer, m)) if "LoRA" in contender.name else passes
+        return (*passes, *_lora(layer, m)) if contender.name == LORA else passes
     passes = _cheapest(model.linear, layer, m, limits)
     return (model.cayley(layer, problem.setting.terms), *passes) if training else passes
 
@@ -335,7 +323,7 @@ def backward_passes(contender: Contender, problem: Problem, m: int, limits: Limi
         return (model.gemm(layer, m),)
     if not contender.rotates:
         passes = _cheapest(model.linear_backward, replace(layer, block=None), m, limits)
-        return (*passes, *_lora(layer, m), *_lora(layer, m)) if "LoRA" in contender.name else passes
+        return (*passes, *_lora(layer, m), *_lora(layer, m)) if contender.name == LORA else passes
     product = _cheapest(model.linear_backward, layer, m, limits)
     return (model.cayley(layer, terms), *product, model.cayley_backward(layer, terms))
 

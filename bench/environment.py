@@ -6,22 +6,16 @@ import hashlib
 import os
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from hqq_oft.device_tables import table_name
+from hqq_oft.env import version
+
 ROOT = Path(__file__).parents[1]
 SOURCES = (".py", ".json", ".c", ".cc", ".cpp", ".cu", ".h", ".hpp", ".cuh")
 PACKAGES = ("torch", "triton", "peft", "hqq", "transformers", "gemlite", "numpy")
-
-
-def version(package: str) -> str:
-    """A package's version, or `not installed`."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def commit() -> str:
@@ -87,5 +81,4 @@ def folder_name(device: str) -> str:
     """The device's folder under bench/results: `cpu`, or the GPU's name as the tile tables spell it."""
     if torch.device(device).type != "cuda":
         return torch.device(device).type
-    name = torch.cuda.get_device_name(device).lower()
-    return "_".join("".join(c if c.isalnum() else " " for c in name).split())
+    return table_name(torch.cuda.get_device_name(device))

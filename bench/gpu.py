@@ -118,8 +118,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if not (options.skip_tests or options.dry):
         junit.unlink(missing_ok=True)
-        command = [python, "-m", "pytest", "-q", "-n", "8", "-p", "no:cacheprovider", f"--junitxml={junit}"]
-        command += verify.TESTS["cuda"]
+        command = verify.command("cuda", junit, "-n", "8")
         statuses["tests"] = run(command, min(TEST_SECONDS, left()), logs / "tests.log", save)
     for suite, share in SHARES:
         seconds = left() * share

@@ -120,6 +120,11 @@ def rotate_backward(layer: Layer, tokens: int) -> Cost:
     return Cost(moved, 4 * tokens * layer.K * b)
 
 
+def copy(layer: Layer) -> Cost:
+    """The dense weight read and written: `2 N K e` bytes."""
+    return Cost(2 * layer.N * layer.K * layer.element, 0)
+
+
 def dequantize(layer: Layer) -> Cost:
     """`(level - zero) scale`: the packed weight in, `N K e` bytes out, `2 N K` operations."""
     return Cost(layer.weight_bytes + layer.N * layer.K * layer.element, 2 * layer.N * layer.K)

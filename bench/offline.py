@@ -30,6 +30,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from hqq_oft.device_tables import CONFIGS
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_89": GPUTarget("cuda", 89, 32),
@@ -293,7 +295,7 @@ def compile_all(jobs: list[tuple[Launch, str]], processes: int) -> list[Compiled
 
 def devices() -> list[str]:
     """Every shipped table."""
-    folder = resources.files(_tiles.CONFIGS)
+    folder = resources.files(CONFIGS)
     return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 

@@ -21,6 +21,8 @@ from hqq_oft.weight import LEVELS_PER_ELEMENT
 
 from . import model
 
+# What our results may lose, relative to float64.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -59,6 +61,11 @@ class Setting:
         """The layer in the cost model."""
         element = DTYPES[self.dtype].itemsize
         return model.Layer(n, k, self.block, self.bits, self.group, element)
+
+
+def relative_error(out: Tensor, truth: Tensor) -> float:
+    """`|out - truth| / |truth|`, NaN where `out` has one."""
+    return float((out.double() - truth).norm() / truth.norm())
 
 
 def quantized_weight(

@@ -15,13 +15,13 @@ from typing import Any
 import matplotlib
 
 from . import targets
-from .session import COLUMNS, Row
+from .session import COLUMNS, LORA, Row
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 BASELINES = (
-    *("dense", "HQQ", "PEFT OFT", "PEFT OFT, HQQ compiled", "PEFT LoRA r=16", "plain PyTorch"),
+    *("dense", "HQQ", "PEFT OFT", "PEFT OFT, HQQ compiled", LORA, "plain PyTorch"),
     *("plain PyTorch, compiled", "scratch + rotation of x", "GemLite", "PyTorch int4", "PEFT", "copy"),
 )
 FLAGGED_FROM = 1.5

@@ -35,9 +35,17 @@ def finished(raw: Path, identity: Row) -> set[tuple[str, str]]:
     }
 
 
+def end_last_line(raw: Path) -> None:
+    """End a line that a killed run has left unfinished, so that the next row does not become part of it."""
+    if raw.exists() and raw.stat().st_size and not raw.read_bytes().endswith(b"\n"):
+        with raw.open("a") as file:
+            file.write("\n")
+
+
 def measure(todo: list[Case], session: Session, raw: Path, until: float) -> list[str]:
     """Run cases and append their rows; what failed, in words. Stops at `until`, on the monotonic clock."""
     failed = []
+    end_last_line(raw)
     with raw.open("a") as file, tqdm(todo, unit="case", mininterval=0.1 if sys.stderr.isatty() else 10) as progress:
         for case in progress:
             if time.monotonic() > until:
@@ -56,7 +64,8 @@ def measure(todo: list[Case], session: Session, raw: Path, until: float) -> list
                 for row in rows
                 if "contender" in row and row["status"].startswith("failed")
             ]
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            # At once, so that a case is there whole or, where the process is killed, as a last line without an end.
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
     return failed
 

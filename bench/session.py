@@ -23,11 +23,13 @@ Row = dict[str, Any]
 COLUMNS = (
     *("suite", "case", "M", "N", "K", "bits", "group", "axis", "block", "dtype", "share", "exact"),
     *("contender", "phase", "mode", "status", "p20_us", "p50_us", "p80_us", "repeats", "tflops", "gb_per_s"),
-    *("predicted_us", "over_predicted", "limit_percent", "peak_mib", "kept_mib", "error", "setup_s"),
+    *("predicted_us", "over_predicted", "limit_percent", "peak_mib", "kept_mib", "error"),
     *("bandwidth_gb_per_s", "rate_tflops", "device", "commit", "sources", "torch", "triton"),
 )
 GRAPH_BELOW_US = 100.0
-OURS = "hqq_oft"
+OURS, PEFT = "hqq_oft", "PEFT OFT"
+LORA_RANK = 16
+LORA = f"PEFT LoRA r={LORA_RANK}"
 
 
 class Unavailable(RuntimeError):  # noqa: N818
@@ -142,7 +144,7 @@ class Session:
         for job in jobs:
             if job.call is not None:
                 try:
-                    job.columns.setdefault("peak_mib", self._first_calls(job))
+                    job.columns["peak_mib"] = self._first_calls(job)
                     able.append(job)
                 except Exception as error:
                     if job.is_ours:

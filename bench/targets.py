@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from .problem import Setting
-from .session import Row
+from .session import LORA, OURS, PEFT, Row
 
 MAIN = Setting().label
 Value = tuple[str, float]  # where, and what
@@ -24,7 +24,7 @@ class Results:
 
     def row(self, suite: str, case: str, contender: str, phase: str) -> Row | None:
         """The row, of a CUDA graph's replay where there is one."""
-        for mode in ("graph", "eager", "fresh process"):
+        for mode in ("graph", "eager"):
             found = self.rows.get((suite, case, contender, phase, mode))
             if found is not None:
                 return found
@@ -86,56 +86,6 @@ SHAPES_8B = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
 SHAPES = (*SHAPES_8B, (28672, 8192), (8192, 28672))
 
 
-def _layers(
-    tokens: Iterable[int], phase: str, over: str, under: str, shapes: Iterable[tuple[int, int]] = SHAPES
-) -> Callable[[Results], Iterator[Value]]:
-    def values(results: Results) -> Iterator[Value]:
-        for n, k in shapes:
-            for m in tokens:
-                yield from results.ratio("layer", _layer(n, k, m), phase, over, under)
-
-    return values
-
-
-def _of_limit(tokens: Iterable[int], n: int, k: int) -> Callable[[Results], Iterator[Value]]:
-    def values(results: Results) -> Iterator[Value]:
-        for m in tokens:
-            yield from results.column("layer", _layer(n, k, m), "hqq_oft", "forward", "limit_percent")
-
-    return values
-
-
-def _flat(n: int, k: int) -> Callable[[Results], Iterator[Value]]:
-    def values(results: Results) -> Iterator[Value]:
-        one = results.row("layer", _layer(n, k, 1), "hqq_oft", "forward")
-        for m in (2, 4, 8, 16):
-            row = results.row("layer", _layer(n, k, m), "hqq_oft", "forward")
-            if one and row:
-                yield _layer(n, k, m), row["p50_us"] / one["p50_us"]
-
-    return values
-
-
-def _against_gemlite(results: Results) -> Iterator[Value]:
-    for n, k in SHAPES:
-        for m in DECODE:
-            yield from results.ratio("layer", f"{_layer(n, k, m)} against GemLite", "forward", "GemLite", "hqq_oft")
-
-
-def _rotation_share(results: Results) -> Iterator[Value]:
-    for m in (1, 16):
-        case = _layer(14336, 4096, m)
-        for place, ratio in results.ratio("layer", case, "forward", "hqq_oft, no rotation", "hqq_oft"):
-            yield place, 100 * (1 - ratio)
-
-
-def _kept(results: Results) -> Iterator[Value]:
-    for n, k in SHAPES:
-        for m in (4096, 8192, 16384):
-            for place, mib in results.column("layer", _layer(n, k, m), "hqq_oft", "full", "kept_mib"):
-                yield place, 100 * mib * 2**20 / (2 * m * (n + k))
-
-
 def _cases(
     suite: str, names: Iterable[str], phase: str, over: str, under: str, under_phase: str = ""
 ) -> Callable[[Results], Iterator[Value]]:
@@ -149,9 +99,44 @@ def _cases(
 def _columns(suite: str, names: Iterable[str], phase: str, column: str) -> Callable[[Results], Iterator[Value]]:
     def values(results: Results) -> Iterator[Value]:
         for name in names:
-            yield from results.column(suite, name, "hqq_oft", phase, column)
+            yield from results.column(suite, name, OURS, phase, column)
 
     return values
+
+
+def _layers(
+    tokens: Iterable[int], phase: str, over: str, under: str, shapes: Iterable[tuple[int, int]] = SHAPES
+) -> Callable[[Results], Iterator[Value]]:
+    return _cases("layer", [_layer(n, k, m) for n, k in shapes for m in tokens], phase, over, under)
+
+
+def _of_limit(tokens: Iterable[int], n: int, k: int) -> Callable[[Results], Iterator[Value]]:
+    return _columns("layer", [_layer(n, k, m) for m in tokens], "forward", "limit_percent")
+
+
+def _flat(n: int, k: int) -> Callable[[Results], Iterator[Value]]:
+    def values(results: Results) -> Iterator[Value]:
+        one = results.row("layer", _layer(n, k, 1), OURS, "forward")
+        for m in (2, 4, 8, 16):
+            row = results.row("layer", _layer(n, k, m), OURS, "forward")
+            if one and row:
+                yield _layer(n, k, m), row["p50_us"] / one["p50_us"]
+
+    return values
+
+
+def _rotation_share(results: Results) -> Iterator[Value]:
+    for m in (1, 16):
+        case = _layer(14336, 4096, m)
+        for place, ratio in results.ratio("layer", case, "forward", "hqq_oft, no rotation", OURS):
+            yield place, 100 * (1 - ratio)
+
+
+def _kept(results: Results) -> Iterator[Value]:
+    for n, k in SHAPES:
+        for m in (4096, 8192, 16384):
+            for place, mib in results.column("layer", _layer(n, k, m), OURS, "full", "kept_mib"):
+                yield place, 100 * mib * 2**20 / (2 * m * (n + k))
 
 
 def _first_step(results: Results) -> Iterator[Value]:
@@ -161,8 +146,8 @@ def _first_step(results: Results) -> Iterator[Value]:
 
 
 LARGE, MIDDLE, DECODE = (4096, 8192, 16384), (512, 1024, 2048), (1, 2, 4, 8, 16)
-OURS, PEFT, LORA = "hqq_oft", "PEFT OFT", "PEFT LoRA r=16"
 DEQUANTIZE = [f"dequantize {n}x{k} {MAIN}" for n, k in SHAPES]
+AGAINST_GEMLITE = [f"{_layer(n, k, m)} against GemLite" for n, k in SHAPES for m in DECODE]
 ALL_ADAPTERS = ["cayley all 224 adapters of a model"]
 
 GPU = (
@@ -175,7 +160,12 @@ GPU = (
     Target("the same, PEFT's OFT against ours", 4.0, False, _layers(MIDDLE, "full", PEFT, OURS)),
     Target("decode at 28672x8192, share of the limit", 70, False, _of_limit(DECODE, 28672, 8192), "%"),
     Target("decode at 14336x4096, share of the limit", 55, False, _of_limit(DECODE, 14336, 4096), "%"),
-    Target("decode, GemLite without rotation against ours", 1.0, False, _against_gemlite),
+    Target(
+        "decode, GemLite without rotation against ours",
+        1.0,
+        False,
+        _cases("layer", AGAINST_GEMLITE, "forward", "GemLite", OURS),
+    ),
     Target(
         "decode at 8192-wide layers, dense against ours",
         2.2,

@@ -9,6 +9,7 @@ that a run which is cut off goes on where it was.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -32,7 +33,7 @@ import hqq_oft
 from hqq_oft import reference
 
 from .environment import ROOT
-from .problem import Problem, Setting
+from .problem import Problem, Setting, relative_error
 from .suites import PROFILES
 from .timing import Clock
 
@@ -138,6 +139,12 @@ def _scratch(x: Tensor, d: Tensor, weights: list[dequantize.Packed], number: int
     return linear.scratch_linear(x, d, weights[number], None)
 
 
+def _kernels() -> str:
+    """A digest of the kernels: times of others say nothing about these."""
+    sources = sorted((ROOT / "kernels" / "triton").glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+
+
 class Tuner:
     """Times trials on one device.
 
@@ -152,6 +159,7 @@ class Tuner:
     def __init__(self, device: torch.device, log: Path, until: float, shapes: Any = SHAPES, dtype: str = "bf16"):
         self.device, self.log, self.until, self.shapes, self.dtype = device, log, until, shapes, dtype
         self.clock = Clock(device, budget=0.02)
+        self.identity = [device_name(torch.empty(0, device=device)), _kernels()]
         lines = log.read_text().splitlines() if log.exists() else []
         self.times: dict[str, float | None] = {}
         for line in lines:
@@ -159,7 +167,7 @@ class Tuner:
 
     def time(self, trial: Trial) -> float | None:
         """Geometric mean in microseconds over the shapes; None for a tile that can't run or is wrong."""
-        key = json.dumps([trial[0].operation, asdict(trial[1]), self.shapes])
+        key = json.dumps([self.identity, trial[0].operation, asdict(trial[1]), self.shapes, self.dtype])
         if key not in self.times:
             self.times[key] = self._measured(trial)
             with self.log.open("a") as file:
@@ -179,7 +187,7 @@ class Tuner:
                     print(f"{target.operation} {tile}: {type(error).__name__}: {str(error)[:100]}")
                     return None
                 truth = _truth(target.operation, n, k, target.m, self.device, self.dtype)
-                error = float((out.double() - truth).norm() / truth.norm())
+                error = relative_error(out, truth)
                 if not error <= TOLERANCE:
                     print(f"WRONG: {target.operation} {tile} is {error:.1e} off; it is left out")
                     return None

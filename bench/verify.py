@@ -14,16 +14,20 @@ from .environment import ROOT
 TESTS = {"cuda": ["tests/gpu/test_operations.py"], "cpu": ["tests/test_functional.py", "tests/native"]}
 
 
+def command(device: str, report: Path, *options: str) -> list[str]:
+    """What runs the tests of the operations on a kind of device, into a JUnit report."""
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
+    return [*pytest, f"--junitxml={report}", *TESTS[device]]
+
+
 def run_tests(device: str, report: Path) -> None:
     """Run the tests of the operations on a kind of device, into a JUnit report.
 
     Raises:
         RuntimeError: no test ran.
     """
-    paths = [path for path in TESTS[device] if (ROOT / path).exists()]
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *paths]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command(device, report), cwd=ROOT, capture_output=True, text=True)
     if not report.exists():
         raise RuntimeError(f"the tests did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 

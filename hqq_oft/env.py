@@ -17,7 +17,8 @@ from .backends import OPERATIONS, Unsupported, registry, selected_backend
 _PACKAGES = ("torch", "peft", "hqq", "transformers", "accelerate", "triton", "numpy", "safetensors")
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """A package's version, or `not installed`."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -111,7 +112,7 @@ def _instruction_sets() -> str:
 def report() -> str:
     """The report as text: versions, devices, environment variables, and which backend serves which operation."""
     lines = [f"hqq_oft {__version__}, Python {platform.python_version()}, {platform.platform()}", ""]
-    lines += [f"{name:14}{_version(name)}" for name in _PACKAGES]
+    lines += [f"{name:14}{version(name)}" for name in _PACKAGES]
     lines += ["", *_devices(), ""]
     lines += [f"{tool:14}{shutil.which(tool) or 'not found'}" for tool in ("g++", "nvcc", "ninja")]
     lines += ["", f"HQQ_OFT_BACKEND={selected_backend()}", f"HQQ_OFT_KEEP_PRISTINE={keep_pristine_from_environment()}"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 import tarfile
 import time
 from contextlib import contextmanager, nullcontext
@@ -40,7 +42,10 @@ def test_every_gpu_case_runs_on_small_layers(tmp_path, suite):
     assert {row["case"] for row in rows} == {case.name for case in expected}
     absent = {row["contender"] for row in rows if row["status"].startswith("not run")}
     assert absent <= {"native_decode", "gemlite", "peft_oft_aten", "int4"}
-    assert {row["contender"] for row in rows if row["status"] == "measured"} >= {"hqq_oft"}
+    timed = {row["contender"] for row in rows if row["status"] == "measured"}
+    assert "hqq_oft" in timed
+    if suite == "layer":
+        assert {name for name in timed if not name.startswith("hqq_oft")} <= set(report.BASELINES)
     with (tmp_path / "results.csv").open() as file:
         table = list(csv.DictReader(file))
     assert len(table) == len(rows)
@@ -56,7 +61,7 @@ def test_every_gpu_case_has_consistent_shapes_at_full_size(suite):
         rows = list(measuring.run(case))
         assert any(row["status"] == "measured" for row in rows) or "compiled" in case.name, case.name
         # the model predicts every contender of every layer and operation
-        assert all(row.get("predicted_us", 1) > 0 for row in rows)
+        assert all(row["predicted_us"] > 0 for row in rows if row["status"] == "measured")
 
 
 def test_the_cpu_cases_run(tmp_path):
@@ -130,7 +135,6 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     lines = raw.read_text().splitlines()
     cut = next(number for number, line in enumerate(lines) if "K=512" in line)
     raw.write_text("\n".join(lines[:cut]) + '\n{"suite": "ops", "ca')
-    raw.write_text(raw.read_text() + "\n")
     kept = report.read_rows(raw)
     assert 0 < len(kept) < len(lines)
     assert dry(tmp_path, *some) == 0
@@ -426,10 +430,18 @@ def test_nothing_that_a_stopped_part_has_started_runs_on(tmp_path):
 
 
 def test_an_interrupted_test_run_still_reports(tmp_path):
-    (tmp_path / "test_slow.py").write_text("import time\ndef test_linear(): pass\ndef test_rotate(): time.sleep(60)\n")
-    junit = tmp_path / "junit.xml"
-    command = [gpu.sys.executable, "-m", "pytest", "-q", "-n", "1", f"--junitxml={junit}", str(tmp_path)]
-    assert gpu.run(command, 8, tmp_path / "log") == 124
+    slow = (
+        "import pathlib, time\ndef test_linear(): pass\ndef test_rotate(): pathlib.Path({!r}).touch(); time.sleep(60)\n"
+    )
+    begun, junit = tmp_path / "begun", tmp_path / "junit.xml"
+    (tmp_path / "test_slow.py").write_text(slow.format(str(begun)))
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", f"--junitxml={junit}", str(tmp_path)]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 100
+    while not begun.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    gpu._stop(process)
+    assert process.poll() is not None
     assert 'name="test_linear"' in junit.read_text()
 
 

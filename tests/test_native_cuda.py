@@ -8,7 +8,7 @@ import pytest
 import torch
 from gpu.cases import operations
 
-from hqq_oft import Unsupported, backend
+from hqq_oft import Unsupported, backend, device_tables
 from hqq_oft._native import cuda
 
 
@@ -72,7 +72,7 @@ def test_other_devices_are_refused():
 def _device(monkeypatch, tmp_path):
     """A device with a table that says: 4 bits to 8 tokens."""
     (tmp_path / "some_gpu.json").write_text(json.dumps({"native_decode": {"4": 8}}))
-    monkeypatch.setattr(cuda.resources, "files", lambda _: tmp_path)
+    monkeypatch.setattr(device_tables.resources, "files", lambda _: tmp_path)
     monkeypatch.setattr(cuda, "_device", lambda _: ("some_gpu", (8, 0)))
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
     cuda.measured_tokens.cache_clear()

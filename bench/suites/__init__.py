@@ -11,8 +11,11 @@ SUITES = {"ops": ops.cases, "layer": layer.cases, "model": whole.cases, "merge":
 
 
 def cases(suite: str, profile: Profile) -> list[Case]:
-    """A suite's cases in order of value."""
-    return sorted(SUITES[suite](profile), key=lambda case: case.priority)
+    """A suite's cases in order of value; of those of one name, the first that the suite lists."""
+    first: dict[str, Case] = {}
+    for case in SUITES[suite](profile):
+        first.setdefault(case.name, case)
+    return sorted(first.values(), key=lambda case: case.priority)
 
 
 __all__ = ["PROFILES", "SUITES", "Profile", "cases"]

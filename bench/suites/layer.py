@@ -13,7 +13,7 @@ from hqq_oft import HqqOFTLinear
 
 from .. import contenders
 from ..contenders import Contender
-from ..problem import Problem, Setting
+from ..problem import TOLERANCE, Problem, Setting, relative_error
 from ..session import Case, Job, Session, Unavailable, failure, unavailable
 from ..timing import kept_bytes
 from .profile import MAIN, Profile
@@ -38,8 +38,7 @@ COMPILED: tuple[Build, ...] = (OURS, contenders.plain_compiled, contenders.peft_
 DECODE_UP_TO = 32  # tokens
 CHECKED_ROWS = 64
 # A relative error beyond this says that a contender computes something else.
-TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
-OUR_TOLERANCE = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 6e-3}
+TOLERANCE_OF_OTHERS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 def cases(profile: Profile) -> list[Case]:
@@ -52,8 +51,7 @@ def cases(profile: Profile) -> list[Case]:
         # A compiled layer is one more compilation for each set of buffers: it has one, and the cache is flushed anyway.
         copies = 1 if builds is COMPILED else profile.copies(n, k)
         jobs = partial(_jobs, profile, (n, k, setting), m, copies, builds)
-        if not any(case.name == name for case in found):
-            found.append(Case("layer", name, priority, OPERATIONS, facts, jobs))
+        found.append(Case("layer", name, priority, OPERATIONS, facts, jobs))
 
     for rank, (n, k) in enumerate(profile.shapes[:3]):
         for m in profile.first:
@@ -61,10 +59,9 @@ def cases(profile: Profile) -> list[Case]:
     for rank, (n, k) in enumerate(profile.shapes):
         for m in profile.tokens:
             add(10 + rank, n, k, m, MAIN, ALL + DECODE_ONLY)
-    if profile.gpu:
-        for rank, (n, k) in enumerate(profile.shapes[1:3]):
-            for m in profile.against_gemlite:
-                add(20 + rank, n, k, m, MAIN, GEMLITE, " against GemLite")
+    for rank, (n, k) in enumerate(profile.shapes[1:3]):
+        for m in profile.against_gemlite:
+            add(20 + rank, n, k, m, MAIN, GEMLITE, " against GemLite")
     n, k = profile.shapes[min(1, len(profile.shapes) - 1)]
     for rank, setting in enumerate(profile.variants):
         few = (OURS, contenders.dense, contenders.hqq, contenders.peft_oft_aten)
@@ -115,8 +112,8 @@ def error(contender: Contender, problem: Problem, x: Tensor, truth: Tensor | Non
         raise RuntimeError(f"{contender.name} gives {tuple(out.shape)} in place of {tuple(truth.shape)}")
     if problem.device.type == "meta":
         return 0.0
-    found = float((out - truth).norm() / truth.norm())
-    bound = (OUR_TOLERANCE if contender.name.startswith("hqq_oft") else TOLERANCE)[problem.setting.dtype]
+    found = relative_error(out, truth)
+    bound = (TOLERANCE if contender.name.startswith("hqq_oft") else TOLERANCE_OF_OTHERS)[problem.dtype]
     if not found <= bound:
         raise RuntimeError(f"{contender.name} is {found:.2e} off float64, more than {bound:.0e}: {problem.facts}")
     return found
@@ -150,7 +147,7 @@ def _jobs(
         try:
             columns = {"error": error(contender, problem, inputs[0], truths[contender.rotates])}
             found = [_inference(contender, problem, inputs, columns, session)]
-            if m >= profile.training_from and contender.trains:
+            if m >= profile.training_from:
                 found += _training(contender, problem, leaves, grads, columns, session)
         except Exception as failed:
             if contender.name == "hqq_oft":
@@ -170,7 +167,7 @@ def _inference(
             return contender.layers[number](inputs[number])
 
     passes = contenders.forward_passes(contender, problem, len(inputs[0]), False, session.limits)
-    return Job(contender.name, "forward", call, passes, len(inputs), contender.graph, dict(columns))
+    return Job(contender.name, "forward", call, passes, len(inputs), not contender.compiled, dict(columns))
 
 
 def _training(
@@ -205,6 +202,6 @@ def _training(
     ahead = contenders.forward_passes(contender, problem, m, True, limits)
     back = contenders.backward_passes(contender, problem, m, limits)
     columns = columns | {"kept_mib": kept_bytes(lambda: forward(0), [*contender.held, *leaves]) / 2**20}
-    yield Job(contender.name, "full", full, (*ahead, *back), len(leaves), contender.graph, dict(columns))
-    if contender.repeats_backward:
+    yield Job(contender.name, "full", full, (*ahead, *back), len(leaves), not contender.compiled, dict(columns))
+    if not contender.compiled:
         yield Job(contender.name, "backward", backward, back, 1, False, dict(columns))

@@ -8,11 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hqq_oft import merging
+from hqq_oft import functional, merging
 
 from .. import contenders, model
 from ..problem import Problem
 from ..session import Case, Job, Session
+from .model import linear_shapes
 from .profile import MAIN, Profile
 
 OPERATIONS = frozenset({"cayley", "dequantize", "dequantize_rotate", "rotate"})
@@ -47,7 +48,7 @@ def _layer(n: int, k: int, session: Session) -> list[Job]:
     jobs = [
         Job("hqq_oft", "rotate", rotate, (wide,)),
         Job("hqq_oft", "rotate without requantizing", _folded(problem), (model.dequantize_rotate(layer),)),
-        Job("copy", "rotate without requantizing", lambda _: copy.copy_(problem.dense), (_copy_cost(layer),)),
+        Job("copy", "rotate without requantizing", lambda _: copy.copy_(problem.dense), (model.copy(layer),)),
     ]
     if session.device.type != "meta":  # HQQ's quantizer reads values
         jobs.append(Job("HQQ", "requantize", lambda _: merging.requantize(ours.get_base_layer(), dense)))
@@ -59,8 +60,6 @@ def _layer(n: int, k: int, session: Session) -> list[Job]:
 
 def _folded(problem: Problem) -> Callable[[int], object]:
     """`W R^T` in the layer's dtype: what a merge into a dense layer makes."""
-    from hqq_oft import functional
-
     weight, v, b = problem.weights[0], problem.v, MAIN.block
 
     def call(number: int) -> object:
@@ -69,10 +68,6 @@ def _folded(problem: Problem) -> Callable[[int], object]:
             return functional.dequantize_rotate(weight, d, problem.dtype)
 
     return call
-
-
-def _copy_cost(layer: model.Layer) -> model.Cost:
-    return model.Cost(2 * layer.N * layer.K * layer.element, 0)
 
 
 def _peft(problem: Problem) -> Callable[[int], object]:
@@ -99,11 +94,7 @@ def _merge_and_unmerge(layer: torch.nn.Module) -> Callable[[int], object]:
 
 def _stack(profile: Profile, session: Session) -> list[Job]:
     """Rotating the seven weights of a decoder layer, and merging them."""
-    shape = profile.decoder
-    narrow = shape.hidden // shape.heads * shape.key_value_heads
-    sizes = [(shape.hidden, shape.hidden)] * 2 + [(narrow, shape.hidden)] * 2
-    sizes += [(shape.intermediate, shape.hidden)] * 2 + [(shape.hidden, shape.intermediate)]
-    problems = [Problem(n, k, MAIN, session.device) for n, k in sizes]
+    problems = [Problem(n, k, MAIN, session.device) for n, k in linear_shapes(profile.decoder)]
     layers = [contenders.ours(problem).layers[0] for problem in problems]
     costs = tuple(model.dequantize_rotate(problem.layer) for problem in problems)
     folds = [_folded(problem) for problem in problems]

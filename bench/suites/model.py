@@ -25,12 +25,12 @@ from .. import contenders, model
 from ..contenders import Contender
 from ..environment import ROOT
 from ..problem import DTYPES, Problem, hqq_layer, skew_parameters
-from ..session import Case, Job, Session
+from ..session import LORA, LORA_RANK, Case, Job, Session
 from ..timing import kept_bytes
 from .profile import MAIN, Decoder, Profile
 
 OPERATIONS = frozenset({"cayley", "cayley_backward", "rotate", "rotate_backward", "linear", "linear_backward"})
-KINDS = ("hqq_oft", "dense", "PEFT LoRA r=16", "PEFT OFT")
+KINDS = ("hqq_oft", "dense", LORA, "PEFT OFT")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -91,8 +91,8 @@ def build(kind: str, shape: Decoder, device: torch.device, adapters: int = 1) ->
     llama.hqq_quantized = True
     if kind == "HQQ":
         return llama
-    if kind.startswith("PEFT LoRA"):
-        adapted = get_peft_model(llama, LoraConfig(r=contenders.LORA_RANK, target_modules=TARGETS))
+    if kind == LORA:
+        adapted = get_peft_model(llama, LoraConfig(r=LORA_RANK, target_modules=TARGETS))
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:  # in the model's dtype, as half-precision training sets it
                 parameter.data = parameter.data.to(dtype)

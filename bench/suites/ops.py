@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hqq_oft import functional, ops, reference
 
 from .. import model
-from ..problem import Problem, Setting, hqq_layer, skew_parameters
+from ..problem import TOLERANCE, Problem, Setting, hqq_layer, relative_error, skew_parameters
 from ..session import Case, Job, Session
 from .profile import MAIN, Profile
 
@@ -39,8 +39,7 @@ def cases(profile: Profile) -> list[Case]:
             )
             if (setting.bits, setting.group, setting.axis, setting.dtype) == (4, 64, 1, "bf16"):
                 found.append(_case("cayley", f"K={k} {setting.label}", 21, _cayley, k, setting, False))
-    unique = {case.name: case for case in reversed(found)}
-    return list(reversed(unique.values()))
+    return found
 
 
 def _case(operation: str, name: str, priority: int, jobs: Callable[..., list[Job]], *args: Any) -> Case:
@@ -49,7 +48,7 @@ def _case(operation: str, name: str, priority: int, jobs: Callable[..., list[Job
     facts: dict[str, Any] = {}
     for value in args:
         if isinstance(value, Setting):
-            facts = {key: fact for key, fact in Problem(0, 0, value, torch.device("meta")).facts.items() if fact != 0}
+            facts = asdict(value)
     return Case("ops", f"{operation} {name}", priority, frozenset(operations), facts, lambda s: jobs(*args, session=s))
 
 
@@ -169,7 +168,7 @@ def _dequantize(n: int, k: int, setting: Setting, copies: int, session: Session)
         return torch.baddbmm(blocks, blocks, d.transpose(1, 2).expand(k // b, -1, -1)).transpose(0, 1).reshape(n, k)
 
     dense = [problem.dense, *(problem.dense.clone() for _ in range(copies - 1))]
-    copied = (replace(model.gemm(layer, 0), bytes=2 * n * k * layer.element, operations=0),)
+    copied = (model.copy(layer),)
     flat, rotated = (model.dequantize(layer),), (model.dequantize_rotate(layer),)
     ways: tuple[tuple[str, str, Callable[[int], object], tuple[model.Cost, ...]], ...] = (
         ("hqq_oft", "dequantize_rotate", lambda i: ops.dequantize_rotate(*weights[i], d, dtype), rotated),
@@ -194,8 +193,7 @@ def _error(out: Tensor, truth_of: Callable[..., Tensor], *args: Any) -> float:
     truth = truth_of(*wide)
     if out.device.type == "meta":
         return 0.0
-    found = float((out.double() - truth).norm() / truth.norm())
-    bound = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}[out.dtype]
+    found, bound = relative_error(out, truth), TOLERANCE[out.dtype]
     if not found <= bound:
         raise RuntimeError(f"{truth_of.__name__} is {found:.2e} off float64, more than {bound:.0e}")
     return found

@@ -41,7 +41,6 @@ class Profile:
     """Shapes and sizes of all suites.
 
     Attributes:
-        gpu: whether the cases are those of a GPU.
         shapes: out- and in-features of the layers, the most telling first.
         first: tokens at which those are measured before anything else.
         tokens: all the numbers of tokens.
@@ -55,7 +54,6 @@ class Profile:
         buffers: bytes that the sets of buffers of one layer take together at least, so that no cache holds them.
     """
 
-    gpu: bool
     shapes: tuple[tuple[int, int], ...]
     first: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -78,7 +76,6 @@ class Profile:
 
 LLAMA_70B = (28672, 8192)
 GPU = Profile(
-    gpu=True,
     shapes=((4096, 4096), (14336, 4096), LLAMA_70B, (4096, 14336), (1024, 4096), (8192, 28672)),
     first=(1, 16, 512, 4096),
     tokens=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
@@ -95,7 +92,6 @@ GPU = Profile(
     buffers=160 << 20,
 )
 CPU = Profile(
-    gpu=False,
     shapes=((4096, 4096), (14336, 4096)),
     first=(1, 16, 512),
     tokens=(1, 16, 512),

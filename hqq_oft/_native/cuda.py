@@ -8,16 +8,14 @@ holds. Asked for by name it serves all that it can.
 from __future__ import annotations
 
 import functools
-import json
-from importlib import resources
 
 import torch
 from torch import Tensor
 
 from hqq_oft.backends import Unsupported, selected_backend
+from hqq_oft.device_tables import own_table, table_name
 from hqq_oft.weight import LEVELS_PER_ELEMENT
 
-_CONFIGS = "hqq_oft.kernel_configs"
 _MOST_TOKENS = {8: 16, 4: 16, 3: 8, 2: 16, 1: 16}  # by bits: `max_tokens` of csrc/cuda/layout.h
 _GROUP_UNIT = 32  # of csrc/cuda/layout.h
 _BLOCK_UNIT = 16  # columns of one matrix instruction
@@ -32,17 +30,13 @@ def measured_tokens(device: str, bits: int) -> int:
         device: name of the device's table, for example `nvidia_h100_80gb_hbm3`.
         bits: width of one level.
     """
-    table = resources.files(_CONFIGS).joinpath(f"{device}.json")
-    measured = json.loads(table.read_text()).get("native_decode", {}) if table.is_file() else {}
-    return int(measured.get(str(bits), 0))
+    return int(own_table(device).get("native_decode", {}).get(str(bits), 0))
 
 
 @functools.lru_cache
 def _device(index: int) -> tuple[str, tuple[int, int]]:
     """A device's name, as its table is named, and its compute capability."""
-    name = torch.cuda.get_device_name(index)
-    words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
-    return "_".join(words), torch.cuda.get_device_capability(index)
+    return table_name(torch.cuda.get_device_name(index)), torch.cuda.get_device_capability(index)
 
 
 def check_device(x: Tensor, bits: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hqq_oft import backends
 from hqq_oft.backends import Unsupported
+from hqq_oft.device_tables import table_name
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # The interpreter has no multiprocessors; this many make it split sums as a GPU does.
@@ -99,8 +100,7 @@ def multiprocessors(tensor: Tensor) -> int:
 
 def device_name(tensor: Tensor) -> str:
     """Name of the tensor's device, as the files of tuned tiles are named: `nvidia_h100_80gb_hbm3`."""
-    name = _properties(tensor.device.index).name if tensor.is_cuda else "interpreter"
-    return "_".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+    return table_name(_properties(tensor.device.index).name if tensor.is_cuda else "interpreter")
 
 
 def split_buffers(like: Tensor, splits: int, shape: tuple[int, int], tiles: int) -> tuple[Tensor, Tensor]:

@@ -8,18 +8,16 @@ time.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from importlib import resources
 from typing import Any
 
 from torch import Tensor
 
-from ._launch import device_name
+from hqq_oft.device_tables import own_table
 
-CONFIGS = "hqq_oft.kernel_configs"
+from ._launch import device_name
 
 
 @dataclass(frozen=True)
@@ -67,13 +65,7 @@ def _forget() -> None:
 @functools.lru_cache
 def table(device: str) -> dict[str, Any]:
     """The table of a device, with the default's operations where it lacks them."""
-    folder = resources.files(CONFIGS)
-    tables = json.loads(folder.joinpath("default.json").read_text())
-    own = folder.joinpath(f"{device}.json")
-    if own.is_file():
-        tables.update(json.loads(own.read_text()))
-    tables.update(_changes)
-    return tables
+    return own_table("default") | own_table(device) | _changes
 
 
 @functools.lru_cache

@@ -12,14 +12,14 @@ import pytest
 import torch
 from hqq_oft.triton_kernels import _launch, _tiles
 
-from hqq_oft import BackendError, Unsupported, backend, functional
+from hqq_oft import BackendError, Unsupported, backend, device_tables, functional
 
 
 @pytest.fixture
 def tables(tmp_path, monkeypatch):
     for cached in (_tiles.table, _tiles.tiles, _tiles._choose):
         cached.cache_clear()
-    monkeypatch.setattr(_tiles.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(device_tables.resources, "files", lambda package: tmp_path)
     yield tmp_path
     monkeypatch.undo()
     for cached in (_tiles.table, _tiles.tiles, _tiles._choose):
