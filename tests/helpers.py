@@ -9,6 +9,18 @@ from hqq_oft import HqqOFTLinear
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float64: 1e-12}
 
 
+def layers(model: nn.Module) -> list[HqqOFTLinear]:
+    """Ours, in order."""
+    return [module for module in model.modules() if isinstance(module, HqqOFTLinear)]
+
+
+def randomize(model: nn.Module, std: float = 0.05, adapter: str = "default") -> None:
+    """Random rotations in every layer that has the adapter."""
+    for layer in layers(model):
+        if adapter in layer.oft_R:
+            nn.init.normal_(layer.oft_R[adapter].weight, std=std)
+
+
 def relative_error(out: Tensor, reference: Tensor) -> float:
     """|out - ref| / |ref|; NaN if anything in `out` is, so that no comparison with it holds."""
     out, reference = out.detach().double(), reference.detach().double()

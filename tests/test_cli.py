@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
+from helpers import randomize
 from hqq.core.quantize import HQQLinear
 from peft import OFTConfig, PeftModel, get_peft_model
 from small_llama import VOCABULARY, small_llama
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 import hqq_oft
@@ -30,9 +30,7 @@ def folder(tmp_path_factory):
     with hqq_oft.patch_peft():
         config = OFTConfig(r=0, oft_block_size=8, target_modules=r".*_proj")
         adapted = get_peft_model(load_quantized(root / "four"), config)
-        for layer in adapted.modules():
-            if isinstance(layer, hqq_oft.HqqOFTLinear):
-                nn.init.normal_(layer.oft_R["default"].weight, std=0.1)
+        randomize(adapted, 0.1)
         adapted.save_pretrained(root / "adapter")
     return root
 

@@ -7,7 +7,7 @@ import warnings
 import oracle
 import pytest
 import torch
-from helpers import add_adapter, packed_bytes, relative_error, same_bytes
+from helpers import add_adapter, packed_bytes, randomize, relative_error, same_bytes
 from hqq.core.quantize import HQQLinear
 from peft import OFTConfig, get_peft_model
 from small_llama import VOCABULARY, quantized_llama
@@ -29,8 +29,7 @@ def _patched():
 def adapted(std=0.1, nbits=4, **settings):
     config = OFTConfig(r=0, oft_block_size=8, use_cayley_neumann=True, target_modules=TARGETS)
     model = get_peft_model(quantized_llama(nbits=nbits, **settings), config).eval()
-    for layer in layers_of(model).values():
-        nn.init.normal_(layer.oft_R["default"].weight, std=std)
+    randomize(model, std)
     return model
 
 

@@ -15,7 +15,7 @@ import packaging.version
 import peft
 import pytest
 import torch
-from helpers import relative_error
+from helpers import layers, randomize, relative_error
 from hqq.core.quantize import HQQLinear
 from peft import OFTConfig, PeftModel, get_peft_model
 from peft.tuners.oft.layer import OFTLayer
@@ -60,18 +60,8 @@ def tokens():
 def adapted(std: float = 0.05, model=None, **settings):
     settings = {"r": 0, "oft_block_size": 8, "target_modules": ["q_proj", "v_proj"], **settings}
     peft_model = get_peft_model(quantized_llama() if model is None else model, OFTConfig(**settings))
-    randomize(peft_model, "default", std)
+    randomize(peft_model, std, "default")
     return peft_model.eval()
-
-
-def randomize(peft_model, adapter, std=0.05):
-    for layer in layers(peft_model):
-        if adapter in layer.oft_R:
-            nn.init.normal_(layer.oft_R[adapter].weight, std=std)
-
-
-def layers(model) -> list[HqqOFTLinear]:
-    return [module for module in model.modules() if isinstance(module, HqqOFTLinear)]
 
 
 @torch.no_grad()
@@ -115,7 +105,7 @@ def test_use_1_and_4_get_peft_model_and_train(settings, tokens):
 
 def test_use_4_as_documented(tokens):
     model = get_peft_model(quantized_llama(), OFTConfig(**USE_4)).train()
-    randomize(model, "default", 0.1)
+    randomize(model, 0.1, "default")
     train(model, tokens, steps=2)
     model(input_ids=tokens)  # projects what the last step has changed
     for layer in layers(model):
@@ -205,7 +195,7 @@ def test_add_switch_and_delete_an_adapter(tokens):
     model = adapted()
     first = logits(model, tokens)
     model.add_adapter("second", OFTConfig(r=2, oft_block_size=0, target_modules=["q_proj", "v_proj"]))
-    randomize(model, "second")
+    randomize(model, adapter="second")
     assert torch.equal(logits(model, tokens), first)
     model.set_adapter("second")
     second = logits(model, tokens)
@@ -218,7 +208,7 @@ def test_add_switch_and_delete_an_adapter(tokens):
 def test_an_adapter_on_other_modules_of_the_model(tokens):
     model = adapted()
     model.add_adapter("mlp", OFTConfig(r=0, oft_block_size=8, target_modules=["up_proj", "q_proj"]))
-    randomize(model, "mlp")
+    randomize(model, adapter="mlp")
     model.set_adapter("mlp")
     changed = logits(model, tokens)
     model.merge_adapter()
@@ -371,7 +361,7 @@ def test_the_progress_bar_shows_the_errors(capsys, monkeypatch):
 def two_tasks():
     model = adapted()
     model.add_adapter("second", OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj", "v_proj"]))
-    randomize(model, "second", 0.1)
+    randomize(model, 0.1, "second")
     return model
 
 
@@ -714,7 +704,7 @@ def test_two_names_in_one_parent_stay_one():
 def test_conversion_keeps_adapters_switches_and_attributes(tokens, disabled):
     model = adapted()
     model.add_adapter("second", OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj", "v_proj"]))
-    randomize(model, "second", 0.1)
+    randomize(model, 0.1, "second")
     model.set_adapter("second")
     if disabled:
         model.base_model.disable_adapter_layers()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import hqq_layer
+from helpers import hqq_layer, randomize
 from hqq.core.quantize import HQQLinear, Quantizer
 from peft import OFTConfig, PeftModel, get_peft_model
 from small_llama import VOCABULARY, small_llama
@@ -138,9 +138,7 @@ def test_adapters_trained_before_saving_fit_the_loaded_model(tmp_path):
         model = quantized()
         save_quantized(model, tmp_path / "model")
         adapted = get_peft_model(model, OFTConfig(r=0, oft_block_size=8, target_modules=["q_proj", "v_proj"])).eval()
-        for layer in adapted.modules():
-            if isinstance(layer, hqq_oft.HqqOFTLinear):
-                nn.init.normal_(layer.oft_R["default"].weight, std=0.1)
+        randomize(adapted, 0.1)
         adapted.save_pretrained(tmp_path / "adapter")
         loaded = PeftModel.from_pretrained(load_quantized(tmp_path / "model"), tmp_path / "adapter").eval()
         assert torch.equal(loaded(TOKENS).logits, adapted(TOKENS).logits)

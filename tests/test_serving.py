@@ -7,11 +7,11 @@ import weakref
 
 import pytest
 import torch
+from helpers import layers
 from peft import OFTConfig, get_peft_model
 from small_llama import VOCABULARY, quantized_llama
 
 import hqq_oft
-from hqq_oft import HqqOFTLinear
 
 NAMES = ["first", "second", "__base__", "second"]
 
@@ -34,10 +34,6 @@ def served():
 @pytest.fixture
 def tokens():
     return torch.randint(1, VOCABULARY, (4, 5), generator=torch.Generator().manual_seed(1))
-
-
-def layers(model):
-    return [module for module in model.modules() if isinstance(module, HqqOFTLinear)]
 
 
 def generate(model, tokens, **settings):

@@ -7,13 +7,14 @@ import threading
 
 import pytest
 import torch
+from helpers import layers, randomize
 from peft import OFTConfig, get_peft_model
 from small_llama import VOCABULARY, quantized_llama
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hqq_oft
-from hqq_oft import HqqOFTLinear, functional, ops, rotation_step, share_rotations
+from hqq_oft import functional, ops, rotation_step, share_rotations
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAYERS = 14
@@ -36,13 +37,8 @@ def adapted(dtype=torch.float32, **settings):
     settings = {"r": 0, "oft_block_size": 8, "target_modules": TARGETS, "use_cayley_neumann": True, **settings}
     with hqq_oft.patch_peft():
         model = get_peft_model(quantized_llama(dtype=dtype), OFTConfig(**settings)).train()
-    for layer in layers(model):
-        nn.init.normal_(layer.oft_R["default"].weight, std=0.05)
+    randomize(model)
     return model
-
-
-def layers(model) -> list[HqqOFTLinear]:
-    return [module for module in model.modules() if isinstance(module, HqqOFTLinear)]
 
 
 def step(model, tokens):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import randomize
 from peft import OFTConfig, get_peft_model
 from small_llama import VOCABULARY, quantized_llama, small_llama
 from small_llama import quantize as quantize_llama
-from torch import nn
 from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 
 import hqq_oft
-from hqq_oft import HqqOFTLinear
 
 SETTINGS = {"r": 0, "oft_block_size": 8, "target_modules": ["q_proj", "v_proj", "up_proj"], "use_cayley_neumann": True}
 
@@ -28,9 +27,7 @@ def _patched():
 def adapted(base=None, **settings):
     torch.manual_seed(0)
     model = get_peft_model(quantized_llama() if base is None else base, OFTConfig(**{**SETTINGS, **settings}))
-    for module in model.modules():
-        if isinstance(module, HqqOFTLinear):
-            nn.init.normal_(module.oft_R["default"].weight, std=0.05)
+    randomize(model)
     return model
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from helpers import randomize
 from hqq.core.quantize import HQQLinear
 from peft import OFTConfig, PeftModel, get_peft_model
 from small_llama import VOCABULARY, small_llama
-from torch import nn
 from transformers import AutoModelForCausalLM, HqqConfig
 
 import hqq_oft
@@ -102,9 +102,7 @@ def test_from_pretrained_then_get_peft_model(dense, tmp_path):
 def test_a_dense_merge_is_a_plain_model(dense, tmp_path):
     config = OFTConfig(r=0, oft_block_size=8, target_modules=r".*_proj")
     adapted = get_peft_model(from_transformers(dense), config).eval()
-    for layer in adapted.modules():
-        if isinstance(layer, HqqOFTLinear):
-            nn.init.normal_(layer.oft_R["default"].weight, std=0.1)
+    randomize(adapted, 0.1)
     expected = logits(adapted)
     merged = adapted.merge_and_unload(into="dense")
     assert (logits(merged) - expected).norm() < 1e-5 * expected.norm()

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import hqq_oft
 
 from .corpus import VOCABULARY, Text
 
@@ -114,15 +115,8 @@ def trained_on_prose(text: Text, steps: int, seed: int, cache: Path, device: str
 
 def quantize(model: LlamaForCausalLM, bits: float, group_size: int, device: str) -> LlamaForCausalLM:
     """Quantize every linear layer but the head with HQQ, in place."""
-    config = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)
     model.requires_grad_(False)
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
-    dtype = next(model.parameters()).dtype
-    for name, layer in tqdm(layers, desc="quantize", unit="layer"):
-        parent, _, child = name.rpartition(".")
-        quantized = HQQLinear(layer, config, compute_dtype=dtype, device=device)
-        setattr(model.get_submodule(parent), child, quantized)
-    model.hqq_quantized = True
+    hqq_oft.quantize_model(model, bits, group_size, device=device)
     return model
 
 

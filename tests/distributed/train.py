@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, as pytest has it
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import layers, randomize
 from peft import OFTConfig, PeftModel, get_peft_model
 from small_llama import VOCABULARY, quantized_llama
 from torch import nn
@@ -25,7 +26,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import hqq_oft
-from hqq_oft import HqqOFTLinear
 
 STEPS, BATCH = 6, 4
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -38,13 +38,8 @@ def build(adapter: Path | None) -> PeftModel:
         return PeftModel.from_pretrained(base, adapter, is_trainable=True).train()
     config = OFTConfig(r=0, oft_block_size=8, target_modules=TARGETS, use_cayley_neumann=True)
     model = get_peft_model(base, config).train()
-    for layer in layers(model):
-        nn.init.normal_(layer.oft_R["default"].weight, std=0.05)
+    randomize(model)
     return model
-
-
-def layers(model: nn.Module) -> list[HqqOFTLinear]:
-    return [module for module in model.modules() if isinstance(module, HqqOFTLinear)]
 
 
 def shard(model: PeftModel) -> None:
