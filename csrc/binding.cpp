@@ -45,7 +45,7 @@ Tensor with_contiguous_rows(const Tensor& t) {
 
 Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
   Tensor out = torch::stable::new_empty(like, shape, type);
-  const size_t bytes = static_cast<size_t>(out.numel()) * (type == ScalarType::Float ? 4 : 2);
+  const size_t bytes = static_cast<size_t>(out.numel()) * size_of(dtype_of(type));
   if (bytes >= 4 * kLargePage) ask_for_large_pages(out.mutable_data_ptr(), bytes);
   return out;
 }
@@ -94,6 +94,8 @@ struct HeldWeight {
 
 HeldWeight hold(const Tensor& packed, const Tensor& scale, const Tensor& zero, int64_t N, int64_t K, int64_t bits,
                 int64_t group_size, int64_t axis) {
+  STD_TORCH_CHECK(bits == 8 || bits == 4 || bits == 3 || bits == 2 || bits == 1, "bits must be 8, 4, 3, 2 or 1");
+  STD_TORCH_CHECK(group_size > 0 && N * K % group_size == 0, "group_size must divide the weight");
   auto plain = [&](const Tensor& t) {
     return compact(scale.scalar_type() == zero.scalar_type() ? t : torch::stable::to(t, ScalarType::Float));
   };
@@ -139,9 +141,10 @@ class GroupedRows {
   std::vector<int64_t> order_, first_;
 };
 
-Blocks blocks_of(const Tensor& d, int64_t K, bool transpose) {
+Blocks blocks_of(const Tensor& d, int64_t K, bool transpose, bool indexed = false) {
+  STD_TORCH_CHECK(d.dim() == (indexed ? 4 : 3) && d.size(-2) == d.size(-1), "d must hold square blocks");
   int64_t b = d.size(-1), stored = d.size(-3);
-  STD_TORCH_CHECK(K % b == 0 && (stored == 1 || stored == K / b), "d does not fit the features that it rotates");
+  STD_TORCH_CHECK(b > 0 && K % b == 0 && (stored == 1 || stored == K / b), "d does not fit the features that it rotates");
   return {source(d), K, b, stored, transpose};
 }
 
@@ -150,9 +153,11 @@ void rotate_into(const Tensor& x, const Tensor& d, const std::optional<Tensor>& 
   Tensor blocks = compact(d);
   GroupedRows rows(index, index ? d.size(0) : 1);
   STD_TORCH_CHECK(!index || index->numel() == x.size(0), "adapter_index must have an entry per row of x");
+  STD_TORCH_CHECK(shape_of(y) == shape_of(x) && x.dim() == 2, "y must have the shape of x");
+  STD_TORCH_CHECK(x.numel() == 0 || (x.stride(1) == 1 && y.stride(1) == 1), "rows of x and y must be contiguous");
   int64_t M = x.size(0);
-  run(kernels().rotate, Rotate{source(x), sink(y), M, x.stride(0), y.stride(0), blocks_of(blocks, x.size(1), transpose),
-                               rows.view()});
+  run(kernels().rotate, Rotate{source(x), sink(y), M, x.stride(0), y.stride(0),
+                               blocks_of(blocks, x.size(1), transpose, index.has_value()), rows.view()});
 }
 
 Tensor rotate(const Tensor& x, const Tensor& d, const std::optional<Tensor>& index, bool transpose) {
@@ -165,10 +170,11 @@ Tensor rotate(const Tensor& x, const Tensor& d, const std::optional<Tensor>& ind
 Tensor rotation_gradient(const Tensor& left_in, const Tensor& right_in, const Tensor& d,
                          const std::optional<Tensor>& index) {
   Tensor left = with_contiguous_rows(left_in), right = with_contiguous_rows(right_in);
+  STD_TORCH_CHECK(shape_of(left) == shape_of(right) && left.dim() == 2, "x and its gradient must have one shape");
   GroupedRows rows(index, index ? d.size(0) : 1);
   STD_TORCH_CHECK(!index || index->numel() == left.size(0), "adapter_index must have an entry per row of x");
   RotateGradient op{source(left), source(right), left.stride(0), right.stride(0), left.size(0),
-                    blocks_of(d, left.size(1), false), rows.view(), nullptr};
+                    blocks_of(d, left.size(1), false, index.has_value()), rows.view(), nullptr};
   Tensor dd = empty(d, shape_of(d), ScalarType::Float);
   auto out = static_cast<float*>(dd.mutable_data_ptr());
   int64_t n = op.elements(), parts = op.parts();
@@ -240,6 +246,7 @@ Tensor linear(const Tensor& x, const std::optional<Tensor>& d, WEIGHT, const std
   std::optional<Tensor> bias_row;
   Source bias_source{};
   if (bias) {
+    STD_TORCH_CHECK(bias->numel() == N, "bias must have an entry per out-feature");
     bias_row = compact(*bias);
     bias_source = source(*bias_row);
   }
@@ -280,7 +287,9 @@ struct HeldCayley {
   HeldCayley(const Tensor& v_in, std::optional<int64_t> terms, const std::optional<Tensor>& keep_in,
              std::optional<double> max_norm_in)
       : v(compact(v_in)), max_norm(max_norm_in), coefficients(series_coefficients(terms)), exact(!terms) {
-    if (keep_in) keep = compact(*keep_in);
+    if (!keep_in) return;
+    STD_TORCH_CHECK(keep_in->scalar_type() == ScalarType::Bool, "keep must be bool");
+    keep = compact(*keep_in);
   }
   int64_t count() const { return keep ? keep->numel() : v.size(0); }
   Cayley view(int64_t b) const {

@@ -53,6 +53,15 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
 
 
+def cuda_architectures() -> list[str]:
+    """Those of `CUDA_ARCHITECTURES` that the CUDA compiler at hand knows: older ones know fewer."""
+    path = nvcc()
+    if path is None:
+        return []
+    known = subprocess.run([path, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    return [each for each in CUDA_ARCHITECTURES if f"sm_{each}" in known or f"sm_{each.removesuffix('a')}" in known]
+
+
 def torch_folder() -> Path | None:
     """Where PyTorch is installed; it is not imported."""
     spec = importlib.util.find_spec("torch")
@@ -84,6 +93,8 @@ def parts() -> tuple[str, ...]:
         cuda_missing = "this version has no CUDA kernels"
     elif nvcc() is None:
         cuda_missing = "there is no nvcc: install the CUDA toolkit, or set CUDA_HOME"
+    elif not cuda_architectures():
+        cuda_missing = f"{nvcc()} compiles for none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}: install a newer one"
     if choice == "auto":
         if cpu_missing:
             print(f"hqq_oft: no native kernels are built: {cpu_missing}.", file=sys.stderr)
@@ -125,7 +136,11 @@ def compile_commands(parts: tuple[str, ...], objects: Path, sanitize: bool = Fal
         assert path is not None
         for source in sorted((CSRC / "cuda").glob("*.cpp")):
             add(source, [*compiler, *flags, *binding])
-        targets = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in CUDA_ARCHITECTURES]
+        architectures = cuda_architectures()
+        targets = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in architectures]
+        # As PTX too, for what comes after; what an "a" marks runs on nothing else.
+        newest = next((each for each in reversed(architectures) if each.isdigit()), None)
+        targets += [f"-gencode=arch=compute_{newest},code=compute_{newest}"] if newest else []
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             add(source, [path, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{CSRC}", *targets])
     return commands
@@ -140,7 +155,7 @@ def link_command(parts: tuple[str, ...], objects: list[Path], out: Path, sanitiz
     driver = [nvcc() or "", "-cudart=static", "-Xcompiler", "-fPIC"] if "cuda" in parts else compiler
     command = [*driver, "-shared", *map(str, objects), "-o", str(out), f"-L{torch / 'lib'}", "-ltorch_cpu"]
     if sanitize:
-        command.append("-fsanitize=address,undefined")
+        command += [*(["-Xcompiler"] if "cuda" in parts else []), "-fsanitize=address,undefined"]
     return command
 
 

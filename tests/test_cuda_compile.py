@@ -8,12 +8,14 @@ import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
+import native_build
 import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
-NVCC = shutil.which("nvcc")
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100")
+build = native_build.load()
+NVCC = build.nvcc()
+ARCHITECTURES = [f"sm_{each}" for each in build.CUDA_ARCHITECTURES]
 REGISTERS = 65536  # of a multiprocessor, on all of them
 THREADS = 256  # of a block
 

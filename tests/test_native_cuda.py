@@ -74,7 +74,7 @@ def _device(monkeypatch, tmp_path):
     (tmp_path / "some_gpu.json").write_text(json.dumps({"native_decode": {"4": 8}}))
     monkeypatch.setattr(device_tables.resources, "files", lambda _: tmp_path)
     monkeypatch.setattr(cuda, "_device", lambda _: ("some_gpu", (8, 0)))
-    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+    monkeypatch.setattr(cuda, "has_kernels", lambda: True)
     cuda.measured_tokens.cache_clear()
     yield
     cuda.measured_tokens.cache_clear()
@@ -112,6 +112,6 @@ def test_old_devices_and_builds_without_cuda_are_refused(monkeypatch):
         monkeypatch.setattr(cuda, "_device", lambda _: ("some_gpu", (7, 5)))
         with pytest.raises(Unsupported, match=r"capability 8\.0"):
             cuda.check_device(OnCuda(1), 4)
-        monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
+        monkeypatch.setattr(cuda, "has_kernels", lambda: False)
         with pytest.raises(Unsupported, match="has no CUDA kernels"):
             cuda.check_device(OnCuda(1), 4)

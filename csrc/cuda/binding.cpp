@@ -78,7 +78,7 @@ Tensor linear(const Tensor& x_in, const std::optional<Tensor>& d_in, const Tenso
   if (M == 0 || N == 0) return y;
 
   const bool reads_aligned = x_in.stride(1) == 1 && x_in.stride(0) % 4 == 0 && is_aligned(x_in.const_data_ptr(), 8);
-  const Tensor x = reads_aligned ? x_in : torch::stable::clone(compact(x_in));
+  const Tensor x = reads_aligned ? x_in : x_in.is_contiguous() ? torch::stable::clone(x_in) : compact(x_in);
   const Tensor scale = compact(scale_in), zero = compact(zero_in);
   STD_TORCH_CHECK(packed.is_contiguous() && packed.numel() == N / facts.fields * K &&
                       packed.scalar_type() == (bits == 3 ? ScalarType::Int : ScalarType::Byte) &&
@@ -143,7 +143,7 @@ Tensor linear(const Tensor& x_in, const std::optional<Tensor>& d_in, const Tenso
     check(launch_rotate(element, a.rotation, out, stream));
     a.rotation = {out, K, nullptr, nullptr, problem.tokens, problem.in_features, 0, 1};
   }
-  check(launch_decode(element, problem, plan, a, capability_major, stream));
+  check(launch_decode(element, problem, plan, a, device, capability_major, stream));
   return y;
 }
 

@@ -309,13 +309,15 @@ __device__ __forceinline__ bool sum_splits(Accumulators<BITS, TOKEN_TILES>& sum,
   for_each_sum<BITS, TOKEN_TILES>(sum, tokens, TILE_ROWS, [&](float value, int token, int field, int row) {
     own[token * SIZE + field * TILE_ROWS + row] = value;
   });
-  fence();
+  // The first lane's ticket speaks for all: it is drawn behind the others' writes, and they read behind its answer.
   sync_warp();
+  fence();
   int last = 0;
   if (lane_index() == 0) last = arrive_last(a.tickets + tile, a.stamp, a.splits);
   last = broadcast(last);
   if (last == 0) return false;
   fence();
+  sync_warp();
   sum = {};
   for (int split = 0; split < a.splits; ++split, parts += tokens * SIZE) {
     for_each_sum<BITS, TOKEN_TILES>(sum, tokens, TILE_ROWS, [&](float& value, int token, int field, int row) {

@@ -60,12 +60,14 @@ int launch_rotate(Element element, const RotationArguments& a, uint16_t* rotated
 }
 
 int launch_decode(Element element, const Problem& problem, const Plan& plan, const DecodeArguments& a,
-                  int capability_major, void* stream) {
+                  const Device& device, int capability_major, void* stream) {
   const Kernel kernel =
       element == Element::HALF ? by_bits<Half>(problem.bits, plan) : by_bits<BFloat16>(problem.bits, plan);
   const int shared = shared_layout(packing_facts(problem.bits), plan).total;
-  if (const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                     cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  // The function's for all threads of the host, so always the same: what this launch takes is less.
+  if (const cudaError_t error =
+          cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               device.shared_per_block);
       error != cudaSuccess) {
     return error;
   }

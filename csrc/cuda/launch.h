@@ -18,7 +18,7 @@ int launch_rotate(Element element, const RotationArguments& a, uint16_t* rotated
 // `launch_rotate`, writes: where the architecture can (compute capability 9.0), the weight is already being fetched
 // then.
 int launch_decode(Element element, const Problem& problem, const Plan& plan, const DecodeArguments& a,
-                  int capability_major, void* stream);
+                  const Device& device, int capability_major, void* stream);
 
 const char* error_text(int error);
 

@@ -13,7 +13,6 @@ namespace hqq_oft::cuda {
 template <class Format, int BITS>
 struct Levels {
   static constexpr int FIELDS = Packing<BITS>::FIELDS;
-  static constexpr int WORDS = Packing<BITS>::WORDS;
   static constexpr int BIAS = 1 << BITS;
   static constexpr int POSITION = Format::MANTISSA_BITS - BITS;  // of the level's lowest bit
   static constexpr uint32_t MASK = ((1u << BITS) - 1u) << POSITION;
@@ -42,8 +41,6 @@ struct Levels {
 // bfloat16 has seven bits of mantissa; a byte is exact in its eight significant bits, and is made by way of float32.
 template <>
 struct Levels<BFloat16, 8> {
-  static constexpr int FIELDS = 1;
-  static constexpr int WORDS = 1;
   static constexpr int BIAS = 0;
 
   static __device__ __forceinline__ uint32_t pair(const uint32_t* words, int, int odd) {

@@ -155,7 +155,8 @@ inline Plan cheapest_plan(const Problem& problem, const Device& device, int resi
   const int limit = std::min(device.shared_per_block, device.shared_per_multiprocessor / resident - BLOCK_SHARED);
   Plan best{};
   int64_t best_cost = INT64_MAX;
-  for (int band_tiles = warps;; band_tiles += warps) {
+  // Of the sizes that give as many bands the smallest is the cheapest: the next to try is that for a band fewer.
+  for (int band_tiles = warps;;) {
     const int bands = ceil_div(tiles, band_tiles);
     int slice_stages = ceil_div(stages, std::max(1, slots / bands));
     Plan plan = make_plan(problem, warps, band_tiles, slice_stages, false);
@@ -168,6 +169,7 @@ inline Plan cheapest_plan(const Problem& problem, const Device& device, int resi
       best_cost = cost(problem, plan, slots);
     }
     if (bands == 1) return best;
+    band_tiles = ceil_div(ceil_div(tiles, bands - 1), warps) * warps;
   }
 }
 

@@ -39,11 +39,17 @@ def _device(index: int) -> tuple[str, tuple[int, int]]:
     return table_name(torch.cuda.get_device_name(index)), torch.cuda.get_device_capability(index)
 
 
+@functools.lru_cache
+def has_kernels() -> bool:
+    """Whether the library was built with its CUDA part."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("hqq_oft_native::linear", "CUDA")
+
+
 def check_device(x: Tensor, bits: int) -> None:
     """Raise `Unsupported` where the kernel does not run, or under `auto` is not known to be worth it."""
     if not x.is_cuda or torch.version.hip is not None:
         raise Unsupported(f"the native decode kernel runs on CUDA devices, and the tensor is on {x.device}")
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("hqq_oft_native::linear", "CUDA"):
+    if not has_kernels():
         raise Unsupported("this build of hqq_oft has no CUDA kernels: install it where there is an `nvcc`")
     name, capability = _device(x.device.index)
     if capability < (8, 0):
@@ -92,8 +98,9 @@ def linear(
     bits: int, group_size: int, axis: int, bias: Tensor | None, adapter_index: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """`hqq_oft.reference.linear` for up to 16 tokens on a CUDA device."""
-    check_device(x, bits)
+    # First the reasons that most calls with many tokens meet, and that do not tell one number of them from another.
     check_call(x, d, packed, scale, zero, out_features, in_features, bits, group_size, axis)
+    check_device(x, bits)
     if bias is not None:
         bias = bias.to(x.dtype)
     return torch.ops.hqq_oft_native.linear(

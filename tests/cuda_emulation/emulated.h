@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstring>
 #include <deque>
+#include <exception>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -60,6 +61,7 @@ struct Block {
   std::mt19937 random{0};
   Thread* now = nullptr;
   int x = 0, y = 0, warps = 0;
+  std::exception_ptr failure;  // of a thread
 };
 
 inline Block block;
@@ -123,10 +125,12 @@ void run_block(int x, int y, int warps, int shared_bytes, Function kernel) {
   constexpr size_t STACK = 64 << 10;
   block.x = x;
   block.y = y;
+  block.failure = nullptr;
+  block.ready.clear();
   block.warps = warps;
   block.shared.assign(shared_bytes + GUARD, 0xFF);  // NaN in either format and in float32
-  block.of_block.threads = warps * WARP;
-  for (Barrier& barrier : block.of_warp) barrier.threads = WARP;
+  block.of_block = {warps * WARP, {}};
+  for (Barrier& barrier : block.of_warp) barrier = {WARP, {}};
   for (int i = 0; i < warps * WARP; ++i) {
     Thread& thread = block.threads[i];
     if (!thread.stack) thread.stack.reset(new char[STACK]);
@@ -138,13 +142,18 @@ void run_block(int x, int y, int warps, int shared_bytes, Function kernel) {
     thread.start.uc_stack.ss_sp = thread.stack.get();
     thread.start.uc_stack.ss_size = STACK;
     makecontext(&thread.start, +[] {
-      (*entry)();
+      try {
+        (*entry)();
+      } catch (...) {  // nothing outside of this stack could
+        block.failure = std::current_exception();
+      }
       block.now->done = true;
       _longjmp(block.scheduler, 1);
     }, 0);
     block.ready.push_back(&thread);
   }
-  while (!block.ready.empty()) run_some_thread();
+  while (!block.ready.empty() && !block.failure) run_some_thread();
+  if (block.failure) std::rethrow_exception(block.failure);
   if (block.of_block.threads != 0) throw std::runtime_error("threads wait for ever");
   for (int i = 0; i < GUARD; ++i) {
     if (block.shared[shared_bytes + i] != 0xFF) throw std::runtime_error("written behind shared memory");

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hqq_oft import backend, ops, reference
+from hqq_oft._native import cuda
 from hqq_oft.backends import BackendError, registry
 
 from .cases import ORDER_OF_SUMS, TOLERANCE, operations, relative_error, widened
@@ -18,7 +19,7 @@ TOKENS = [1, 2, 7, 8, 16]
 @pytest.fixture(autouse=True)
 def _native():
     reason = registry()["native"].why_not("linear")
-    if reason is None and not torch._C._dispatch_has_kernel_for_dispatch_key("hqq_oft_native::linear", "CUDA"):
+    if reason is None and not cuda.has_kernels():
         reason = "this build of hqq_oft has no CUDA kernels"
     if reason is not None:
         pytest.skip(reason)

@@ -69,7 +69,24 @@ def test_tensors_that_do_not_fit_are_errors_not_reads_beyond_them():
                  (x, d[None], torch.zeros(2, dtype=torch.int64), False)):  # fmt: skip
         with pytest.raises(RuntimeError):
             lib.rotate(*args)
+    index = torch.zeros(3, dtype=torch.int64)
     packed, scale = torch.zeros(4, 8, dtype=torch.uint8), torch.ones(8)
+    weight = (packed, scale, scale, 8, 8, 4, 8, 1)
+    v = torch.randn(2, 6)
+    lib.rotate(x, d, None, False), lib.rotate(x, d[None], index, False), lib.linear(x, d, *weight, scale, None)
+    for call, said in (
+        (lambda: lib.rotate(x, d[:, :3], None, False), "square blocks"),
+        (lambda: lib.rotate(x, d, index, False), "square blocks"),
+        (lambda: lib.rotate_into(x, d, None, False, x[:2].clone()), "shape of x"),
+        (lambda: lib.rotate_into(x, d, None, False, x.new_empty(8, 3).t()), "must be contiguous"),
+        (lambda: lib.rotate_backward(x, x[:2], d, None, False, True, True), "one shape"),
+        (lambda: lib.linear(x, d, *weight, scale[:1], None), "entry per out-feature"),
+        (lambda: lib.cayley(v, 4, 5, index[:2], None, torch.float32), "keep must be bool"),
+        (lambda: lib.dequantize(packed, scale, scale, 8, 8, 4, 7, 1, torch.float32), "must divide the weight"),
+        (lambda: lib.dequantize(packed, scale, scale, 8, 8, 0, 8, 1, torch.float32), "bits must be"),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            call()
     with pytest.raises(RuntimeError, match="do not fit the weight's shape"):
         lib.dequantize(packed, scale, scale, 8, 16, 4, 8, 1, torch.float32)
 
