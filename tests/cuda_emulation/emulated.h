@@ -65,7 +65,16 @@ struct Block {
 };
 
 inline Block block;
-inline bool previous_launch_awaited = false;
+
+// What a launch writes that this one waits for: NaN to a block until it has waited.
+struct PreviousLaunch {
+  std::vector<uint16_t> written, seen;
+  bool awaited = false;
+  void hide() { seen.assign(written.size(), 0xFFFF); }
+  void show() { std::copy(written.begin(), written.end(), seen.begin()); }
+};
+
+inline PreviousLaunch previous_launch;
 
 inline int block_x() { return block.x; }
 inline int block_y() { return block.y; }
@@ -297,6 +306,9 @@ inline uint64_t compare_and_swap(uint64_t* address, uint64_t expected, uint64_t 
 inline float load_past_l1(const float* address) { return *address; }
 
 inline void release_next_launch() {}
-inline void wait_for_previous_launch() { previous_launch_awaited = true; }
+inline void wait_for_previous_launch() {
+  previous_launch.awaited = true;
+  previous_launch.show();
+}
 
 }  // namespace hqq_oft::cuda

@@ -15,6 +15,7 @@ void run_blocks(const Plan& plan, const DecodeArguments& a, std::mt19937& random
   for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
   std::shuffle(order.begin(), order.end(), random);  // blocks arrive in any order
   for (const int i : order) {
+    previous_launch.hide();
     run_block(i % plan.bands, i / plan.bands, plan.warps, shared,
               [&] { decode_kernel<Format, BITS, SPAN, TOKEN_TILES>(a); });
   }
@@ -35,13 +36,15 @@ void by_span(const Plan& plan, const DecodeArguments& a, std::mt19937& random) {
 
 template <class Format>
 void run(const Problem& problem, const Plan& plan, DecodeArguments a, std::mt19937& random) {
-  std::vector<uint16_t> rotated;
+  std::vector<uint16_t>& rotated = previous_launch.written;
+  rotated.clear();
   if (plan.chained) {
     rotated.assign(static_cast<size_t>(problem.tokens) * problem.in_features, 0xFFFF);
     for (int i = 0; i < ceil_div(problem.in_features, WARPS * STEP); ++i) {
       run_block(i, 0, WARPS, 0, [&] { rotate_kernel<Format>(a.rotation, rotated.data()); });
     }
-    a.rotation.x = rotated.data();
+    previous_launch.hide();
+    a.rotation.x = previous_launch.seen.data();
     a.rotation.x_stride = problem.in_features;
     a.rotation.d = nullptr;
   }
@@ -78,7 +81,7 @@ bool emulate(const Problem* problem, const Plan* plan, int bfloat16, const uint1
              const uint16_t* d, int stored_blocks, const int64_t* adapter_index, const uint8_t* packed,
              const uint16_t* scale, const uint16_t* zero, const uint16_t* bias, uint16_t* y, float* partial,
              uint64_t* tickets, int repeats, char* reason) {
-  previous_launch_awaited = false;
+  previous_launch.awaited = false;
   DecodeArguments a{};
   a.rotation = {x,  x_stride, d, adapter_index, problem->tokens, problem->in_features, problem->block_size,
                 stored_blocks};
@@ -97,7 +100,7 @@ bool emulate(const Problem* problem, const Plan* plan, int bfloat16, const uint1
       a.y = y + static_cast<int64_t>(repeat) * problem->tokens * problem->out_features;
       bfloat16 != 0 ? run<BFloat16>(*problem, *plan, a, random) : run<Half>(*problem, *plan, a, random);
     }
-    if (plan->chained != previous_launch_awaited) throw std::runtime_error("x was read before it was rotated");
+    if (plan->chained != previous_launch.awaited) throw std::runtime_error("x was read before it was rotated");
   } catch (const std::exception& error) {
     std::strncpy(reason, error.what(), 255);
     return false;
