@@ -27,7 +27,10 @@ def page(name: str, value: Any) -> str:
     """Title, signature and docstring as Markdown, and a class's public methods below."""
     parts = [f"# `{name}`", _signature(name, value), _body(inspect.getdoc(value) or "")]
     if inspect.isclass(value) and not issubclass(value, BaseException):
-        for member, method in sorted(vars(value).items()):
+        members: dict[str, Any] = {}
+        for base in reversed([base for base in value.__mro__ if base.__module__.startswith("hqq_oft")]):
+            members.update(vars(base))
+        for member, method in sorted(members.items()):
             function = method.__func__ if isinstance(method, (classmethod, staticmethod)) else method
             if not member.startswith("_") and inspect.isfunction(function) and inspect.getdoc(function):
                 parts += [f"## `{member}`", _signature(member, function), _body(inspect.getdoc(function) or "")]

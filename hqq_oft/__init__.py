@@ -4,10 +4,11 @@ from importlib import metadata as _metadata
 
 from . import functional
 from .backends import BackendError, Unsupported, backend
+from .conversion import ConversionReport, convert, revert
 from .layer import HqqOFTLinear
 from .loading import load_quantized
 from .merge_report import MergeReport, merge_report
-from .peft_integration import ConversionReport, convert, dispatch_hqq, patch_peft, revert, unpatch_peft
+from .peft_integration import dispatch_hqq, patch_peft, unpatch_peft
 from .quantizing import QuantizationReport, quantize_model
 from .safetensors_file import CheckpointError
 from .saving import save_quantized

@@ -1,192 +1,21 @@
-"""Differentiable operations on rotations and quantized weights.
+"""Differentiable operations on rotations and quantized weights, with their arguments checked.
 
-What is differentiated and what is saved is decided here; `hqq_oft.ops` computes. Saved for backward are inputs alone:
-nothing dense of the weight's size, nothing wider than it came in. Symbols: tokens M, in-features K, out-features N,
-block size b, blocks B = K / b, stored blocks S (B, or 1 where all positions share one block), adapters A.
+`hqq_oft._autograd` decides what is differentiated and what is saved, `hqq_oft.ops` computes. Symbols: tokens M,
+in-features K, out-features N, block size b, blocks B = K / b, stored blocks S (B, or 1 where all positions share one
+block), adapters A.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import ops
+from ._autograd import Cayley, DequantizeRotate, Linear, OFTLinear, OFTRotate, Rotate
 from .weight import QuantizedWeight
-
-
-class _Cayley(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, v: Tensor, keep: Tensor | None, block_size: int, terms: Any, max_norm: Any, dtype: Any
-    ) -> Any:
-        ctx.save_for_backward(v, keep)
-        ctx.spec = (block_size, terms, max_norm)
-        return ops.cayley(v, block_size, terms, keep, max_norm, dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        v, keep = ctx.saved_tensors
-        block_size, terms, max_norm = ctx.spec
-        return ops.cayley_backward(grad, v, block_size, terms, keep, max_norm), None, None, None, None, None
-
-
-class _Rotate(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) -> Any:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, d, adapter_index)
-        ctx.transpose = transpose
-        return ops.rotate(x, d, adapter_index, transpose)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, d, adapter_index = ctx.saved_tensors
-        need_x, need_d = ctx.needs_input_grad[:2]
-        if x is None:
-            return ops.rotate(grad, d, adapter_index, not ctx.transpose), None, None, None
-        dx, dd = ops.rotate_backward(grad, x, d, adapter_index, ctx.transpose, need_x, need_d)
-        return dx if need_x else None, dd.to(d.dtype), None, None
-
-
-class _OFTRotate(Function):
-    """`_Cayley` and `_Rotate` in one node, so that D is not saved: backward builds it again from `v`.
-
-    A `d` that is given stays with the node, outside of what is saved: gradient checkpointing, whose second forward may
-    have none at hand, compares what the two save.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        v: Tensor,
-        keep: Tensor | None,
-        d: Tensor | None,
-        block_size: int,
-        terms: Any,
-        max_norm: Any,
-    ) -> Any:
-        need_x, need_v = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if need_v else None, v if need_x or need_v else None, keep)
-        ctx.spec, ctx.d = (block_size, terms, max_norm), d
-        if d is None:
-            d = ops.cayley(v, block_size, terms, keep, max_norm, x.dtype)
-        return ops.rotate(x, d, None, False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, v, keep = ctx.saved_tensors
-        block_size, terms, max_norm = ctx.spec
-        need_x, need_v = ctx.needs_input_grad[:2]
-        d = ops.cayley(v, block_size, terms, keep, max_norm, grad.dtype) if ctx.d is None else ctx.d
-        # Where v needs no gradient, x is not saved and not read: grad stands in for it in the schema.
-        dx, dd = ops.rotate_backward(grad, grad if x is None else x, d, None, False, need_x, need_v)
-        dv = ops.cayley_backward(dd, v, block_size, terms, keep, max_norm) if need_v else None
-        return dx if need_x else None, dv, None, None, None, None, None
-
-
-class _DequantizeRotate(Function):
-    @staticmethod
-    def forward(ctx: Any, d: Tensor, dtype: torch.dtype, *weight: Any) -> Any:
-        ctx.save_for_backward(d)
-        ctx.weight = weight
-        return ops.dequantize_rotate(*weight, d, dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (d,) = ctx.saved_tensors
-        weight = ops.dequantize(*ctx.weight, grad.dtype)
-        dd = ops.rotate_backward(grad, weight, d, None, True, False, True)[1]
-        return (dd.to(d.dtype), None, *(None for _ in ctx.weight))
-
-
-class _Linear(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, d: Tensor | None, bias: Tensor | None, adapter_index: Tensor | None, *weight: Any
-    ) -> Any:
-        need_x, need_d, need_bias = ctx.needs_input_grad[:3]
-        ctx.save_for_backward(x if need_d else None, d if need_x or need_d else None, adapter_index)
-        ctx.weight = weight
-        ctx.bias_dtype = bias.dtype if need_bias and bias is not None else None
-        return ops.linear(x, d, *weight, bias, adapter_index)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, d, adapter_index = ctx.saved_tensors
-        need_x, need_d = ctx.needs_input_grad[:2]
-        dx: Any = None
-        dd: Any = None
-        if need_x or need_d:
-            # Where D needs no gradient, x is not saved and not read: grad stands in for it in the schema.
-            dx, dd = ops.linear_backward(grad, grad if x is None else x, d, *ctx.weight, adapter_index, need_x, need_d)
-        return (
-            dx if need_x else None,
-            dd.to(d.dtype) if need_d else None,
-            _bias_gradient(grad, ctx.bias_dtype),
-            None,
-            *(None for _ in ctx.weight),
-        )
-
-
-class _OFTLinear(Function):
-    """`_Cayley` and `_Linear` in one node; what is saved, and a `d` that is given, are as in `_OFTRotate`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        keep: Tensor | None,
-        d: Tensor | None,
-        block_size: int,
-        terms: Any,
-        max_norm: Any,
-        *weight: Any,
-    ) -> Any:
-        need_x, need_v, need_bias = ctx.needs_input_grad[:3]
-        ctx.save_for_backward(x if need_v else None, v if need_x or need_v else None, keep)
-        ctx.spec, ctx.d = (block_size, terms, max_norm), d
-        ctx.weight = weight
-        ctx.bias_dtype = bias.dtype if need_bias and bias is not None else None
-        if d is None:
-            d = ops.cayley(v, block_size, terms, keep, max_norm, x.dtype)
-        return ops.linear(x, d, *weight, bias, None)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, v, keep = ctx.saved_tensors
-        block_size, terms, max_norm = ctx.spec
-        need_x, need_v = ctx.needs_input_grad[:2]
-        dx = dv = None
-        if need_x or need_v:
-            d = ops.cayley(v, block_size, terms, keep, max_norm, grad.dtype) if ctx.d is None else ctx.d
-            dx, dd = ops.linear_backward(grad, grad if x is None else x, d, *ctx.weight, None, need_x, need_v)
-            if need_v:
-                dv = ops.cayley_backward(dd, v, block_size, terms, keep, max_norm)
-        return (
-            dx if need_x else None,
-            dv,
-            _bias_gradient(grad, ctx.bias_dtype),
-            *(None for _ in range(5 + len(ctx.weight))),
-        )
-
-
-def _bias_gradient(grad: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    return None if dtype is None else grad.sum(dim=0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(dtype)
-
 
 # --- Checks ----------------------------------------------------------------------------------------------------------
 
@@ -287,7 +116,7 @@ def cayley(
     _check_cayley(v, block_size, terms, keep)
     if dtype is None:
         dtype = torch.promote_types(v.dtype, torch.float32)
-    return _Cayley.apply(v, keep, block_size, terms, max_norm, dtype)
+    return Cayley.apply(v, keep, block_size, terms, max_norm, dtype)
 
 
 def cayley_many(
@@ -344,7 +173,7 @@ def rotate(x: Tensor, d: Tensor, *, transpose: bool = False, adapter_index: Tens
         raise ValueError("x must have shape [..., K], got a scalar.")
     flat = _flatten(x)
     _check_rotation(x.shape[-1], d, adapter_index, flat.shape[0])
-    return _Rotate.apply(flat, d, adapter_index, transpose).reshape(x.shape)
+    return Rotate.apply(flat, d, adapter_index, transpose).reshape(x.shape)
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
@@ -370,7 +199,7 @@ def dequantize_rotate(weight: QuantizedWeight, d: Tensor, dtype: torch.dtype | N
         ValueError: `d` does not fit the weight's in-features.
     """
     _check_rotation(weight.in_features, d, None, 0)
-    return _DequantizeRotate.apply(d, dtype or weight.scale.dtype, *weight.arguments())
+    return DequantizeRotate.apply(d, dtype or weight.scale.dtype, *weight.arguments())
 
 
 def linear(
@@ -404,7 +233,7 @@ def linear(
         _check_rotation(weight.in_features, d, adapter_index, flat.shape[0])
     elif adapter_index is not None:
         raise ValueError("adapter_index needs d, the adapters' stacked rotations.")
-    y = _Linear.apply(flat, d, bias, adapter_index, *weight.arguments())
+    y = Linear.apply(flat, d, bias, adapter_index, *weight.arguments())
     return y.reshape(*x.shape[:-1], weight.out_features)
 
 
@@ -444,7 +273,7 @@ def oft_rotate(
     if x.dim() == 0:
         raise ValueError("x must have shape [..., K], got a scalar.")
     _check_oft(v, x.shape[-1], block_size, terms, keep, d)
-    return _OFTRotate.apply(_flatten(x), v, keep, d, block_size, terms, max_norm).reshape(x.shape)
+    return OFTRotate.apply(_flatten(x), v, keep, d, block_size, terms, max_norm).reshape(x.shape)
 
 
 def oft_linear(
@@ -466,5 +295,5 @@ def oft_linear(
     _check_input(x, weight.in_features)
     _check_bias(bias, weight.out_features)
     _check_oft(v, weight.in_features, block_size, terms, keep, d)
-    y = _OFTLinear.apply(_flatten(x), v, bias, keep, d, block_size, terms, max_norm, *weight.arguments())
+    y = OFTLinear.apply(_flatten(x), v, bias, keep, d, block_size, terms, max_norm, *weight.arguments())
     return y.reshape(*x.shape[:-1], weight.out_features)

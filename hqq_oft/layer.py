@@ -1,49 +1,35 @@
 """`HqqOFTLinear`: PEFT's OFT on an HQQ-quantized linear layer.
 
-Policy lives here: which adapters, in which dtype, merged or not. The computing is in `hqq_oft.functional`, merging in
-`hqq_oft.merging`.
+Policy lives here: which adapters, in which dtype. The computing is in `hqq_oft.functional`, what a layer has merged in
+`hqq_oft.mergeable`.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
+from functools import partial
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from hqq.core.quantize import HQQLinear
 from peft.tuners.oft.layer import MultiplicativeDropoutLayer, OFTLayer, OFTRotationModule
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from . import functional, merging, rotation_step
 from ._autocast import without_autocast
 from ._config import KeepPristine, keep_pristine_from_environment
 from .adapter_settings import AdapterSettings
+from .mergeable import MergeableLayer
 from .merging import PackedState
 from .reference import project
 from .rotation_cache import RotationCache
-from .state_lock import StateLock
+from .state_lock import StateLock, alone
 from .weight import QuantizedWeight, require_whole
 
-_Method = TypeVar("_Method", bound=Callable[..., Any])
 
-
-def _alone(method: _Method) -> _Method:
-    """Keep other threads' forwards, and other such methods, out of a layer while this one changes it."""
-
-    @wraps(method)
-    def call(self: HqqOFTLinear, *args: Any, **kwargs: Any) -> Any:
-        with self._lock.writing():
-            return method(self, *args, **kwargs)
-
-    return cast(_Method, call)
-
-
-class HqqOFTLinear(nn.Module, OFTLayer):
+class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
     """OFT on an `HQQLinear`: `y = x * blockdiag(R) * W^T + bias` with `W` packed.
 
     Parameters, state-dict keys (`oft_R.<adapter>.weight`, `[blocks, b(b-1)/2]`) and numerics are those of PEFT's
@@ -167,7 +153,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
 
     # --- Adapters ----------------------------------------------------------------------------------------------------
 
-    @_alone
+    @alone
     def update_layer(
         self,
         adapter_name: str,
@@ -238,7 +224,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
         if weight.device.type != "meta" and torch.device(device).type != "meta":
             self.oft_R[adapter_name].to(device)
 
-    @_alone
+    @alone
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was active another becomes so, as in PEFT.
 
@@ -350,7 +336,7 @@ class HqqOFTLinear(nn.Module, OFTLayer):
                 y = self._forward_active(x, *args, **kwargs)
         return y.to(dtype)
 
-    @_alone
+    @alone
     def _unmerge_disabled(self) -> None:
         if self.disable_adapters and self.merged:  # still: another thread may have been first
             self.unmerge()
@@ -484,167 +470,6 @@ class HqqOFTLinear(nn.Module, OFTLayer):
             return stack()
         kind = ("stack", self.oft_R[names[0]].block_size)
         return self._rotations.derived((kind, tuple(names), x.dtype), tuple(rotations), stack)
-
-    # --- Merge -------------------------------------------------------------------------------------------------------
-
-    @_alone
-    def merge(
-        self, safe_merge: bool = False, adapter_names: list[str] | None = None, into: float | None = None
-    ) -> None:
-        """Fold adapters into the packed weight, which HQQ's quantizer makes anew from the pristine one.
-
-        The merged layer equals the unmerged forward up to that quantization: where all merged adapters are active the
-        input meets them in the order of `active_adapters`, else in the order in which they were merged, whether by one
-        call or several. All other attributes of the HQQ layer stay. A merge that fails, for whatever reason, changes
-        nothing.
-
-        Args:
-            safe_merge: check the merged weight for NaN and infinity before it is used.
-            adapter_names: the adapters to merge, by default the active ones. Unknown ones are passed over, already
-                merged ones with a warning.
-            into: bits of the merged weight, by default those of the layer; unmerging goes back to the layer's own.
-
-        Raises:
-            ValueError: `safe_merge` found NaN or infinity, and names the adapter; or the layer wraps another tuner
-                layer, which merging would bypass.
-        """
-        order = self._adapters_after_merge(adapter_names, again=into is not None)
-        if not order or (into is None and set(order) == set(self.merged_adapters)):
-            return
-        base = self.base_layer
-        pristine = self._pristine if self.merged else PackedState.of(base)
-        dense = self._rotated_weight(order, check=safe_merge)
-        merged = merging.requantize(base, dense, into)
-        error = merging.relative_error(merged.weight(), dense)
-        if safe_merge and not math.isfinite(error):
-            raise ValueError(f"NaN or infinity after quantizing the weight merged with {order}. Nothing was merged.")
-        with self._unchanged_on_error():
-            kept = self._kept(pristine)
-            merged.install(base)
-            self._pristine, self.merged_adapters, self.merge_error = kept, order, error
-        left_out = [name for name in self.active_adapters if name in self.oft_R and name not in order]
-        if left_out:
-            warnings.warn(
-                f"Merged {order}; the active adapter(s) {left_out} are not merged and have no effect until "
-                "`unmerge` is called: a merged layer uses its base weight alone.",
-                stacklevel=3,
-            )
-
-    def merged_linear(
-        self, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> tuple[nn.Linear, float] | None:
-        """What `merge` would give as a dense layer, to which this layer's place can be given; nothing is changed.
-
-        Args:
-            safe_merge: as for `merge`.
-            adapter_names: as for `merge`.
-
-        Returns:
-            A frozen layer in the compute dtype, and how far rounding to that moved the weight, relative to its norm;
-            None if there is nothing to merge.
-
-        Raises:
-            ValueError: as for `merge`.
-        """
-        order = self._adapters_after_merge(adapter_names, again=True)
-        if not order:
-            return None
-        base = self.base_layer
-        exact = self._rotated_weight(order, check=safe_merge)
-        linear = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        linear.weight = nn.Parameter(exact.to(base.compute_dtype), requires_grad=False)
-        if base.bias is not None:
-            linear.bias = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
-        return linear.train(base.training), merging.relative_distance(linear.weight, exact)
-
-    def _adapters_after_merge(self, adapter_names: list[str] | None, again: bool = False) -> list[str]:
-        """The adapters that are merged after `merge(adapter_names)`, in the order in which the input meets them.
-
-        With `again`, merged adapters are to be merged anew into something else, and no warning says that they are.
-        """
-        wanted = self.active_adapters if adapter_names is None else adapter_names
-        if self.merged and set(wanted) <= set(self.merged_adapters) and again:
-            return list(self.merged_adapters)
-        requested = check_adapters_to_merge(self, adapter_names)
-        new = [name for name in dict.fromkeys(requested) if name in self.oft_R]
-        if new and not isinstance(self.base_layer, HQQLinear):
-            raise ValueError(
-                f"Cannot merge OFT into the HQQ weight below a {type(self.base_layer).__name__}: that layer's own "
-                "adapters would see the input unrotated. Merge and unload them first."
-            )
-        return self._merge_order(self.merged_adapters + new)
-
-    def _rotated_weight(self, order: list[str], check: bool) -> Tensor:
-        """The pristine weight with the rotations of `order` folded in, `[N, K]` in float32."""
-        rotations = [(name, self._rotation(name)) for name in order]
-        base = self.base_layer
-        pristine = self._pristine if self.merged else PackedState.of(base)
-        if pristine is not None:
-            return merging.rotate_weight(pristine.to(base.W_q.device).weight(), rotations, check)
-        dense = self._estimate_pristine(action="Merging more adapters", stacklevel=5)
-        return merging.rotate_dense(dense, rotations, check)
-
-    def _merge_order(self, names: list[str]) -> list[str]:
-        active = self.active_adapters
-        return sorted(names, key=active.index) if set(names) <= set(active) else names
-
-    def _estimate_pristine(self, action: str, stacklevel: int) -> Tensor:
-        """The dense pristine weight from the merged one and the inverse rotation, when the packed one was given up."""
-        warnings.warn(
-            f"{action} without the pristine weight, which was given up: the inverse rotation of the merged weight is "
-            'quantized again, which loses precision. Set keep_pristine to "device" or "host" before merging to avoid '
-            "this.",
-            stacklevel=stacklevel,
-        )
-        rotations = [(name, self._rotation(name)) for name in self.merged_adapters]
-        return merging.unrotate_weight(QuantizedWeight.from_hqq(self.get_base_layer()), rotations)
-
-    def _kept(self, pristine: PackedState | None) -> PackedState | None:
-        if pristine is None or self.keep_pristine == "none":
-            return None
-        return pristine.to("cpu") if self.keep_pristine == "host" else pristine
-
-    @_alone
-    def unmerge(self) -> None:
-        """Take all merged adapters out again: bit-exact, unless the pristine weight was given up.
-
-        Without it the inverse rotation is applied to the merged weight and the result quantized, which is lossy and
-        warned of.
-        """
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
-            return
-        base = self.get_base_layer()
-        if self._pristine is not None:
-            state = self._pristine.to(base.W_q.device)
-        else:
-            state = merging.requantize(base, self._estimate_pristine(action="Unmerging", stacklevel=4))
-        with self._unchanged_on_error():
-            state.install(base)
-            self._pristine, self.merged_adapters, self.merge_error = None, [], None
-
-    def drop_pristine(self) -> None:
-        """Give up the pristine weight of a merged layer to free its memory; unmerging is lossy from then on."""
-        self._pristine = None
-
-    @contextmanager
-    def _unchanged_on_error(self) -> Iterator[None]:
-        before = self.merge_state()
-        try:
-            yield
-        except BaseException:
-            self.restore_merge_state(before)
-            raise
-
-    def merge_state(self) -> tuple[PackedState, PackedState | None, list[str], float | None]:
-        """What a merge changes, for `restore_merge_state`; tensors are shared, not copied."""
-        return PackedState.of(self.get_base_layer()), self._pristine, list(self.merged_adapters), self.merge_error
-
-    @_alone
-    def restore_merge_state(self, state: tuple[PackedState, PackedState | None, list[str], float | None]) -> None:
-        """Go back to what `merge_state` returned."""
-        packed, self._pristine, self.merged_adapters, self.merge_error = state
-        packed.install(self.get_base_layer())
 
     # --- nn.Module ---------------------------------------------------------------------------------------------------
 

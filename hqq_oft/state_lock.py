@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 
 class StateLock:
@@ -63,3 +65,17 @@ class StateLock:
                 if not self._depth:
                     self._writer = None
                     self._condition.notify_all()
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def alone(method: _Method) -> _Method:
+    """Keep forwards of other threads, and other such methods, out while this one changes an object with a `_lock`."""
+
+    @wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._lock.writing():
+            return method(self, *args, **kwargs)
+
+    return cast(_Method, call)
