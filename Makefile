@@ -51,7 +51,7 @@ test-asan: $(STAMP) ## the native tests under AddressSanitizer and UndefinedBeha
 	mkdir -p $(SANITIZED)
 	cp -r hqq_oft $(SANITIZED)/hqq_oft
 	HQQ_OFT_BUILD=cpu $(BIN)/python csrc/build.py $(SANITIZED)/hqq_oft/_native/hqq_oft_native.so --sanitize
-	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYTHONPATH=$(SANITIZED):. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 		$(BIN)/pytest -n 2 -p no:cacheprovider tests/native -k "not compile and not environment" $(PYTEST_ARGS)
 

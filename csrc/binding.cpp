@@ -234,6 +234,42 @@ Tensor dequantize_rotate(WEIGHT, const Tensor& d, ScalarType dtype) {
 
 // --- Product ---------------------------------------------------------------------------------------------------------
 
+// Whether the kernels for bfloat16 serve the product of x with w.
+bool on_bf16_levels(const Tensor& x, const Weight& w) {
+  return kernels().product_bf16 && ProductBF16::serves(w, dtype_of(x.scalar_type()));
+}
+
+// Rows that are rearranged at a time, which bounds the copy.
+constexpr int64_t kRowsAtOnce = 2048;
+
+const uint16_t* bf16_rows(const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); }
+uint16_t* bf16_results(const Tensor& t) { return static_cast<uint16_t*>(t.mutable_data_ptr()); }
+
+void multiply_few(const uint16_t* x, int64_t M, const Weight& w, const Source* bias, const Tensor& y) {
+  int64_t K = w.K, groups = K / w.group_size;
+  Buffer<uint16_t> columns(M * K);
+  Buffer<float> sums(M * groups);
+  for (int64_t m = 0; m < M; ++m)
+    kernels().prepare_bf16(x + m * K, K, w.group_size, columns.data() + m * K, sums.data() + m * groups);
+  run(kernels().product_bf16, ProductBF16{columns.data(), sums.data(), w, bias, sink(y), M});
+}
+
+void multiply_some(const uint16_t* x, int64_t M, const Weight& w, const Source* bias, uint16_t* y) {
+  Buffer<uint16_t> columns(M * w.K);
+  Buffer<float> sums(M * (w.K / ProductTileBF16::kUnit));
+  run(kernels().prepare_tile_bf16, PrepareTileBF16{x, M, w.K, columns.data(), sums.data()});
+  run(kernels().product_tile_bf16, ProductTileBF16{columns.data(), sums.data(), w, bias, y, M});
+}
+
+void multiply_many(const uint16_t* x, int64_t M, const Weight& w, const Source* bias, uint16_t* y) {
+  Buffer<uint16_t> columns(ProductTokensBF16::vectors(smaller(M, kRowsAtOnce)) * 16 * w.K);
+  for (int64_t m = 0; m < M; m += kRowsAtOnce) {
+    int64_t count = smaller(M - m, kRowsAtOnce);
+    run(kernels().prepare_tokens_bf16, PrepareTokensBF16{x + m * w.K, count, w.K, columns.data()});
+    run(kernels().product_tokens_bf16, ProductTokensBF16{columns.data(), w, bias, y + m * w.N, count});
+  }
+}
+
 Tensor linear(const Tensor& x, const std::optional<Tensor>& d, WEIGHT, const std::optional<Tensor>& bias,
               const std::optional<Tensor>& index) {
   HeldWeight held = HELD_WEIGHT;
@@ -251,19 +287,45 @@ Tensor linear(const Tensor& x, const std::optional<Tensor>& d, WEIGHT, const std
     bias_source = source(*bias_row);
   }
   const Source* bias_pointer = bias ? &bias_source : nullptr;
-  if (kernels().product_bf16 && ProductBF16::serves(w, dtype_of(x.scalar_type()))) {
-    Buffer<uint16_t> columns(M * K);
-    Buffer<float> sums(M * (K / group_size));
-    auto from = static_cast<const uint16_t*>(rotated.const_data_ptr());
-    for (int64_t m = 0; m < M; ++m)
-      kernels().prepare_bf16(from + m * K, K, group_size, columns.data() + m * K, sums.data() + m * (K / group_size));
-    run(kernels().product_bf16, ProductBF16{columns.data(), sums.data(), w, bias_pointer, sink(y), M});
+  if (on_bf16_levels(x, w)) {
+    const uint16_t* rows = bf16_rows(rotated);
+    if (M < ProductTileBF16::kFrom) {
+      multiply_few(rows, M, w, bias_pointer, y);
+    } else if (M < ProductTokensBF16::kFrom) {
+      multiply_some(rows, M, w, bias_pointer, bf16_results(y));
+    } else {
+      multiply_many(rows, M, w, bias_pointer, bf16_results(y));
+    }
   } else {
     Buffer<float> wide(M * K);
     kernels().widen(source(rotated), wide.data(), M * K);
     run(kernels().product, Product{wide.data(), w, bias_pointer, sink(y), M});
   }
   return y;
+}
+
+// g = dy * W.
+Tensor linear_transposed(const Tensor& dy, WEIGHT) {
+  HeldWeight held = HELD_WEIGHT;
+  const Weight& w = held.weight;
+  int64_t M = dy.size(0), band_rows = N / w.fields();
+  STD_TORCH_CHECK(dy.size(1) == N, "dy does not fit the weight's out-features");
+  STD_TORCH_CHECK(on_bf16_levels(dy, w), "there is no such product on packed weights here: ask `multiplies_packed`");
+  Tensor g = empty(dy, {M, K}, dy.scalar_type()), rows = compact(dy);
+  Buffer<uint16_t> pairs(smaller(M, kRowsAtOnce) * N);
+  for (int64_t m = 0; m < M; m += kRowsAtOnce) {
+    int64_t count = smaller(M - m, kRowsAtOnce);
+    run(kernels().prepare_pairs_bf16, PreparePairsBF16{bf16_rows(rows) + m * N, count, N, band_rows, pairs.data()});
+    run(kernels().product_transposed_bf16,
+        ProductTransposedBF16{pairs.data(), w, bf16_results(g) + m * K, count});
+  }
+  return g;
+}
+
+// Whether `linear` and `linear_transposed` read the packed weights for any number of rows like those of x.
+bool multiplies_packed(const Tensor& x, WEIGHT) {
+  HeldWeight held = HELD_WEIGHT;
+  return on_bf16_levels(x, held.weight);
 }
 
 // --- Cayley ----------------------------------------------------------------------------------------------------------
@@ -346,6 +408,8 @@ STABLE_TORCH_LIBRARY(hqq_oft_native, m) {
   m.def("dequantize(" WEIGHT_SCHEMA ", ScalarType dtype) -> Tensor");
   m.def("dequantize_rotate(" WEIGHT_SCHEMA ", Tensor d, ScalarType dtype) -> Tensor");
   m.def("linear(Tensor x, Tensor? d, " WEIGHT_SCHEMA ", Tensor? bias, Tensor? adapter_index) -> Tensor");
+  m.def("linear_transposed(Tensor dy, " WEIGHT_SCHEMA ") -> Tensor");
+  m.def("multiplies_packed(Tensor x, " WEIGHT_SCHEMA ") -> bool");
   m.def("dequantize_into(Tensor(a!) out, " WEIGHT_SCHEMA ", Tensor? d, int first_row, int first_column) -> ()");
   m.def("rotate_into(Tensor x, Tensor d, Tensor? adapter_index, bool transpose, Tensor(a!) y) -> ()");
   m.def("instruction_sets() -> str");
@@ -361,6 +425,8 @@ STABLE_TORCH_LIBRARY_IMPL(hqq_oft_native, CPU, m) {
   m.impl("dequantize", TORCH_BOX(&dequantize));
   m.impl("dequantize_rotate", TORCH_BOX(&dequantize_rotate));
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_transposed", TORCH_BOX(&linear_transposed));
+  m.impl("multiplies_packed", TORCH_BOX(&multiplies_packed));
   m.impl("dequantize_into", TORCH_BOX(&dequantize_into));
   m.impl("rotate_into", TORCH_BOX(&rotate_into));
 }

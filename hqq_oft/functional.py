@@ -78,6 +78,11 @@ def _flatten(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def _recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is done with these: where it does not, a node of it would only cost time."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 # --- Public ----------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +178,9 @@ def rotate(x: Tensor, d: Tensor, *, transpose: bool = False, adapter_index: Tens
         raise ValueError("x must have shape [..., K], got a scalar.")
     flat = _flatten(x)
     _check_rotation(x.shape[-1], d, adapter_index, flat.shape[0])
-    return Rotate.apply(flat, d, adapter_index, transpose).reshape(x.shape)
+    if _recorded(x, d):
+        return Rotate.apply(flat, d, adapter_index, transpose).reshape(x.shape)
+    return ops.rotate(flat, d, adapter_index, transpose).reshape(x.shape)
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
@@ -233,7 +240,10 @@ def linear(
         _check_rotation(weight.in_features, d, adapter_index, flat.shape[0])
     elif adapter_index is not None:
         raise ValueError("adapter_index needs d, the adapters' stacked rotations.")
-    y = Linear.apply(flat, d, bias, adapter_index, *weight.arguments())
+    if _recorded(x, d, bias):
+        y = Linear.apply(flat, d, bias, adapter_index, *weight.arguments())
+    else:
+        y = ops.linear(flat, d, *weight.arguments(), bias, adapter_index)
     return y.reshape(*x.shape[:-1], weight.out_features)
 
 

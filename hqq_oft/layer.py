@@ -325,8 +325,10 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
     def _forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None, **kwargs: Any) -> Tensor:
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
-        dtype = x.dtype
-        x = x.to(self.get_base_layer().compute_dtype)
+        dtype, base = x.dtype, self.base_layer
+        if not isinstance(base, HQQLinear):  # another tuner's layer around it
+            base = self.get_base_layer()
+        x = x.to(base.compute_dtype)
         with without_autocast(x.device.type):
             if self.disable_adapters or self.merged:
                 y = self.base_layer(x, *args, **kwargs)

@@ -200,11 +200,11 @@ def _per_group(value: Tensor, groups: int) -> Tensor:
 
 def _scale_and_zero(meta: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
     """Scale and zero in whichever of HQQ's forms they are: plain, stacked in host memory, or quantized themselves."""
-    parts = dict(meta)
+    parts = meta
     if "zero_scale" in parts:
         stacked = parts["zero_scale"].to(device)
         names = ("zero_q", "scale_q") if stacked.dtype == torch.uint8 else ("zero", "scale")
-        parts.update(zip(names, stacked.unbind(0), strict=True))
+        parts = {**meta, **dict(zip(names, stacked.unbind(0), strict=True))}
     values = []
     for name in ("scale", "zero"):
         if parts.get(f"quant_{name}"):

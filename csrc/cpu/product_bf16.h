@@ -1,19 +1,14 @@
 // y = x * W^T + bias for few bfloat16 rows of x and levels of at most 4 bits, with AVX-512's bfloat16 dot product.
 //
 // A byte is looked up once per field: the 16-bit word that holds the levels of columns 2i and 2i + 1, shifted, is an
-// index into a table of bfloat16 levels (vpermw, which ignores all but its low five bits; the table repeats itself, so
-// that bits above the level's do not matter). Even and odd columns come out apart, and x is laid out likewise. Per
-// group, s * (q . x) - s * z * sum(x).
+// index into a table of levels. Even and odd columns come out apart, and x is laid out likewise. Per group,
+// s * (q . x) - s * z * sum(x).
 #pragma once
 
-#include <immintrin.h>
-
-#include "types.h"
+#include "bf16_levels.h"
 
 namespace hqq_oft::cpu::HQQ_OFT_ISA {
 namespace {
-
-inline __m512bh as_bf16(__m512i v) { return reinterpret_cast<__m512bh>(v); }
 
 // One row of x: its even and its odd columns of each 64 apart, and its sum over each group.
 void prepare_bf16(const uint16_t* x, int64_t K, int64_t group_size, uint16_t* out, float* sums) {
@@ -31,12 +26,6 @@ void prepare_bf16(const uint16_t* x, int64_t K, int64_t group_size, uint16_t* ou
     out += group_size;
     sums[group] = sum(total);
   }
-}
-
-inline __m512i level_table(int64_t bits) {
-  alignas(64) uint16_t table[32];
-  for (int i = 0; i < 32; ++i) table[i] = bf16_of(static_cast<float>(i & ((1 << bits) - 1))).bits;
-  return _mm512_load_si512(table);
 }
 
 // One row of W: its bytes, and the shifts that bring its levels of even and of odd columns to the low bits.
@@ -101,7 +90,8 @@ void product_bf16(const ProductBF16& op, int64_t begin, int64_t end, float* scra
   float* scale = scratch;
   float* scaled_zero = scale + kRowsOfW * group_stride;
   float* totals = scaled_zero + kRowsOfW * group_stride;
-  __m512i table = level_table(w.bits);
+  Vec levels = level_vector(w.bits);
+  __m512i table = table_of(levels, levels);
   for (int64_t task = begin; task < end; ++task) {
     PackedRow rows[kRowsOfW];
     int64_t number_of[kRowsOfW];

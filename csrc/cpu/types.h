@@ -30,6 +30,8 @@ constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t kPad = 16;
 constexpr int64_t padded(int64_t n) { return ceil_div(n, kPad) * kPad; }
 
+constexpr int64_t kTileRowsOfBand = 16;
+
 // W = (level - zero) * scale, [N, K], as HQQ packs it. Level e of W, read row by row, is field e / band_elements of
 // packed element e mod band_elements, the first field in the highest bits; its scale and zero are those of group
 // e / group_size (axis 1) or e mod groups (axis 0).
@@ -39,6 +41,9 @@ struct Weight {
   int64_t N, K, bits, group_size, axis;
 
   int64_t fields() const { return bits == 3 ? 10 : 8 / bits; }
+  // Where each band is whole rows, at two bands a time: tiles of sixteen rows of bytes.
+  int64_t band_pairs() const { return fields() / 2; }
+  int64_t row_tiles() const { return ceil_div(N / fields(), kTileRowsOfBand); }
   int64_t groups() const { return N * K / group_size; }
   int64_t band_elements() const {
     int64_t rows = axis == 1 ? groups() : group_size, columns = axis == 1 ? group_size : groups();
@@ -190,6 +195,95 @@ struct ProductBF16 {
   int64_t cost() const { return kRows * w.K * (M + 4) / 4; }
 };
 
+// x in the layout of `ProductTileBF16`.
+struct PrepareTileBF16 {
+  const uint16_t* x;  // [M, K]
+  int64_t M, K;
+  uint16_t* columns;  // [K / 64, M, 64]
+  float* sums;        // [K / 64, M]
+
+  int64_t tasks() const { return K / 64; }
+  int64_t scratch() const { return 0; }
+  int64_t cost() const { return M * 64; }
+};
+
+// The same product as `ProductBF16`, of the same weights, for more rows of x.
+struct ProductTileBF16 {
+  const uint16_t* x;  // [K / 64, M, 64], the middle two of each four columns in each other's place
+  const float* sums;  // [K / 64, M], of x over 64 columns
+  Weight w;
+  const Source* bias;
+  uint16_t* y;  // bfloat16, as x
+  int64_t M;
+
+  static constexpr int64_t kFrom = 5;   // rows of x from which it is faster than `ProductBF16`
+  static constexpr int64_t kUnit = 64;  // columns that are decoded at a time
+
+  int64_t tasks() const { return w.band_pairs() * w.row_tiles(); }
+  int64_t scratch() const { return kUnit * 16 + 32 * (2 * w.K / w.group_size + M); }
+  int64_t cost() const { return 32 * w.K * (M + 4) / 4; }
+};
+
+// The same for many rows of x.
+struct ProductTokensBF16 {
+  const uint16_t* x;  // [chunks of kColumns, vectors, pairs of columns, 16 rows of x, 2]
+  Weight w;
+  const Source* bias;
+  uint16_t* y;  // bfloat16, as x
+  int64_t M;
+
+  static constexpr int64_t kFrom = 64;      // rows of x from which it is faster than `ProductTileBF16`
+  static constexpr int64_t kColumns = 256;  // that are decoded at a time, into the first-level cache
+  static constexpr int64_t kVectors = 32;   // of 16 rows of x in a task, whose totals stay in the second-level cache
+
+  static int64_t vectors(int64_t M) { return ceil_div(M, 16); }
+  int64_t tasks() const { return w.band_pairs() * w.row_tiles() * ceil_div(vectors(M), kVectors); }
+  int64_t scratch() const { return 32 * (kColumns / 2 + 16 * smaller(vectors(M), kVectors)); }
+  int64_t cost() const { return 32 * w.K * smaller(vectors(M), kVectors) * 4; }
+};
+
+// x in the layout of `ProductTokensBF16`.
+struct PrepareTokensBF16 {
+  const uint16_t* x;  // [M, K]
+  int64_t M, K;
+  uint16_t* columns;
+
+  int64_t tasks() const { return ceil_div(K, ProductTokensBF16::kColumns); }
+  int64_t scratch() const { return 0; }
+  int64_t cost() const { return M * ProductTokensBF16::kColumns; }
+};
+
+// dy in the layout of `ProductTransposedBF16`.
+struct PreparePairsBF16 {
+  const uint16_t* dy;  // [M, N]
+  int64_t M, N, band_rows;
+  uint16_t* pairs;
+
+  int64_t tasks() const;
+  int64_t scratch() const { return 0; }
+  int64_t cost() const;
+};
+
+// g = dy * W, [M, K], for bfloat16 rows of dy and the weights that `ProductBF16` serves. Two rows of W in neighbouring
+// bands, the first one even, are a pair: pair p is rows p / band_rows * 2 * band_rows + p % band_rows and band_rows on.
+struct ProductTransposedBF16 {
+  const uint16_t* dy;  // [chunks of kPairs, M, pairs of the chunk, 2]
+  Weight w;
+  uint16_t* g;  // bfloat16, as dy
+  int64_t M;
+
+  static constexpr int64_t kPairs = 128;   // of rows of W that are decoded at a time, into the first-level cache
+  static constexpr int64_t kColumns = 64;  // of W in a task: one group's
+  static constexpr int64_t kTokens = 512;  // rows of dy in a task, whose totals stay in the second-level cache
+
+  int64_t tasks() const { return w.K / kColumns * ceil_div(M, kTokens); }
+  int64_t scratch() const { return kColumns * (kPairs + smaller(M, kTokens)); }
+  int64_t cost() const { return kColumns * w.N * (smaller(M, kTokens) + 4) / 4; }
+};
+
+inline int64_t PreparePairsBF16::tasks() const { return ceil_div(N / 2, ProductTransposedBF16::kPairs); }
+inline int64_t PreparePairsBF16::cost() const { return 2 * ProductTransposedBF16::kPairs * M; }
+
 // D = R - I from skew parameters v [stored, b(b-1)/2]; coefficients[k] is that of Q^(k + 1), none for the exact map.
 struct Cayley {
   Source v;
@@ -230,11 +324,18 @@ struct Kernels {
   void (*rotate_gradient)(const RotateGradient&, int64_t begin, int64_t end, float* scratch);
   void (*dequantize)(const Dequantize&, int64_t begin, int64_t end, float* scratch);
   void (*product)(const Product&, int64_t begin, int64_t end, float* scratch);
-  void (*product_bf16)(const ProductBF16&, int64_t begin, int64_t end, float* scratch);  // null: there is none
   void (*cayley)(const CayleyForward&, int64_t begin, int64_t end, float* scratch);
   void (*cayley_backward)(const CayleyBackward&, int64_t begin, int64_t end, float* scratch);
   void (*widen)(Source from, float* to, int64_t n);
-  void (*prepare_bf16)(const uint16_t* x, int64_t K, int64_t group_size, uint16_t* out, float* sums);  // likewise
+  // Null where the processor has no dot product of bfloat16.
+  void (*prepare_bf16)(const uint16_t* x, int64_t K, int64_t group_size, uint16_t* out, float* sums) = nullptr;
+  void (*product_bf16)(const ProductBF16&, int64_t begin, int64_t end, float* scratch) = nullptr;
+  void (*prepare_tile_bf16)(const PrepareTileBF16&, int64_t begin, int64_t end, float* scratch) = nullptr;
+  void (*product_tile_bf16)(const ProductTileBF16&, int64_t begin, int64_t end, float* scratch) = nullptr;
+  void (*prepare_tokens_bf16)(const PrepareTokensBF16&, int64_t begin, int64_t end, float* scratch) = nullptr;
+  void (*product_tokens_bf16)(const ProductTokensBF16&, int64_t begin, int64_t end, float* scratch) = nullptr;
+  void (*prepare_pairs_bf16)(const PreparePairsBF16&, int64_t begin, int64_t end, float* scratch) = nullptr;
+  void (*product_transposed_bf16)(const ProductTransposedBF16&, int64_t begin, int64_t end, float* scratch) = nullptr;
 };
 
 }  // namespace hqq_oft::cpu

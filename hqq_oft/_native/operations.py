@@ -1,8 +1,9 @@
 """The operations of `hqq_oft.reference` on compiled kernels.
 
-The product has two ways on the CPU, by M: few rows meet each packed weight in registers (`linear` of the library); for
-more, W is decoded into a bounded scratch, chunk by chunk, and multiplied by the vendor's GEMM. A CPU pays for
-arithmetic, so it rotates whichever of x [M, K] and W [N, K] has fewer rows.
+The product has two ways on the CPU. Few rows, and with the bfloat16 dot product any number of them, meet the packed
+weight in registers (`linear` and `linear_transposed` of the library). Otherwise W is decoded into a bounded scratch,
+chunk by chunk, and multiplied by the vendor's GEMM; a CPU pays for arithmetic, so that then rotates whichever of
+x [M, K] and W [N, K] has fewer rows.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def linear(
     _check(x, d, scale, zero, bias)
     weight = (packed, scale, zero, out_features, in_features, bits, group_size, axis)
     M = x.shape[0]
-    if M <= _FEW_ROWS:
+    if M <= _FEW_ROWS or _lib.multiplies_packed(x, *weight):
         return _lib.linear(x, d, *weight, bias, adapter_index)
     if d is not None and (out_features > M or adapter_index is not None):
         x, d = _lib.rotate(x, d, adapter_index, False), None
@@ -181,6 +182,25 @@ def linear(
     return y.to(dtype)
 
 
+def _through_scratch(
+    grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int, bits: int,
+    group_size: int, axis: int,
+) -> Tensor:  # fmt: skip
+    """`dy * W`, chunk by chunk of decoded columns: each is a whole product, and nothing is summed in half precision."""
+    dy = grad.to(_operand(grad.dtype))
+    g = dy.new_empty(dy.shape[0], in_features)
+    columns = _chunk(in_features, out_features * dy.element_size())
+    scratch = dy.new_empty(out_features * columns)
+    for first in range(0, in_features, columns):
+        width = min(columns, in_features - first)
+        chunk = scratch[: out_features * width].view(out_features, width)
+        _lib.dequantize_into(
+            chunk, packed, scale, zero, out_features, in_features, bits, group_size, axis, None, 0, first
+        )
+        torch.mm(dy, chunk, out=g[:, first : first + width])
+    return g
+
+
 def linear_backward(
     grad: Tensor, x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int,
     in_features: int, bits: int, group_size: int, axis: int, adapter_index: Tensor | None, need_x: bool, need_d: bool,
@@ -188,16 +208,7 @@ def linear_backward(
     """`hqq_oft.reference.linear_backward`: `g = dy * W`, then the gradients of the rotation, dx in place of g."""
     _check(grad, x, d, scale, zero)
     weight = (packed, scale, zero, out_features, in_features, bits, group_size, axis)
-    dy = grad.to(_operand(grad.dtype))
-    g = dy.new_empty(dy.shape[0], in_features)
-    # chunks of columns: each is a whole product, and nothing is summed in half precision
-    columns = _chunk(in_features, out_features * dy.element_size())
-    scratch = dy.new_empty(out_features * columns)
-    for first in range(0, in_features, columns):
-        width = min(columns, in_features - first)
-        chunk = scratch[: out_features * width].view(out_features, width)
-        _lib.dequantize_into(chunk, *weight, None, 0, first)
-        torch.mm(dy, chunk, out=g[:, first : first + width])
+    g = _lib.linear_transposed(grad, *weight) if _lib.multiplies_packed(grad, *weight) else _through_scratch(grad, *weight)
     if d is None:
         return g.to(grad.dtype), grad.new_empty(0)
     dd = _lib.rotate_backward(g, x, d, adapter_index, False, False, need_d)[1]

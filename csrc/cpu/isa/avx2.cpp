@@ -5,8 +5,15 @@
 
 namespace hqq_oft::cpu {
 
-extern const Kernels avx2_kernels{"avx2",           avx2::rotate,  avx2::rotate_gradient,
-                                    avx2::dequantize, avx2::product, nullptr,
-                                    avx2::cayley,     avx2::cayley_backward, avx2::widen, nullptr};
+extern const Kernels avx2_kernels{
+    "avx2",
+    avx2::rotate,
+    avx2::rotate_gradient,
+    avx2::dequantize,
+    avx2::product,
+    avx2::cayley,
+    avx2::cayley_backward,
+    avx2::widen,
+};
 
 }  // namespace hqq_oft::cpu

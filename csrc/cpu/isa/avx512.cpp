@@ -5,8 +5,15 @@
 
 namespace hqq_oft::cpu {
 
-extern const Kernels avx512_kernels{"avx512",           avx512::rotate,  avx512::rotate_gradient,
-                                    avx512::dequantize, avx512::product, nullptr,
-                                    avx512::cayley,     avx512::cayley_backward, avx512::widen, nullptr};
+extern const Kernels avx512_kernels{
+    "avx512",
+    avx512::rotate,
+    avx512::rotate_gradient,
+    avx512::dequantize,
+    avx512::product,
+    avx512::cayley,
+    avx512::cayley_backward,
+    avx512::widen,
+};
 
 }  // namespace hqq_oft::cpu

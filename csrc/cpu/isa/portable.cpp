@@ -5,8 +5,15 @@
 
 namespace hqq_oft::cpu {
 
-extern const Kernels portable_kernels{"portable",      portable::rotate,  portable::rotate_gradient,
-                                      portable::dequantize, portable::product, nullptr,
-                                      portable::cayley, portable::cayley_backward, portable::widen, nullptr};
+extern const Kernels portable_kernels{
+    "portable",
+    portable::rotate,
+    portable::rotate_gradient,
+    portable::dequantize,
+    portable::product,
+    portable::cayley,
+    portable::cayley_backward,
+    portable::widen,
+};
 
 }  // namespace hqq_oft::cpu

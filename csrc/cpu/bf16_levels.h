@@ -1,0 +1,103 @@
+// What the products on bfloat16 levels share: AVX-512's bfloat16 dot product multiplies pairs, and a level becomes
+// bfloat16 by a lookup (vpermw) of the low five bits of a 16-bit word, in a table that repeats itself where a level has
+// fewer, so that bits above the level's do not matter.
+#pragma once
+
+#include <immintrin.h>
+
+#include "convert.h"
+
+namespace hqq_oft::cpu::HQQ_OFT_ISA {
+namespace {
+
+inline __m512bh as_bf16(__m512i v) { return reinterpret_cast<__m512bh>(v); }
+
+// The pair of bfloat16 at p, in every lane.
+inline __m512bh broadcast_pair(const uint16_t* p) {
+  int32_t pair;
+  __builtin_memcpy(&pair, p, sizeof pair);
+  return as_bf16(_mm512_set1_epi32(pair));
+}
+
+// Levels 0 ... 2^bits - 1 again and again.
+inline Vec level_vector(int64_t bits) {
+  alignas(64) float level[kLanes];
+  for (int i = 0; i < kLanes; ++i) level[i] = static_cast<float>(i & ((1 << bits) - 1));
+  return load(level);
+}
+
+// The two halves of a table of 32 words.
+inline __m512i table_of(Vec first, Vec second) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+}
+
+// Weights of one group by level: (level - zero) * scale.
+template <class S>
+inline Vec group_weights(Vec levels, const S& scale, const S& zero) {
+  return mul(sub(levels, set(float_of(zero))), set(float_of(scale)));
+}
+
+// Sixteen vectors of sixteen 32-bit words.
+inline void transpose(__m512i* v) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 4) {
+    __m512i low01 = _mm512_unpacklo_epi32(v[i], v[i + 1]), high01 = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    __m512i low23 = _mm512_unpacklo_epi32(v[i + 2], v[i + 3]), high23 = _mm512_unpackhi_epi32(v[i + 2], v[i + 3]);
+    t[i] = _mm512_unpacklo_epi64(low01, low23), t[i + 1] = _mm512_unpackhi_epi64(low01, low23);
+    t[i + 2] = _mm512_unpacklo_epi64(high01, high23), t[i + 3] = _mm512_unpackhi_epi64(high01, high23);
+  }
+  // t[4 i + j] holds word j of each 128-bit quarter of rows 4 i ... 4 i + 3; the quarters are transposed next
+  for (int j = 0; j < 4; ++j) {
+    __m512i low02 = _mm512_shuffle_i32x4(t[j], t[4 + j], 0x88), high02 = _mm512_shuffle_i32x4(t[j], t[4 + j], 0xdd);
+    __m512i low13 = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0x88);
+    __m512i high13 = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0xdd);
+    v[j] = _mm512_shuffle_i32x4(low02, low13, 0x88), v[8 + j] = _mm512_shuffle_i32x4(low02, low13, 0xdd);
+    v[4 + j] = _mm512_shuffle_i32x4(high02, high13, 0x88), v[12 + j] = _mm512_shuffle_i32x4(high02, high13, 0xdd);
+  }
+}
+
+// `total` things in shares of at most `most`, as equal as can be: f(first, count).
+template <class F>
+inline void share_out(int64_t total, int64_t most, F&& f) {
+  int64_t shares = ceil_div(total, most);
+  for (int64_t i = 0, first = 0; i < shares; ++i) {
+    int64_t count = total / shares + (i < total % shares ? 1 : 0);
+    f(first, count);
+    first += count;
+  }
+}
+
+// Thirty-two rows of W that share packed bytes: sixteen of a band, and those of the next band in the same bytes.
+struct RowTile {
+  static constexpr int64_t kRows = kTileRowsOfBand;
+
+  int64_t rows;         // of each band; fewer in the last tile
+  int64_t first[2];     // row of W, by band
+  int64_t packed[kRows];  // rows of bytes; past the last one, it once more
+  int shift[2];         // right, to bring a level to the low bits
+
+  RowTile(const Weight& w, int64_t band_pair, int64_t tile) {
+    int64_t band_rows = w.N / w.fields(), begin = tile * kRows, bits = w.bits;
+    rows = smaller(kRows, band_rows - begin);
+    for (int band = 0; band < 2; ++band) {
+      first[band] = (2 * band_pair + band) * band_rows + begin;
+      shift[band] = static_cast<int>(bits * (w.fields() - 1 - 2 * band_pair - band));
+    }
+    for (int64_t i = 0; i < kRows; ++i) packed[i] = begin + smaller(i, rows - 1);
+  }
+  const uint8_t* bytes(const Weight& w, int64_t row) const {
+    return static_cast<const uint8_t*>(w.packed) + packed[row] * w.K;
+  }
+  // Row of W of which the tile's `row` is in a band.
+  int64_t row_of_w(int band, int64_t row) const { return first[band] + smaller(row, rows - 1); }
+};
+
+// y = total + bias for the rows of one band, sixteen totals per row of x.
+inline void store_band(Vec total, Vec bias, void* y, int64_t rows) {
+  alignas(64) uint16_t outputs[kLanes];
+  store(reinterpret_cast<BF16*>(outputs), fma(total, set(1), bias));
+  __builtin_memcpy(y, outputs, rows * sizeof *outputs);
+}
+
+}  // namespace
+}  // namespace hqq_oft::cpu::HQQ_OFT_ISA

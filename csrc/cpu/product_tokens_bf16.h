@@ -1,0 +1,124 @@
+// y = x * W^T + bias for many bfloat16 rows of x and levels of at most 4 bits.
+//
+// Lanes are rows of x, which is transposed for that: one vector holds a pair of columns of sixteen of them. Scale and
+// zero are looked up with the level: per group of a row there is a table of its weights as bfloat16 (vpermw), and a pair
+// of weights is broadcast to all lanes.
+#pragma once
+
+#include "bf16_levels.h"
+
+namespace hqq_oft::cpu::HQQ_OFT_ISA {
+namespace {
+
+using Tokens = ProductTokensBF16;
+
+// Pairs of columns as 32-bit words, sixteen rows of x in a vector: [chunk of columns][vector][pair][16]. Lanes past the
+// last row are zero.
+void prepare_tokens_bf16(const PrepareTokensBF16& op, int64_t begin, int64_t end, float*) {
+  int64_t vectors = Tokens::vectors(op.M);
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    int64_t first = chunk * Tokens::kColumns, pairs = smaller(Tokens::kColumns, op.K - first) / 2;
+    uint16_t* to = op.columns + first * vectors * kLanes;
+    for (int64_t m = 0; m < op.M; m += kLanes, to += pairs * 32)
+      for (int64_t pair = 0; pair < pairs; pair += 16) {
+        __m512i v[16];
+        for (int64_t i = 0; i < kLanes; ++i)
+          v[i] = m + i < op.M ? _mm512_loadu_si512(op.x + (m + i) * op.K + first + 2 * pair) : _mm512_setzero_si512();
+        transpose(v);
+        for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(to + (pair + i) * 32, v[i]);
+      }
+  }
+}
+
+// Weights of the tile's rows, `columns` of them from `column` on: [band][row][columns].
+inline void decode_rows(const Weight& w, const RowTile& tile, int64_t column, int64_t columns, Vec levels,
+                        uint16_t* out) {
+  int64_t groups = w.K / w.group_size;
+  with_type(w.scale.type, [&](auto type) {
+    using S = typename decltype(type)::type;
+    auto scale = static_cast<const S*>(w.scale.data), zero = static_cast<const S*>(w.zero.data);
+    for (int64_t row = 0; row < RowTile::kRows; ++row) {
+      const uint8_t* from = tile.bytes(w, row) + column;
+      for (int64_t j = 0; j < columns; j += 64) {
+        __m512i words[2] = {_mm512_cvtepu8_epi16(load_32(from + j)), _mm512_cvtepu8_epi16(load_32(from + j + 32))};
+        for (int band = 0; band < 2; ++band) {
+          int64_t group = tile.row_of_w(band, row) * groups + (column + j) / w.group_size;
+          Vec weights = group_weights(levels, scale[group], zero[group]);
+          __m512i table = table_of(weights, weights);
+          uint16_t* to = out + (band * RowTile::kRows + row) * columns + j;
+          for (int half = 0; half < 2; ++half) {
+            __m512i index = _mm512_srl_epi16(words[half], _mm_cvtsi32_si128(tile.shift[band]));
+            _mm512_storeu_si512(to + half * 32, _mm512_permutexvar_epi16(index, table));
+          }
+        }
+        // past the end nothing is read
+        _mm_prefetch(reinterpret_cast<const char*>(from + j + Tokens::kColumns), _MM_HINT_T1);
+      }
+    }
+  });
+}
+
+constexpr int64_t kTileOutputs = 2 * RowTile::kRows;  // rows of W in a tile
+
+// totals[vector][row] += w_row . x over the pairs of columns, for ROWS rows of W and VECTORS vectors of rows of x.
+template <int ROWS, int VECTORS>
+void token_dots(const uint16_t* w, const uint16_t* x, int64_t pairs, float* totals) {
+  Vec acc[ROWS][VECTORS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < VECTORS; ++v) acc[r][v] = load(totals + (v * kTileOutputs + r) * kLanes);
+  for (int64_t i = 0; i < pairs; ++i) {
+    __m512bh columns[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) columns[v] = as_bf16(_mm512_loadu_si512(x + (v * pairs + i) * 32));
+    for (int r = 0; r < ROWS; ++r) {
+      __m512bh weights = broadcast_pair(w + (r * pairs + i) * 2);
+      for (int v = 0; v < VECTORS; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], columns[v], weights);
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < VECTORS; ++v) store(totals + (v * kTileOutputs + r) * kLanes, acc[r][v]);
+}
+
+// Together they fill the registers, beside a vector for each of `VECTORS` and one of W.
+constexpr int64_t kRowsAtATime = 8, kMostVectors = 3;
+using TokenDots = void (*)(const uint16_t*, const uint16_t*, int64_t, float*);
+constexpr TokenDots kTokenDots[kMostVectors + 1] = {nullptr, token_dots<kRowsAtATime, 1>, token_dots<kRowsAtATime, 2>,
+                                                    token_dots<kRowsAtATime, 3>};
+
+void product_tokens_bf16(const ProductTokensBF16& op, int64_t begin, int64_t end, float* scratch) {
+  const Weight& w = op.w;
+  auto weights = reinterpret_cast<uint16_t*>(scratch);
+  float* totals = scratch + kTileOutputs * Tokens::kColumns / 2;
+  Vec levels = level_vector(w.bits);
+  int64_t all_vectors = Tokens::vectors(op.M), tiles = w.row_tiles();
+  for (int64_t task = begin; task < end; ++task) {
+    RowTile tile(w, task % w.band_pairs(), task / w.band_pairs() % tiles);
+    int64_t first_vector = task / w.band_pairs() / tiles * op.kVectors;
+    int64_t vectors = smaller(op.kVectors, all_vectors - first_vector);
+    for (int64_t i = 0; i < vectors * kTileOutputs * kLanes; i += kLanes) store(totals + i, set(0));
+    for (int64_t column = 0; column < w.K; column += Tokens::kColumns) {
+      int64_t columns = smaller(Tokens::kColumns, w.K - column);
+      decode_rows(w, tile, column, columns, levels, weights);
+      share_out(vectors, kMostVectors, [&](int64_t v, int64_t count) {
+        const uint16_t* x = op.x + (column * all_vectors + (first_vector + v) * columns) * kLanes;
+        for (int64_t r = 0; r < kTileOutputs; r += kRowsAtATime)
+          kTokenDots[count](weights + r * columns, x, columns / 2, totals + (v * kTileOutputs + r) * kLanes);
+      });
+    }
+    for (int band = 0; band < 2; ++band) {
+      float bias[kLanes] = {};
+      if (op.bias) widen(op.bias->from(tile.first[band]), bias, tile.rows);
+      for (int64_t v = 0; v < vectors; ++v) {
+        __m512i outputs[16];
+        const float* from = totals + (v * kTileOutputs + band * RowTile::kRows) * kLanes;
+        for (int i = 0; i < 16; ++i) outputs[i] = _mm512_loadu_si512(from + i * kLanes);
+        transpose(outputs);
+        int64_t m = (first_vector + v) * kLanes;
+        for (int64_t i = 0; i < smaller(op.M - m, kLanes); ++i)
+          store_band(_mm512_castsi512_ps(outputs[i]), load(bias), op.y + (m + i) * w.N + tile.first[band], tile.rows);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace hqq_oft::cpu::HQQ_OFT_ISA

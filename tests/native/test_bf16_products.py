@@ -1,0 +1,103 @@
+"""Products of bfloat16 rows with packed levels: every kernel that M chooses, and the edges of their tiles."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from gpu.cases import check, operations, quantized_weight, relative_error
+
+from hqq_oft import _native, ops
+
+BF16 = torch.bfloat16
+# out-features, in-features, group size. Bands of 40, 20 and 10 rows: the last tile of 16 is short. Chunks of columns
+# that are short, and groups that are longer than what is decoded at a time. Pairs of rows in chunks that are short, and
+# reach from one pair of bands into the next.
+SHAPES = [(80, 192, 64), (32, 576, 64), (64, 512, 256), (528, 128, 64)]
+
+pytestmark = pytest.mark.usefixtures("instruction_set")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bits", [4, 2, 1])
+def test_every_number_of_rows(shape, bits):
+    """One row, few, some and many, each in whole vectors and shares and not."""
+    n, k, group = shape
+    for m in (1, 4, 5, 12, 13, 31, 63, 64, 65, 80, 97):
+        args = operations(m, n, k, 32, "cpu", BF16, bits=bits, group=group)
+        for name in ("linear", "linear_backward"):
+            check(name, args[name], BF16, on="native")
+
+
+@pytest.mark.parametrize("m", [513, 1030, 2049, 2100])
+def test_more_rows_than_one_task_and_one_copy_take(m):
+    args = operations(m, 80, 192, 32, "cpu", BF16)
+    for name in ("linear", "linear_backward"):
+        check(name, args[name], BF16, on="native")
+
+
+@pytest.mark.parametrize("m", [3, 9, 70])
+def test_every_row_and_column_is_in_its_place(m):
+    """Powers of two times few levels are exact in bfloat16: so is each result that one weight makes."""
+    n, k = 160, 192
+    weight = quantized_weight(n, k, "cpu", dtype=BF16)
+    packed, scale, zero, *sizes = weight.arguments()
+    args = (packed, torch.full_like(scale, 0.5), torch.full_like(zero, 3.0), *sizes)
+    truth = oracle.weight(*args[:3], (n, k), 4, 64, 1)
+    for first in range(0, max(n, k), m):
+        for size, product in (
+            (k, lambda x: (ops.linear(x, None, *args, None, None), truth.T)),
+            (n, lambda dy: (ops.linear_backward(dy, dy, None, *args, None, True, False)[0], truth)),
+        ):
+            x = torch.zeros(m, size, dtype=BF16)
+            rows = torch.arange(m)[: max(0, size - first)]
+            x[rows, first + rows] = 1
+            out, wanted = product(x)
+            assert torch.equal(out.double(), x.double() @ wanted)
+
+
+def test_they_run_where_they_can(instruction_set):
+    """On packed weights for any number of rows, or through decoded chunks."""
+    x = torch.randn(3, 128, dtype=BF16)
+    serves = torch.ops.hqq_oft_native.multiplies_packed
+    fast = instruction_set == "avx512_bf16"
+    for bits, group, axis, dtype, able in (
+        (4, 64, 1, BF16, True), (2, 64, 1, BF16, True), (1, 128, 1, BF16, True), (8, 64, 1, BF16, False),
+        (3, 64, 1, BF16, False), (4, 64, 0, BF16, False), (4, 32, 1, BF16, False), (4, 64, 1, torch.float32, False),
+    ):  # fmt: skip
+        weight = quantized_weight(64, 128, "cpu", bits=bits, group=group, axis=axis)
+        assert serves(x.to(dtype), *weight.arguments()) == (able and fast)
+
+
+def test_the_transposed_product_refuses_what_it_does_not_serve():
+    weight = quantized_weight(64, 128, "cpu", bits=8).arguments()
+    product = torch.ops.hqq_oft_native.linear_transposed
+    with pytest.raises(RuntimeError, match="ask `multiplies_packed`"):
+        product(torch.randn(2, 64, dtype=BF16), *weight)
+    with pytest.raises(RuntimeError, match="does not fit the weight's out-features"):
+        product(torch.randn(2, 63, dtype=BF16), *weight)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    before = torch.get_num_threads()
+    args = operations(130, 160, 320, 32, "cpu", BF16)
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append([_native.OPERATIONS[name](*args[name]) for name in ("linear", "linear_backward")])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert torch.equal(other[0], results[0][0])
+        assert all(torch.equal(a, b) for a, b in zip(other[1], results[0][1], strict=True))
+
+
+def test_zeros_far_from_the_levels():
+    """What is added and taken away again in float32 must not show: a layer's zeros may lie outside of its levels."""
+    packed, scale, zero, *sizes = quantized_weight(64, 256, "cpu", dtype=BF16).arguments()
+    args = (packed, scale, zero * 20 - 100, *sizes)
+    truth = oracle.weight(*args[:3], (64, 256), 4, 64, 1)
+    for m in (2, 20, 90):
+        x = torch.randn(m, 256).to(BF16)
+        assert relative_error(ops.linear(x, None, *args, None, None), x.double() @ truth.T) <= 4e-3
