@@ -28,16 +28,20 @@ void prepare_bf16(const uint16_t* x, int64_t K, int64_t group_size, uint16_t* ou
   }
 }
 
-// One row of W: its bytes, and the shifts that bring its levels of even and of odd columns to the low bits.
-struct PackedRow {
+// Two rows of W in neighbouring bands of the same bytes, and the shifts that bring their levels of even and of odd
+// columns to the low bits.
+struct PackedRows {
   const uint8_t* bytes;
-  __m128i even, odd;
+  __m128i even[2], odd[2];
 };
 
-// totals[w][m] += s * (q . x) of each group in columns begin ... end, for ROWS rows of x and two of W, whose x vectors
-// they share. Totals are vectors, `stride` of them apart.
+// The processor looks ahead within a page of 4 KiB alone, which is a row of W. Past the end nothing is read.
+constexpr int64_t kBytesAhead = 8192;
+
+// totals[w][m] += s * (q . x) of each group in columns begin ... end, for ROWS rows of x and two of W, which share
+// bytes and vectors of x. Totals are vectors, `stride` of them apart.
 template <int ROWS>
-inline void dots_bf16(const PackedRow* w, __m512i table, const ProductBF16& op, int64_t m, int64_t begin, int64_t end,
+inline void dots_bf16(const PackedRows& w, __m512i table, const ProductBF16& op, int64_t m, int64_t begin, int64_t end,
                       const float* scale, int64_t scale_stride, float* totals, int64_t stride) {
   int64_t K = op.w.K, g = op.w.group_size;
   Vec total[2][ROWS];
@@ -49,11 +53,11 @@ inline void dots_bf16(const PackedRow* w, __m512i table, const ProductBF16& op, 
     for (auto& row : acc)
       for (Vec& a : row) a = set(0);
     for (int64_t column = k; column < k + g; column += 64) {
-      __m512i even[2], odd[2];
+      _mm_prefetch(reinterpret_cast<const char*>(w.bytes + column + kBytesAhead), _MM_HINT_T0);
+      __m512i words = _mm512_loadu_si512(w.bytes + column), even[2], odd[2];
       for (int i = 0; i < 2; ++i) {
-        __m512i words = _mm512_loadu_si512(w[i].bytes + column);
-        even[i] = _mm512_permutexvar_epi16(_mm512_srl_epi16(words, w[i].even), table);
-        odd[i] = _mm512_permutexvar_epi16(_mm512_srl_epi16(words, w[i].odd), table);
+        even[i] = _mm512_permutexvar_epi16(_mm512_srl_epi16(words, w.even[i]), table);
+        odd[i] = _mm512_permutexvar_epi16(_mm512_srl_epi16(words, w.odd[i]), table);
       }
       for (int r = 0; r < ROWS; ++r) {
         __m512i x_even = _mm512_loadu_si512(x + r * K + column), x_odd = _mm512_loadu_si512(x + r * K + column + 32);
@@ -93,14 +97,15 @@ void product_bf16(const ProductBF16& op, int64_t begin, int64_t end, float* scra
   Vec levels = level_vector(w.bits);
   __m512i table = table_of(levels, levels);
   for (int64_t task = begin; task < end; ++task) {
-    PackedRow rows[kRowsOfW];
+    PackedRows rows[kRowsOfW / 2];
     int64_t number_of[kRowsOfW];
     for (int i = 0; i < kRowsOfW; ++i) {
       // past the last row, it once more
       int64_t row = order.row(smaller(task * kRowsOfW + i, w.N - 1));
       int shift = static_cast<int>(w.bits * (w.fields() - 1 - row / band_rows));
-      rows[i] = {static_cast<const uint8_t*>(w.packed) + row % band_rows * K, _mm_cvtsi32_si128(shift),
-                 _mm_cvtsi32_si128(shift + 8)};
+      rows[i / 2].bytes = static_cast<const uint8_t*>(w.packed) + row % band_rows * K;
+      rows[i / 2].even[i % 2] = _mm_cvtsi32_si128(shift);
+      rows[i / 2].odd[i % 2] = _mm_cvtsi32_si128(shift + 8);
       number_of[i] = row;
       float *s = scale + i * group_stride, *sz = scaled_zero + i * group_stride;
       widen(w.scale.from(row * groups), s, groups);
@@ -114,8 +119,8 @@ void product_bf16(const ProductBF16& op, int64_t begin, int64_t end, float* scra
         const float* s = scale + i * group_stride;
         int64_t last = smaller(K, k + step), m = 0;
         for (; m + 4 <= M; m += 4)
-          dots_bf16<4>(rows + i, table, op, m, k, last, s, group_stride, sums + m * kLanes, M);
-        for (; m < M; ++m) dots_bf16<1>(rows + i, table, op, m, k, last, s, group_stride, sums + m * kLanes, M);
+          dots_bf16<4>(rows[i / 2], table, op, m, k, last, s, group_stride, sums + m * kLanes, M);
+        for (; m < M; ++m) dots_bf16<1>(rows[i / 2], table, op, m, k, last, s, group_stride, sums + m * kLanes, M);
       }
     for (int i = 0; i < kRowsOfW; ++i) {
       float bias = op.bias ? number(*op.bias, number_of[i]) : 0;
