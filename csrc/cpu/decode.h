@@ -70,6 +70,17 @@ inline void dequantize_plain(const Dequantize& op, int64_t begin, int64_t end, f
   }
 }
 
+// Bring what a row of the window will read and write into the cache: rows are too far apart for the processor to look
+// ahead.
+inline void look_ahead(const Dequantize& op, int64_t row, int64_t column, int64_t columns) {
+  int64_t size = op.w.bits == 3 ? 4 : 1;
+  auto packed = static_cast<const char*>(op.w.packed) +
+                (row * op.w.K + op.first_column + column) % op.w.band_elements() * size;
+  for (int64_t i = 0; i < columns * size; i += 64) __builtin_prefetch(packed + i);
+  auto out = static_cast<const char*>(op.out.from((row - op.first_row) * op.out_stride + column).data);
+  for (int64_t i = 0; i < columns * size_of(op.out.type); i += 64) __builtin_prefetch(out + i, 1);
+}
+
 inline void dequantize_rotated(const Dequantize& op, int64_t begin, int64_t end, float* scratch) {
   const Blocks& blocks = op.blocks;
   RowOrder order = op.order();
@@ -89,6 +100,8 @@ inline void dequantize_rotated(const Dequantize& op, int64_t begin, int64_t end,
       for (; position < to && n < kTileRows; ++position) {
         int64_t row = order.row(position);
         if (row < 0) continue;
+        int64_t ahead = order.row(smaller(position + kTileRows, to - 1));
+        if (ahead >= 0) look_ahead(op, ahead, column, columns);
         decode(op.w, row * op.w.K + op.first_column + column, columns, plain + n * stride);
         rows[n++] = row;
       }
