@@ -73,6 +73,14 @@ def _check_bias(bias: Tensor | None, out_features: int) -> None:
         raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}.")
 
 
+def _check_devices(**tensors: Tensor | None) -> None:
+    # Operators with a meta tensor among their arguments would run their fake kernels and return no values.
+    given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(given.values())) > 1:
+        places = ", ".join(f"{name} is on {device}" for name, device in given.items())
+        raise ValueError(f"all tensors must be on one device: {places}.")
+
+
 def _flatten(x: Tensor) -> Tensor:
     # not -1: it can't be inferred for an empty batch
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -116,9 +124,10 @@ def cayley(
 
     Raises:
         TypeError: `v` is not floating point.
-        ValueError: a shape or value is out of range.
+        ValueError: a shape or value is out of range, or the devices differ.
     """
     _check_cayley(v, block_size, terms, keep)
+    _check_devices(v=v, keep=keep)
     if dtype is None:
         dtype = torch.promote_types(v.dtype, torch.float32)
     return Cayley.apply(v, keep, block_size, terms, max_norm, dtype)
@@ -171,13 +180,14 @@ def rotate(x: Tensor, d: Tensor, *, transpose: bool = False, adapter_index: Tens
 
     Raises:
         TypeError: `x` or `d` is not floating point.
-        ValueError: the shapes do not fit together.
+        ValueError: the shapes do not fit together, or the devices differ.
     """
     _check_floating("x", x)
     if x.dim() == 0:
         raise ValueError("x must have shape [..., K], got a scalar.")
     flat = _flatten(x)
     _check_rotation(x.shape[-1], d, adapter_index, flat.shape[0])
+    _check_devices(x=x, d=d, adapter_index=adapter_index)
     if _recorded(x, d):
         return Rotate.apply(flat, d, adapter_index, transpose).reshape(x.shape)
     return ops.rotate(flat, d, adapter_index, transpose).reshape(x.shape)
@@ -203,9 +213,10 @@ def dequantize_rotate(weight: QuantizedWeight, d: Tensor, dtype: torch.dtype | N
 
     Raises:
         TypeError: `d` is not floating point.
-        ValueError: `d` does not fit the weight's in-features.
+        ValueError: `d` does not fit the weight's in-features, or is on another device.
     """
     _check_rotation(weight.in_features, d, None, 0)
+    _check_devices(weight=weight.packed, d=d)
     return DequantizeRotate.apply(d, dtype or weight.scale.dtype, *weight.arguments())
 
 
@@ -231,7 +242,7 @@ def linear(
 
     Raises:
         TypeError: `x` or `d` is not floating point.
-        ValueError: the shapes do not fit together.
+        ValueError: the shapes do not fit together, or the devices differ.
     """
     _check_input(x, weight.in_features)
     _check_bias(bias, weight.out_features)
@@ -240,6 +251,7 @@ def linear(
         _check_rotation(weight.in_features, d, adapter_index, flat.shape[0])
     elif adapter_index is not None:
         raise ValueError("adapter_index needs d, the adapters' stacked rotations.")
+    _check_devices(x=x, d=d, weight=weight.packed, bias=bias, adapter_index=adapter_index)
     if _recorded(x, d, bias):
         y = Linear.apply(flat, d, bias, adapter_index, *weight.arguments())
     else:
@@ -283,6 +295,7 @@ def oft_rotate(
     if x.dim() == 0:
         raise ValueError("x must have shape [..., K], got a scalar.")
     _check_oft(v, x.shape[-1], block_size, terms, keep, d)
+    _check_devices(x=x, v=v, keep=keep, d=d)
     return OFTRotate.apply(_flatten(x), v, keep, d, block_size, terms, max_norm).reshape(x.shape)
 
 
@@ -305,5 +318,6 @@ def oft_linear(
     _check_input(x, weight.in_features)
     _check_bias(bias, weight.out_features)
     _check_oft(v, weight.in_features, block_size, terms, keep, d)
+    _check_devices(x=x, v=v, weight=weight.packed, bias=bias, keep=keep, d=d)
     y = OFTLinear.apply(_flatten(x), v, bias, keep, d, block_size, terms, max_norm, *weight.arguments())
     return y.reshape(*x.shape[:-1], weight.out_features)

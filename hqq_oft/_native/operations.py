@@ -208,7 +208,8 @@ def linear_backward(
     """`hqq_oft.reference.linear_backward`: `g = dy * W`, then the gradients of the rotation, dx in place of g."""
     _check(grad, x, d, scale, zero)
     weight = (packed, scale, zero, out_features, in_features, bits, group_size, axis)
-    g = _lib.linear_transposed(grad, *weight) if _lib.multiplies_packed(grad, *weight) else _through_scratch(grad, *weight)
+    product = _lib.linear_transposed if _lib.multiplies_packed(grad, *weight) else _through_scratch
+    g = product(grad, *weight)
     if d is None:
         return g.to(grad.dtype), grad.new_empty(0)
     dd = _lib.rotate_backward(g, x, d, adapter_index, False, False, need_d)[1]
