@@ -130,7 +130,7 @@ def test_tensors_on_several_devices_are_refused(case):
         call()
 
 
-# --- Given values that are known already -------------------------------------------------------------------------------
+# --- Given values that are known already -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("d", [torch.zeros(11, 8, 8), torch.zeros(12, 4, 4), torch.zeros(12, 64), torch.zeros(1, 8, 8)])
@@ -142,7 +142,7 @@ def test_a_rotation_that_is_not_that_of_v(d):
         functional.oft_rotate(X, V, block_size=8, d=d)
 
 
-# --- Adapters and models that do not belong together -------------------------------------------------------------------
+# --- Adapters and models that do not belong together -----------------------------------------------------------------
 
 
 def adapted(**settings):
