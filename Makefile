@@ -67,7 +67,7 @@ endef
 MATRIX := 0.18.1-4.57.6 0.19.1-4.57.6 0.20.0-5.23.0 0.21.2-5.23.0
 MATRIX_TESTS := tests/test_peft_integration.py tests/test_layer.py tests/test_merge.py \
 	tests/test_quantize_model.py tests/test_save_load.py tests/test_merge_report.py tests/test_cli.py \
-	tests/test_transformers_hqq.py
+	tests/test_transformers_hqq.py tests/test_whole_job.py
 
 test-matrix: $(MATRIX:%=.venv-matrix/%/.passed) ## the layer and PEFT tests on every supported PEFT and transformers
 

@@ -1,11 +1,14 @@
-"""A small Llama whose linear layers HQQ has quantized."""
+"""A small Llama whose linear layers HQQ has quantized, and one on disk."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 64
 
@@ -41,3 +44,24 @@ def quantize(
 
 def quantized_llama(seed: int = 0, **settings) -> nn.Module:
     return quantize(small_llama(seed), **settings)
+
+
+def save_byte_llama(folder: Path) -> None:
+    """Write a tiny Llama over bytes, and its tokenizer, as `from_pretrained` reads them."""
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=256,
+        eos_token_id=257,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    vocabulary = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE({**vocabulary, "<s>": 256, "</s>": 257}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)

@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from small_llama import save_byte_llama
 
 from bench.demo import corpus
 
@@ -35,24 +34,7 @@ def run(*command):
 def folder(tmp_path_factory):
     """A tiny Llama over bytes in `model`, and real text in `text.txt`."""
     folder = tmp_path_factory.mktemp("examples")
-    config = LlamaConfig(
-        vocab_size=258,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=256,
-        eos_token_id=257,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    vocabulary = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE({**vocabulary, "<s>": 256, "</s>": 257}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.save_pretrained(folder / "model")
+    save_byte_llama(folder / "model")
     text = bytes(corpus.prose().train[:8000].tolist()).decode("utf-8", "ignore")
     (folder / "text.txt").write_text(text, encoding="utf-8")
     return folder
