@@ -8,6 +8,8 @@ anything out in training, and where gradients are recorded, rotations are made a
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -102,6 +104,13 @@ def _oft(name: str, problem: Problem, layers: list[nn.Module], **options: Any) -
     return Contender(name, layers, True, parameters, _held(layers), **options)
 
 
+def _check_compiles(problem: Problem) -> None:
+    if problem.device.type == "meta":
+        raise Unavailable("there is nothing to compile for tensors without memory")
+    if problem.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise Unavailable("torch.compile finds no C++ compiler")
+
+
 def ours(problem: Problem) -> Contender:
     """This package's layer, as PEFT makes it after `patch_peft()`."""
     with hqq_oft.patch_peft():
@@ -159,8 +168,7 @@ def peft_oft(problem: Problem) -> Contender:
 
 def peft_oft_compiled(problem: Problem) -> Contender:
     """PEFT's OFT on HQQ's PYTORCH_COMPILE backend."""
-    if problem.device.type == "meta":
-        raise Unavailable("there is nothing to compile for tensors without memory")
+    _check_compiles(problem)
     layers = _adapted(problem, _oft_config(problem), HQQBackend.PYTORCH_COMPILE)
     return _oft("PEFT OFT, HQQ compiled", problem, layers, compiled=True)
 
@@ -230,8 +238,7 @@ def plain(problem: Problem) -> Contender:
 
 def plain_compiled(problem: Problem) -> Contender:
     """The same OFT in plain PyTorch under `torch.compile`."""
-    if problem.device.type == "meta":
-        raise Unavailable("there is nothing to compile for tensors without memory")
+    _check_compiles(problem)
     contender = plain(problem)
     contender.layers = [torch.compile(layer, dynamic=False) for layer in contender.layers]
     contender.name, contender.compiled = "plain PyTorch, compiled", True

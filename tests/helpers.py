@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import shutil
+
 import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from torch import Tensor, nn
@@ -7,6 +10,9 @@ from torch import Tensor, nn
 from hqq_oft import HqqOFTLinear
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float64: 1e-12}
+
+# Inductor writes C++ for the CPU; where nothing compiles that, graphs are traced and run all the same.
+COMPILE_BACKEND = "inductor" if shutil.which(os.environ.get("CXX", "g++")) else "aot_eager"
 
 
 def layers(model: nn.Module) -> list[HqqOFTLinear]:

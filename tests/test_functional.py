@@ -7,7 +7,7 @@ import math
 import oracle
 import pytest
 import torch
-from helpers import TOLERANCE, hqq_layer, relative_error
+from helpers import COMPILE_BACKEND, TOLERANCE, hqq_layer, relative_error
 
 import hqq_oft.ops  # noqa: F401  (registers the operators)
 from hqq_oft import QuantizedWeight, functional, reference
@@ -372,7 +372,7 @@ def test_compile_without_graph_breaks_forward_and_backward():
         return functional.oft_linear(x, w, weight, bias, block_size=8, terms=None)
 
     results = []
-    for function in (f, torch.compile(f, fullgraph=True)):
+    for function in (f, torch.compile(f, backend=COMPILE_BACKEND, fullgraph=True)):
         inputs = [t.detach().clone().requires_grad_() for t in (torch.ones(5, 32), v, w)]
         out = function(*inputs)
         out.square().sum().backward()

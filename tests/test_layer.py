@@ -10,7 +10,16 @@ import warnings
 import oracle
 import pytest
 import torch
-from helpers import TOLERANCE, add_adapter, hqq_layer, oft_layer, packed_bytes, relative_error, same_bytes
+from helpers import (
+    COMPILE_BACKEND,
+    TOLERANCE,
+    add_adapter,
+    hqq_layer,
+    oft_layer,
+    packed_bytes,
+    relative_error,
+    same_bytes,
+)
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from peft import OFTConfig
 from peft.tuners.oft.layer import OFTLayer
@@ -632,7 +641,7 @@ def test_what_hqq_leaves_in_its_tensors_is_mended_whenever_it_comes(how):
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
     assert not any(t.is_inference() for t in packed_bytes(layer.base_layer).values())
     assert not layer.base_layer.W_q.is_inference()
-    torch.compile(layer, fullgraph=True)(x.requires_grad_()).sum().backward()
+    torch.compile(layer, backend=COMPILE_BACKEND, fullgraph=True)(x.requires_grad_()).sum().backward()
     assert x.grad is not None
 
 
@@ -711,7 +720,7 @@ def test_compile_in_every_state(state):
         layer.merge()
     elif state == "disabled":
         layer.enable_adapters(False)
-    compiled = torch.compile(layer, fullgraph=True)
+    compiled = torch.compile(layer, backend=COMPILE_BACKEND, fullgraph=True)
     for rows in (4, 7, 1):
         x = torch.randn(rows, 96)
         kwargs = {"adapter_names": ["a", "b", "__base__", "a"][:rows]} if state == "mixed" and rows < 5 else {}
@@ -733,7 +742,7 @@ def test_compile_without_graph_breaks():
     layer.set_adapter(["a", "b"])
     x = torch.randn(4, 96, requires_grad=True)
     grads = []
-    for module in (layer, torch.compile(layer, fullgraph=True)):
+    for module in (layer, torch.compile(layer, backend=COMPILE_BACKEND, fullgraph=True)):
         layer.zero_grad()
         x.grad = None
         module(x).square().sum().backward()

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from helpers import layers, randomize
+from helpers import COMPILE_BACKEND, layers, randomize
 from peft import OFTConfig, get_peft_model
 from small_llama import VOCABULARY, quantized_llama
 from torch import nn
@@ -234,7 +234,7 @@ def test_compiled_layers_compute_their_own():
     x = torch.randn(4, model[0].in_features)
     expected = model(x)
     with share_rotations(model):
-        assert torch.allclose(torch.compile(model, fullgraph=True)(x), expected, atol=1e-5)
+        assert torch.allclose(torch.compile(model, backend=COMPILE_BACKEND, fullgraph=True)(x), expected, atol=1e-5)
 
 
 def test_models_without_our_layers():

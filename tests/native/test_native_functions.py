@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import oft_layer, relative_error
+from helpers import COMPILE_BACKEND, oft_layer, relative_error
 from test_functional import operator_arguments
 
 from hqq_oft import BackendError, Unsupported, _native, backend, backends, functional
@@ -27,7 +27,7 @@ def test_compile_without_graph_breaks_forward_and_backward(m):
     torch._dynamo.reset()
     layer, x = oft_layer(), torch.randn(m, 96)
     results = []
-    for module in (layer, torch.compile(layer, fullgraph=True)):
+    for module in (layer, torch.compile(layer, backend=COMPILE_BACKEND, fullgraph=True)):
         inputs = x.clone().requires_grad_()
         layer.zero_grad()
         out = module(inputs)

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from helpers import hqq_layer, oft_layer, relative_error
+from helpers import COMPILE_BACKEND, hqq_layer, oft_layer, relative_error
 from test_functional import operator_arguments
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -64,7 +64,7 @@ def test_opcheck(case):
 def test_compile_without_graph_breaks_forward_and_backward():
     layer, x = oft_layer(), torch.randn(5, 96)
     results = []
-    for module in (layer, torch.compile(layer, fullgraph=True)):
+    for module in (layer, torch.compile(layer, backend=COMPILE_BACKEND, fullgraph=True)):
         inputs = x.clone().requires_grad_()
         layer.zero_grad()
         out = module(inputs)
