@@ -239,8 +239,12 @@ bool on_bf16_levels(const Tensor& x, const Weight& w) {
   return kernels().product_bf16 && ProductBF16::serves(w, dtype_of(x.scalar_type()));
 }
 
-// Rows that are rearranged at a time, which bounds the copy.
-constexpr int64_t kRowsAtOnce = 2048;
+// Rows of so many bfloat16 columns that are rearranged at a time, so that the copy is small; many, as each time the
+// weight is decoded anew.
+int64_t rows_at_once(int64_t M, int64_t columns) {
+  constexpr int64_t kBytes = int64_t{32} << 20, kMost = 2048, kLeast = 128;
+  return smaller(M, larger(smaller(kBytes / (2 * columns), kMost) / kLeast * kLeast, kLeast));
+}
 
 const uint16_t* bf16_rows(const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); }
 uint16_t* bf16_results(const Tensor& t) { return static_cast<uint16_t*>(t.mutable_data_ptr()); }
@@ -249,22 +253,22 @@ void multiply_few(const uint16_t* x, int64_t M, const Weight& w, const Source* b
   int64_t K = w.K, groups = K / w.group_size;
   Buffer<uint16_t> columns(M * K);
   Buffer<float> sums(M * groups);
-  for (int64_t m = 0; m < M; ++m)
-    kernels().prepare_bf16(x + m * K, K, w.group_size, columns.data() + m * K, sums.data() + m * groups);
+  run(kernels().prepare_bf16, PrepareBF16{x, M, K, w.group_size, columns.data(), sums.data()});
   run(kernels().product_bf16, ProductBF16{columns.data(), sums.data(), w, bias, sink(y), M});
 }
 
 void multiply_some(const uint16_t* x, int64_t M, const Weight& w, const Source* bias, uint16_t* y) {
   Buffer<uint16_t> columns(M * w.K);
-  Buffer<float> sums(M * (w.K / ProductTileBF16::kUnit));
+  Buffer<float> sums(M * (w.K / ProductTileBF16::kColumns));
   run(kernels().prepare_tile_bf16, PrepareTileBF16{x, M, w.K, columns.data(), sums.data()});
   run(kernels().product_tile_bf16, ProductTileBF16{columns.data(), sums.data(), w, bias, y, M});
 }
 
 void multiply_many(const uint16_t* x, int64_t M, const Weight& w, const Source* bias, uint16_t* y) {
-  Buffer<uint16_t> columns(ProductTokensBF16::vectors(smaller(M, kRowsAtOnce)) * 16 * w.K);
-  for (int64_t m = 0; m < M; m += kRowsAtOnce) {
-    int64_t count = smaller(M - m, kRowsAtOnce);
+  int64_t most = rows_at_once(M, w.K);
+  Buffer<uint16_t> columns(ProductTokensBF16::vectors(most) * ProductTokensBF16::kRowsOfX * w.K);
+  for (int64_t m = 0; m < M; m += most) {
+    int64_t count = smaller(M - m, most);
     run(kernels().prepare_tokens_bf16, PrepareTokensBF16{x + m * w.K, count, w.K, columns.data()});
     run(kernels().product_tokens_bf16, ProductTokensBF16{columns.data(), w, bias, y + m * w.N, count});
   }
@@ -312,9 +316,10 @@ Tensor linear_transposed(const Tensor& dy, WEIGHT) {
   STD_TORCH_CHECK(dy.size(1) == N, "dy does not fit the weight's out-features");
   STD_TORCH_CHECK(on_bf16_levels(dy, w), "there is no such product on packed weights here: ask `multiplies_packed`");
   Tensor g = empty(dy, {M, K}, dy.scalar_type()), rows = compact(dy);
-  Buffer<uint16_t> pairs(smaller(M, kRowsAtOnce) * N);
-  for (int64_t m = 0; m < M; m += kRowsAtOnce) {
-    int64_t count = smaller(M - m, kRowsAtOnce);
+  int64_t most = rows_at_once(M, N);
+  Buffer<uint16_t> pairs(most * N);
+  for (int64_t m = 0; m < M; m += most) {
+    int64_t count = smaller(M - m, most);
     run(kernels().prepare_pairs_bf16, PreparePairsBF16{bf16_rows(rows) + m * N, count, N, band_rows, pairs.data()});
     run(kernels().product_transposed_bf16,
         ProductTransposedBF16{pairs.data(), w, bf16_results(g) + m * K, count});
@@ -323,9 +328,8 @@ Tensor linear_transposed(const Tensor& dy, WEIGHT) {
 }
 
 // Whether `linear` and `linear_transposed` read the packed weights for any number of rows like those of x.
-bool multiplies_packed(const Tensor& x, WEIGHT) {
-  HeldWeight held = HELD_WEIGHT;
-  return on_bf16_levels(x, held.weight);
+bool multiplies_packed(const Tensor& x, int64_t N, int64_t K, int64_t bits, int64_t group_size, int64_t axis) {
+  return on_bf16_levels(x, Weight{nullptr, {}, {}, N, K, bits, group_size, axis});
 }
 
 // --- Cayley ----------------------------------------------------------------------------------------------------------
@@ -409,7 +413,9 @@ STABLE_TORCH_LIBRARY(hqq_oft_native, m) {
   m.def("dequantize_rotate(" WEIGHT_SCHEMA ", Tensor d, ScalarType dtype) -> Tensor");
   m.def("linear(Tensor x, Tensor? d, " WEIGHT_SCHEMA ", Tensor? bias, Tensor? adapter_index) -> Tensor");
   m.def("linear_transposed(Tensor dy, " WEIGHT_SCHEMA ") -> Tensor");
-  m.def("multiplies_packed(Tensor x, " WEIGHT_SCHEMA ") -> bool");
+  m.def(
+      "multiplies_packed(Tensor x, SymInt out_features, SymInt in_features, int bits, SymInt group_size, int axis) -> "
+      "bool");
   m.def("dequantize_into(Tensor(a!) out, " WEIGHT_SCHEMA ", Tensor? d, int first_row, int first_column) -> ()");
   m.def("rotate_into(Tensor x, Tensor d, Tensor? adapter_index, bool transpose, Tensor(a!) y) -> ()");
   m.def("instruction_sets() -> str");

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from . import ops
 from ._autograd import Cayley, DequantizeRotate, Linear, OFTLinear, OFTRotate, Rotate
@@ -87,8 +88,12 @@ def _flatten(x: Tensor) -> Tensor:
 
 
 def _recorded(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is done with these: where it does not, a node of it would only cost time."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    """Whether autograd sees what is done with these: where it does not, a node of it would only cost time."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
+        return True
+    # with tangents of forward-mode differentiation, which the node refuses and the operator would lose
+    return any(unpack_dual(tensor).tangent is not None for tensor in given)
 
 
 # --- Public ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 from helpers import COMPILE_BACKEND, TOLERANCE, hqq_layer, relative_error
+from torch.autograd import forward_ad
 
 import hqq_oft.ops  # noqa: F401  (registers the operators)
 from hqq_oft import QuantizedWeight, functional, reference
@@ -434,3 +435,19 @@ def test_bad_input_says_what_is_wrong(case):
     call, error, message = BAD[case]
     with pytest.raises(error, match=message):
         call(quantized_weight())
+
+
+@pytest.mark.parametrize("how", ["func", "dual"])
+def test_forward_mode_differentiation_is_refused_not_dropped(how):
+    x, d = torch.randn(3, 32), torch.randn(4, 8, 8) * 0.05
+    weight = QuantizedWeight.from_hqq(hqq_layer(16, 32, optimize=False))
+
+    def push_forward(function):
+        if how == "func":
+            return torch.func.jvp(function, (x,), (x,))
+        with forward_ad.dual_level():
+            return function(forward_ad.make_dual(x, x))
+
+    for function in (lambda x: functional.rotate(x, d), lambda x: functional.linear(x, None, weight)):
+        with pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+            push_forward(function)

@@ -179,6 +179,31 @@ def test_a_waiting_change_gets_its_turn_and_one_thread_may_do_both():
     assert order == ["first reader", "writer", "second reader"]
 
 
+def test_two_forwards_that_both_change_their_layer_do_not_wait_for_each_other():
+    lock, errors, changed = StateLock(), [], []
+    both_read = threading.Barrier(2)
+
+    def change():
+        try:
+            with lock.reading():
+                both_read.wait(10)
+                with lock.writing():
+                    changed.append(threading.get_ident())
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    threads = [threading.Thread(target=change, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert len(changed) == len(errors) == 1
+    assert "a forward in another thread waits to change this layer" in errors[0]
+    with lock.writing(), lock.reading():
+        pass
+
+
 def test_copies_of_a_lock_are_free():
     lock = StateLock()
     with lock.writing():

@@ -69,21 +69,19 @@ inline void share_out(int64_t total, int64_t most, F&& f) {
 
 // Thirty-two rows of W that share packed bytes: sixteen of a band, and those of the next band in the same bytes.
 struct RowTile {
-  static constexpr int64_t kRows = kTileRowsOfBand;
-
-  int64_t rows;         // of each band; fewer in the last tile
-  int64_t first[2];     // row of W, by band
-  int64_t packed[kRows];  // rows of bytes; past the last one, it once more
-  int shift[2];         // right, to bring a level to the low bits
+  int64_t rows;               // of each band; fewer in the last tile
+  int64_t first[2];           // row of W, by band
+  int64_t packed[kBandRows];  // rows of bytes; past the last one, it once more
+  int shift[2];               // right, to bring a level to the low bits
 
   RowTile(const Weight& w, int64_t band_pair, int64_t tile) {
-    int64_t band_rows = w.N / w.fields(), begin = tile * kRows, bits = w.bits;
-    rows = smaller(kRows, band_rows - begin);
+    int64_t band_rows = w.N / w.fields(), begin = tile * kBandRows, bits = w.bits;
+    rows = smaller(kBandRows, band_rows - begin);
     for (int band = 0; band < 2; ++band) {
       first[band] = (2 * band_pair + band) * band_rows + begin;
       shift[band] = static_cast<int>(bits * (w.fields() - 1 - 2 * band_pair - band));
     }
-    for (int64_t i = 0; i < kRows; ++i) packed[i] = begin + smaller(i, rows - 1);
+    for (int64_t i = 0; i < kBandRows; ++i) packed[i] = begin + smaller(i, rows - 1);
   }
   const uint8_t* bytes(const Weight& w, int64_t row) const {
     return static_cast<const uint8_t*>(w.packed) + packed[row] * w.K;
@@ -95,7 +93,7 @@ struct RowTile {
 // y = total + bias for the rows of one band, sixteen totals per row of x.
 inline void store_band(Vec total, Vec bias, void* y, int64_t rows) {
   alignas(64) uint16_t outputs[kLanes];
-  store(reinterpret_cast<BF16*>(outputs), fma(total, set(1), bias));
+  store(reinterpret_cast<BF16*>(outputs), _mm512_add_ps(total, bias));
   __builtin_memcpy(y, outputs, rows * sizeof *outputs);
 }
 

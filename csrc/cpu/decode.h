@@ -100,7 +100,7 @@ inline void dequantize_rotated(const Dequantize& op, int64_t begin, int64_t end,
       for (; position < to && n < kTileRows; ++position) {
         int64_t row = order.row(position);
         if (row < 0) continue;
-        int64_t ahead = order.row(smaller(position + kTileRows, to - 1));
+        int64_t ahead = position + kTileRows < to ? order.row(position + kTileRows) : -1;
         if (ahead >= 0) look_ahead(op, ahead, column, columns);
         decode(op.w, row * op.w.K + op.first_column + column, columns, plain + n * stride);
         rows[n++] = row;

@@ -1,4 +1,4 @@
-// y = x * W^T + bias for few bfloat16 rows of x and levels of at most 4 bits, with AVX-512's bfloat16 dot product.
+// y = x * W^T + bias for a few bfloat16 rows of x: bound by memory.
 //
 // A byte is looked up once per field: the 16-bit word that holds the levels of columns 2i and 2i + 1, shifted, is an
 // index into a table of levels. Even and odd columns come out apart, and x is laid out likewise. Per group,
@@ -10,22 +10,25 @@
 namespace hqq_oft::cpu::HQQ_OFT_ISA {
 namespace {
 
-// One row of x: its even and its odd columns of each 64 apart, and its sum over each group.
-void prepare_bf16(const uint16_t* x, int64_t K, int64_t group_size, uint16_t* out, float* sums) {
+// Of each 64 columns of x the even and the odd ones apart, and each row's sum over each group.
+void prepare_bf16(const PrepareBF16& op, int64_t begin, int64_t end, float*) {
   const __m512i ones = _mm512_set1_epi16(0x3f80);
-  for (int64_t group = 0; group < K / group_size; ++group) {
-    Vec total = set(0);
-    for (int64_t i = 0; i < group_size; i += 32, x += 32) {
-      __m512i pairs = _mm512_loadu_si512(x);
-      total = _mm512_dpbf16_ps(total, as_bf16(pairs), as_bf16(ones));
-      uint16_t* even = out + i / 64 * 64 + i % 64 / 2;
-      // the even column is in the low half of a 32-bit word, the odd one in its high half
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(even), _mm512_cvtepi32_epi16(pairs));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(even + 32), _mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+  int64_t groups = op.K / op.group_size;
+  for (int64_t m = begin; m < end; ++m)
+    for (int64_t group = 0; group < groups; ++group) {
+      const uint16_t* x = op.x + m * op.K + group * op.group_size;
+      uint16_t* to = op.columns + m * op.K + group * op.group_size;
+      Vec total = set(0);
+      for (int64_t i = 0; i < op.group_size; i += 32) {
+        __m512i pairs = _mm512_loadu_si512(x + i);
+        total = _mm512_dpbf16_ps(total, as_bf16(pairs), as_bf16(ones));
+        uint16_t* even = to + i / 64 * 64 + i % 64 / 2;
+        // the even column is in the low half of a 32-bit word, the odd one in its high half
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(even), _mm512_cvtepi32_epi16(pairs));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(even + 32), _mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+      }
+      op.sums[m * groups + group] = sum(total);
     }
-    out += group_size;
-    sums[group] = sum(total);
-  }
 }
 
 // Two rows of W in neighbouring bands of the same bytes, and the shifts that bring their levels of even and of odd
@@ -35,7 +38,8 @@ struct PackedRows {
   __m128i even[2], odd[2];
 };
 
-// The processor looks ahead within a page of 4 KiB alone, which is a row of W. Past the end nothing is read.
+// The processor looks ahead within a page of 4 KiB alone: two pages on, and the next one is there in time. Past the end
+// nothing is read.
 constexpr int64_t kBytesAhead = 8192;
 
 // totals[w][m] += s * (q . x) of each group in columns begin ... end, for ROWS rows of x and two of W, which share

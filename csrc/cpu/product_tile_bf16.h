@@ -1,4 +1,4 @@
-// y = x * W^T + bias for some bfloat16 rows of x and levels of at most 4 bits: a matrix product on levels.
+// y = x * W^T + bias for more than a few bfloat16 rows of x: a matrix product on levels.
 //
 // Lanes are rows of W. Sixteen rows of bytes are transposed as 32-bit words, so that a lane holds four columns of its
 // row; a word's bytes 0 and 2, or 1 and 3, looked up, are what one dot product instruction takes of a row, and the same
@@ -11,7 +11,7 @@
 namespace hqq_oft::cpu::HQQ_OFT_ISA {
 namespace {
 
-constexpr int64_t kUnit = ProductTileBF16::kUnit;
+using Tile = ProductTileBF16;
 
 // Columns of x, unit by unit of 64, all rows of a unit together; of each four, the middle two change places. Sums are
 // those of a row over a unit.
@@ -20,8 +20,8 @@ void prepare_tile_bf16(const PrepareTileBF16& op, int64_t begin, int64_t end, fl
   auto swapped = [](__m512i v) { return _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(v, 0xd8), 0xd8); };
   for (int64_t unit = begin; unit < end; ++unit)
     for (int64_t m = 0; m < op.M; ++m) {
-      const uint16_t* from = op.x + m * op.K + unit * kUnit;
-      uint16_t* to = op.columns + (unit * op.M + m) * kUnit;
+      const uint16_t* from = op.x + m * op.K + unit * Tile::kColumns;
+      uint16_t* to = op.columns + (unit * op.M + m) * Tile::kColumns;
       __m512i first = _mm512_loadu_si512(from), second = _mm512_loadu_si512(from + 32);
       _mm512_storeu_si512(to, swapped(first));
       _mm512_storeu_si512(to + 32, swapped(second));
@@ -37,7 +37,7 @@ inline void decode_tile(const Weight& w, const RowTile& tile, int64_t column, __
     const uint8_t* from = tile.bytes(w, i) + column;
     v[i] = _mm512_loadu_si512(from);
     // sixteen streams are more than the processor looks ahead in; past the end nothing is read
-    _mm_prefetch(reinterpret_cast<const char*>(from + kUnit), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(from + Tile::kColumns), _MM_HINT_T0);
   }
   transpose(v);
   for (int i = 0; i < 16; ++i)
@@ -74,11 +74,11 @@ void tile_dots(const uint16_t* levels, const uint16_t* x, const float* sums, con
   Vec acc[ROWS][2];
   for (int r = 0; r < ROWS; ++r)
     for (int band = 0; band < 2; ++band) acc[r][band] = mul(load(zero + band * kLanes), set(-sums[r]));
-  for (int64_t pair = 0; pair < kUnit / 2; ++pair) {
+  for (int64_t pair = 0; pair < Tile::kColumns / 2; ++pair) {
     __m512bh w[2] = {as_bf16(_mm512_loadu_si512(levels + pair * 64)),
                      as_bf16(_mm512_loadu_si512(levels + pair * 64 + 32))};
     for (int r = 0; r < ROWS; ++r) {
-      __m512bh columns = broadcast_pair(x + r * kUnit + 2 * pair);
+      __m512bh columns = broadcast_pair(x + r * Tile::kColumns + 2 * pair);
       for (int band = 0; band < 2; ++band) acc[r][band] = _mm512_dpbf16_ps(acc[r][band], w[band], columns);
     }
   }
@@ -90,7 +90,7 @@ void tile_dots(const uint16_t* levels, const uint16_t* x, const float* sums, con
 }
 
 using TileDots = void (*)(const uint16_t*, const uint16_t*, const float*, const float*, const float*, float*);
-// As many rows of x as there are registers for, beside two vectors of W and one of x.
+// Rows of x at a time: 24 accumulators. Registers are left for two rows more, which make nothing faster.
 constexpr int64_t kMostRows = 12;
 constexpr TileDots kTileDots[kMostRows + 1] = {nullptr,       tile_dots<1>,  tile_dots<2>, tile_dots<3>, tile_dots<4>,
                                                tile_dots<5>,  tile_dots<6>,  tile_dots<7>, tile_dots<8>, tile_dots<9>,
@@ -100,7 +100,7 @@ void product_tile_bf16(const ProductTileBF16& op, int64_t begin, int64_t end, fl
   const Weight& w = op.w;
   int64_t M = op.M, groups = w.K / w.group_size;
   auto levels = reinterpret_cast<uint16_t*>(scratch);
-  float* scale = scratch + kUnit * kLanes;
+  float* scale = scratch + Tile::kColumns * kLanes;
   float* zero = scale + groups * 2 * kLanes;
   float* totals = zero + groups * 2 * kLanes;
   Vec level = level_vector(w.bits);
@@ -110,12 +110,12 @@ void product_tile_bf16(const ProductTileBF16& op, int64_t begin, int64_t end, fl
     transpose_groups(w.scale, tile, groups, scale);
     transpose_groups(w.zero, tile, groups, zero);
     for (int64_t i = 0; i < 2 * M * kLanes; i += kLanes) store(totals + i, set(0));
-    for (int64_t unit = 0; unit < w.K / kUnit; ++unit) {
-      decode_tile(w, tile, unit * kUnit, table, levels);
-      int64_t of_group = unit * kUnit / w.group_size * 2 * kLanes;
+    for (int64_t unit = 0; unit < w.K / Tile::kColumns; ++unit) {
+      decode_tile(w, tile, unit * Tile::kColumns, table, levels);
+      int64_t of_group = unit * Tile::kColumns / w.group_size * 2 * kLanes;
       share_out(M, kMostRows, [&](int64_t m, int64_t count) {
         int64_t at = unit * M + m;
-        kTileDots[count](levels, op.x + at * kUnit, op.sums + at, scale + of_group, zero + of_group,
+        kTileDots[count](levels, op.x + at * Tile::kColumns, op.sums + at, scale + of_group, zero + of_group,
                          totals + m * 2 * kLanes);
       });
     }

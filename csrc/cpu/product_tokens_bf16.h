@@ -1,4 +1,4 @@
-// y = x * W^T + bias for many bfloat16 rows of x and levels of at most 4 bits.
+// y = x * W^T + bias for many bfloat16 rows of x.
 //
 // Lanes are rows of x, which is transposed for that: one vector holds a pair of columns of sixteen of them. Scale and
 // zero are looked up with the level: per group of a row there is a table of its weights as bfloat16 (vpermw), and a pair
@@ -33,19 +33,20 @@ void prepare_tokens_bf16(const PrepareTokensBF16& op, int64_t begin, int64_t end
 // Weights of the tile's rows, `columns` of them from `column` on: [band][row][columns].
 inline void decode_rows(const Weight& w, const RowTile& tile, int64_t column, int64_t columns, Vec levels,
                         uint16_t* out) {
+  constexpr int64_t kBytes = 64;  // within one group
   int64_t groups = w.K / w.group_size;
   with_type(w.scale.type, [&](auto type) {
     using S = typename decltype(type)::type;
     auto scale = static_cast<const S*>(w.scale.data), zero = static_cast<const S*>(w.zero.data);
-    for (int64_t row = 0; row < RowTile::kRows; ++row) {
+    for (int64_t row = 0; row < kBandRows; ++row) {
       const uint8_t* from = tile.bytes(w, row) + column;
-      for (int64_t j = 0; j < columns; j += 64) {
+      for (int64_t j = 0; j < columns; j += kBytes) {
         __m512i words[2] = {_mm512_cvtepu8_epi16(load_32(from + j)), _mm512_cvtepu8_epi16(load_32(from + j + 32))};
         for (int band = 0; band < 2; ++band) {
           int64_t group = tile.row_of_w(band, row) * groups + (column + j) / w.group_size;
           Vec weights = group_weights(levels, scale[group], zero[group]);
           __m512i table = table_of(weights, weights);
-          uint16_t* to = out + (band * RowTile::kRows + row) * columns + j;
+          uint16_t* to = out + (band * kBandRows + row) * columns + j;
           for (int half = 0; half < 2; ++half) {
             __m512i index = _mm512_srl_epi16(words[half], _mm_cvtsi32_si128(tile.shift[band]));
             _mm512_storeu_si512(to + half * 32, _mm512_permutexvar_epi16(index, table));
@@ -58,14 +59,12 @@ inline void decode_rows(const Weight& w, const RowTile& tile, int64_t column, in
   });
 }
 
-constexpr int64_t kTileOutputs = 2 * RowTile::kRows;  // rows of W in a tile
-
 // totals[vector][row] += w_row . x over the pairs of columns, for ROWS rows of W and VECTORS vectors of rows of x.
 template <int ROWS, int VECTORS>
 void token_dots(const uint16_t* w, const uint16_t* x, int64_t pairs, float* totals) {
   Vec acc[ROWS][VECTORS];
   for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECTORS; ++v) acc[r][v] = load(totals + (v * kTileOutputs + r) * kLanes);
+    for (int v = 0; v < VECTORS; ++v) acc[r][v] = load(totals + (v * kTwoBands + r) * kLanes);
   for (int64_t i = 0; i < pairs; ++i) {
     __m512bh columns[VECTORS];
     for (int v = 0; v < VECTORS; ++v) columns[v] = as_bf16(_mm512_loadu_si512(x + (v * pairs + i) * 32));
@@ -75,10 +74,10 @@ void token_dots(const uint16_t* w, const uint16_t* x, int64_t pairs, float* tota
     }
   }
   for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECTORS; ++v) store(totals + (v * kTileOutputs + r) * kLanes, acc[r][v]);
+    for (int v = 0; v < VECTORS; ++v) store(totals + (v * kTwoBands + r) * kLanes, acc[r][v]);
 }
 
-// Together they fill the registers, beside a vector for each of `VECTORS` and one of W.
+// 24 accumulators, three vectors of x and one of W, of 32 registers.
 constexpr int64_t kRowsAtATime = 8, kMostVectors = 3;
 using TokenDots = void (*)(const uint16_t*, const uint16_t*, int64_t, float*);
 constexpr TokenDots kTokenDots[kMostVectors + 1] = {nullptr, token_dots<kRowsAtATime, 1>, token_dots<kRowsAtATime, 2>,
@@ -87,21 +86,21 @@ constexpr TokenDots kTokenDots[kMostVectors + 1] = {nullptr, token_dots<kRowsAtA
 void product_tokens_bf16(const ProductTokensBF16& op, int64_t begin, int64_t end, float* scratch) {
   const Weight& w = op.w;
   auto weights = reinterpret_cast<uint16_t*>(scratch);
-  float* totals = scratch + kTileOutputs * Tokens::kColumns / 2;
+  float* totals = scratch + kTwoBands * Tokens::kColumns / 2;
   Vec levels = level_vector(w.bits);
   int64_t all_vectors = Tokens::vectors(op.M), tiles = w.row_tiles();
   for (int64_t task = begin; task < end; ++task) {
     RowTile tile(w, task % w.band_pairs(), task / w.band_pairs() % tiles);
     int64_t first_vector = task / w.band_pairs() / tiles * op.kVectors;
     int64_t vectors = smaller(op.kVectors, all_vectors - first_vector);
-    for (int64_t i = 0; i < vectors * kTileOutputs * kLanes; i += kLanes) store(totals + i, set(0));
+    for (int64_t i = 0; i < vectors * kTwoBands * kLanes; i += kLanes) store(totals + i, set(0));
     for (int64_t column = 0; column < w.K; column += Tokens::kColumns) {
       int64_t columns = smaller(Tokens::kColumns, w.K - column);
       decode_rows(w, tile, column, columns, levels, weights);
       share_out(vectors, kMostVectors, [&](int64_t v, int64_t count) {
         const uint16_t* x = op.x + (column * all_vectors + (first_vector + v) * columns) * kLanes;
-        for (int64_t r = 0; r < kTileOutputs; r += kRowsAtATime)
-          kTokenDots[count](weights + r * columns, x, columns / 2, totals + (v * kTileOutputs + r) * kLanes);
+        for (int64_t r = 0; r < kTwoBands; r += kRowsAtATime)
+          kTokenDots[count](weights + r * columns, x, columns / 2, totals + (v * kTwoBands + r) * kLanes);
       });
     }
     for (int band = 0; band < 2; ++band) {
@@ -109,7 +108,7 @@ void product_tokens_bf16(const ProductTokensBF16& op, int64_t begin, int64_t end
       if (op.bias) widen(op.bias->from(tile.first[band]), bias, tile.rows);
       for (int64_t v = 0; v < vectors; ++v) {
         __m512i outputs[16];
-        const float* from = totals + (v * kTileOutputs + band * RowTile::kRows) * kLanes;
+        const float* from = totals + (v * kTwoBands + band * kBandRows) * kLanes;
         for (int i = 0; i < 16; ++i) outputs[i] = _mm512_loadu_si512(from + i * kLanes);
         transpose(outputs);
         int64_t m = (first_vector + v) * kLanes;

@@ -1,4 +1,4 @@
-// g = dy * W for bfloat16 rows and levels of at most 4 bits: the other product of a layer, summed over rows of W.
+// g = dy * W for bfloat16 rows: the other product of a layer, summed over rows of W.
 //
 // Lanes are columns of W. Two bands share each packed byte, so that a byte gives one column of a pair of rows, which is
 // what one dot product instruction takes; the same pair of dy is broadcast. Scale and zero belong to the rows that are
@@ -10,13 +10,13 @@
 namespace hqq_oft::cpu::HQQ_OFT_ISA {
 namespace {
 
-constexpr int64_t kPairs = ProductTransposedBF16::kPairs, kColumns = ProductTransposedBF16::kColumns;
+using Transposed = ProductTransposedBF16;
 
 // Pairs of columns of dy that are in neighbouring bands side by side, chunk by chunk of pairs, all rows of a chunk
 // together.
 void prepare_pairs_bf16(const PreparePairsBF16& op, int64_t begin, int64_t end, float*) {
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    int64_t first = chunk * kPairs, count = smaller(kPairs, op.N / 2 - first);
+    int64_t first = chunk * Transposed::kPairs, count = smaller(Transposed::kPairs, op.N / 2 - first);
     for (int64_t m = 0; m < op.M; ++m) {
       const uint16_t* from = op.dy + m * op.N;
       uint16_t* to = op.pairs + (first * op.M + m * count) * 2;
@@ -43,7 +43,7 @@ inline void decode_pairs(const Weight& w, int64_t first, int64_t count, int64_t 
   with_type(w.scale.type, [&](auto type) {
     using S = typename decltype(type)::type;
     auto scale = static_cast<const S*>(w.scale.data), zero = static_cast<const S*>(w.zero.data);
-    for (int64_t i = 0; i < count; ++i, out += kColumns * 2) {
+    for (int64_t i = 0; i < count; ++i, out += Transposed::kColumns * 2) {
       int64_t pair = first + i, bands = pair / band_rows, row = pair % band_rows;
       int64_t one = (2 * bands * band_rows + row) * groups + group, other = one + band_rows * groups;
       __m512i table = table_of(group_weights(levels, scale[one], zero[one]),
@@ -52,8 +52,8 @@ inline void decode_pairs(const Weight& w, int64_t first, int64_t count, int64_t 
       __m128i to_first = _mm_cvtsi32_si128(shift + static_cast<int>(w.bits)), to_second = _mm_cvtsi32_si128(16 - shift);
       const uint8_t* from = packed + row * w.K + column;
       // the rows are too far apart for the processor to look ahead; past the end nothing is read
-      _mm_prefetch(reinterpret_cast<const char*>(from + kPairs * w.K), _MM_HINT_T1);
-      for (int64_t j = 0; j < kColumns; j += 16) {
+      _mm_prefetch(reinterpret_cast<const char*>(from + Transposed::kPairs * w.K), _MM_HINT_T1);
+      for (int64_t j = 0; j < Transposed::kColumns; j += 16) {
         __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j)));
         __m512i first_level = _mm512_and_si512(_mm512_srl_epi32(bytes, to_first), mask);
         // of the upper half of a word, the lookup takes five bits: the level, bits above it, and which table
@@ -67,10 +67,10 @@ inline void decode_pairs(const Weight& w, int64_t first, int64_t count, int64_t 
 // totals[r][64 columns] += dy_r . W over the pairs, for ROWS rows of dy.
 template <int ROWS>
 void pair_dots(const uint16_t* weights, const uint16_t* dy, int64_t count, float* totals) {
-  constexpr int kVectors = kColumns / kLanes;
+  constexpr int kVectors = Transposed::kColumns / kLanes;
   Vec acc[ROWS][kVectors];
   for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = load(totals + r * kColumns + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = load(totals + r * Transposed::kColumns + v * kLanes);
   for (int64_t i = 0; i < count; ++i) {
     __m512bh w[kVectors];
     for (int v = 0; v < kVectors; ++v) w[v] = as_bf16(_mm512_loadu_si512(weights + (i * kVectors + v) * 32));
@@ -80,7 +80,7 @@ void pair_dots(const uint16_t* weights, const uint16_t* dy, int64_t count, float
     }
   }
   for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < kVectors; ++v) store(totals + r * kColumns + v * kLanes, acc[r][v]);
+    for (int v = 0; v < kVectors; ++v) store(totals + r * Transposed::kColumns + v * kLanes, acc[r][v]);
 }
 
 using PairDots = void (*)(const uint16_t*, const uint16_t*, int64_t, float*);
@@ -92,24 +92,24 @@ constexpr PairDots kPairDots[kMostPairRows + 1] = {nullptr,      pair_dots<1>, p
 void product_transposed_bf16(const ProductTransposedBF16& op, int64_t begin, int64_t end, float* scratch) {
   const Weight& w = op.w;
   auto weights = reinterpret_cast<uint16_t*>(scratch);
-  float* totals = scratch + kPairs * kColumns;
+  float* totals = scratch + Transposed::kPairs * Transposed::kColumns;
   Vec levels = level_vector(w.bits);
   int64_t pairs = w.N / 2;
   for (int64_t task = begin; task < end; ++task) {
-    int64_t column = task % (w.K / kColumns) * kColumns, first_m = task / (w.K / kColumns) * op.kTokens;
-    int64_t M = smaller(op.kTokens, op.M - first_m);
-    for (int64_t i = 0; i < M * kColumns; i += kLanes) store(totals + i, set(0));
-    for (int64_t first = 0; first < pairs; first += kPairs) {
-      int64_t count = smaller(kPairs, pairs - first);
+    int64_t column = task % (w.K / Transposed::kColumns) * Transposed::kColumns, first_m = task / (w.K / Transposed::kColumns) * Transposed::kTokens;
+    int64_t M = smaller(Transposed::kTokens, op.M - first_m);
+    for (int64_t i = 0; i < M * Transposed::kColumns; i += kLanes) store(totals + i, set(0));
+    for (int64_t first = 0; first < pairs; first += Transposed::kPairs) {
+      int64_t count = smaller(Transposed::kPairs, pairs - first);
       decode_pairs(w, first, count, column, levels, weights);
       const uint16_t* dy = op.dy + (first * op.M + first_m * count) * 2;
       share_out(M, kMostPairRows, [&](int64_t m, int64_t rows) {
-        kPairDots[rows](weights, dy + m * count * 2, count, totals + m * kColumns);
+        kPairDots[rows](weights, dy + m * count * 2, count, totals + m * Transposed::kColumns);
       });
     }
     for (int64_t m = 0; m < M; ++m) {
       auto to = reinterpret_cast<BF16*>(op.g + (first_m + m) * w.K + column);
-      for (int64_t j = 0; j < kColumns; j += kLanes) store(to + j, load(totals + m * kColumns + j));
+      for (int64_t j = 0; j < Transposed::kColumns; j += kLanes) store(to + j, load(totals + m * Transposed::kColumns + j));
     }
   }
 }

@@ -30,7 +30,9 @@ constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t kPad = 16;
 constexpr int64_t padded(int64_t n) { return ceil_div(n, kPad) * kPad; }
 
-constexpr int64_t kTileRowsOfBand = 16;
+// Rows of bytes that some kernels take at a time, one in each lane of AVX-512: with two bands, twice as many rows of W.
+constexpr int64_t kBandRows = 16;
+constexpr int64_t kTwoBands = 2 * kBandRows;
 
 // W = (level - zero) * scale, [N, K], as HQQ packs it. Level e of W, read row by row, is field e / band_elements of
 // packed element e mod band_elements, the first field in the highest bits; its scale and zero are those of group
@@ -43,7 +45,7 @@ struct Weight {
   int64_t fields() const { return bits == 3 ? 10 : 8 / bits; }
   // Where each band is whole rows, at two bands a time: tiles of sixteen rows of bytes.
   int64_t band_pairs() const { return fields() / 2; }
-  int64_t row_tiles() const { return ceil_div(N / fields(), kTileRowsOfBand); }
+  int64_t row_tiles() const { return ceil_div(N / fields(), kBandRows); }
   int64_t groups() const { return N * K / group_size; }
   int64_t band_elements() const {
     int64_t rows = axis == 1 ? groups() : group_size, columns = axis == 1 ? group_size : groups();
@@ -170,7 +172,7 @@ struct Product {
   int64_t cost() const { return kProductRows * w.K * (M + 4); }
 };
 
-// The same for bfloat16 rows and levels of at most 4 bits, which bfloat16 holds exactly.
+// The same for a few bfloat16 rows and levels that bfloat16 holds exactly.
 struct ProductBF16 {
   const uint16_t* x;   // [M, K], the even and the odd ones of each 64 columns apart
   const float* sums;   // [M, K / group_size], of x over each group
@@ -179,7 +181,8 @@ struct ProductBF16 {
   Sink y;
   int64_t M;
 
-  // Whole vectors in each group, whole groups in each row, whole rows in each band.
+  // What the products by bfloat16's dot product serve: bands within bytes; whole vectors in each group, whole groups in
+  // each row, whole rows in each band.
   static bool serves(const Weight& w, DType x) {
     return x == DType::bf16 && w.axis == 1 && w.bits != 3 && w.bits != 8 && w.group_size % 64 == 0 &&
            w.K % w.group_size == 0 && w.N % w.fields() == 0;
@@ -195,19 +198,19 @@ struct ProductBF16 {
   int64_t cost() const { return kRows * w.K * (M + 4) / 4; }
 };
 
-// x in the layout of `ProductTileBF16`.
-struct PrepareTileBF16 {
+// x in the layout of `ProductBF16`.
+struct PrepareBF16 {
   const uint16_t* x;  // [M, K]
-  int64_t M, K;
-  uint16_t* columns;  // [K / 64, M, 64]
-  float* sums;        // [K / 64, M]
+  int64_t M, K, group_size;
+  uint16_t* columns;
+  float* sums;
 
-  int64_t tasks() const { return K / 64; }
+  int64_t tasks() const { return M; }
   int64_t scratch() const { return 0; }
-  int64_t cost() const { return M * 64; }
+  int64_t cost() const { return K; }
 };
 
-// The same product as `ProductBF16`, of the same weights, for more rows of x.
+// The same product of what `ProductBF16::serves`, for more rows of x.
 struct ProductTileBF16 {
   const uint16_t* x;  // [K / 64, M, 64], the middle two of each four columns in each other's place
   const float* sums;  // [K / 64, M], of x over 64 columns
@@ -216,17 +219,29 @@ struct ProductTileBF16 {
   uint16_t* y;  // bfloat16, as x
   int64_t M;
 
-  static constexpr int64_t kFrom = 5;   // rows of x from which it is faster than `ProductBF16`
-  static constexpr int64_t kUnit = 64;  // columns that are decoded at a time
+  static constexpr int64_t kFrom = 5;      // rows of x from which it is faster than `ProductBF16`
+  static constexpr int64_t kColumns = 64;  // that are decoded at a time
 
   int64_t tasks() const { return w.band_pairs() * w.row_tiles(); }
-  int64_t scratch() const { return kUnit * 16 + 32 * (2 * w.K / w.group_size + M); }
-  int64_t cost() const { return 32 * w.K * (M + 4) / 4; }
+  int64_t scratch() const { return kColumns * kBandRows + kTwoBands * (2 * w.K / w.group_size + M); }
+  int64_t cost() const { return kTwoBands * w.K * (M + 4) / 4; }
+};
+
+// x in the layout of `ProductTileBF16`.
+struct PrepareTileBF16 {
+  const uint16_t* x;  // [M, K]
+  int64_t M, K;
+  uint16_t* columns;
+  float* sums;
+
+  int64_t tasks() const { return K / ProductTileBF16::kColumns; }
+  int64_t scratch() const { return 0; }
+  int64_t cost() const { return M * ProductTileBF16::kColumns; }
 };
 
 // The same for many rows of x.
 struct ProductTokensBF16 {
-  const uint16_t* x;  // [chunks of kColumns, vectors, pairs of columns, 16 rows of x, 2]
+  const uint16_t* x;  // [chunks of kColumns, vectors, pairs of columns, kRowsOfX, 2]
   Weight w;
   const Source* bias;
   uint16_t* y;  // bfloat16, as x
@@ -234,12 +249,14 @@ struct ProductTokensBF16 {
 
   static constexpr int64_t kFrom = 64;      // rows of x from which it is faster than `ProductTileBF16`
   static constexpr int64_t kColumns = 256;  // that are decoded at a time, into the first-level cache
-  static constexpr int64_t kVectors = 32;   // of 16 rows of x in a task, whose totals stay in the second-level cache
+  static constexpr int64_t kRowsOfX = 16;   // in a vector
+  static constexpr int64_t kVectors = 32;   // in a task, whose totals stay in the second-level cache
 
-  static int64_t vectors(int64_t M) { return ceil_div(M, 16); }
+  static int64_t vectors(int64_t M) { return ceil_div(M, kRowsOfX); }
+  int64_t vectors_of_a_task() const { return smaller(vectors(M), kVectors); }
   int64_t tasks() const { return w.band_pairs() * w.row_tiles() * ceil_div(vectors(M), kVectors); }
-  int64_t scratch() const { return 32 * (kColumns / 2 + 16 * smaller(vectors(M), kVectors)); }
-  int64_t cost() const { return 32 * w.K * smaller(vectors(M), kVectors) * 4; }
+  int64_t scratch() const { return kTwoBands * (kColumns / 2 + kRowsOfX * vectors_of_a_task()); }
+  int64_t cost() const { return kTwoBands * w.K * vectors_of_a_task() * 4; }
 };
 
 // x in the layout of `ProductTokensBF16`.
@@ -253,19 +270,8 @@ struct PrepareTokensBF16 {
   int64_t cost() const { return M * ProductTokensBF16::kColumns; }
 };
 
-// dy in the layout of `ProductTransposedBF16`.
-struct PreparePairsBF16 {
-  const uint16_t* dy;  // [M, N]
-  int64_t M, N, band_rows;
-  uint16_t* pairs;
-
-  int64_t tasks() const;
-  int64_t scratch() const { return 0; }
-  int64_t cost() const;
-};
-
-// g = dy * W, [M, K], for bfloat16 rows of dy and the weights that `ProductBF16` serves. Two rows of W in neighbouring
-// bands, the first one even, are a pair: pair p is rows p / band_rows * 2 * band_rows + p % band_rows and band_rows on.
+// g = dy * W, [M, K], of what `ProductBF16::serves`. Rows of W in the bands 2 i and 2 i + 1 that share bytes are a pair:
+// pair p is rows p / band_rows * 2 * band_rows + p % band_rows and band_rows on.
 struct ProductTransposedBF16 {
   const uint16_t* dy;  // [chunks of kPairs, M, pairs of the chunk, 2]
   Weight w;
@@ -273,7 +279,7 @@ struct ProductTransposedBF16 {
   int64_t M;
 
   static constexpr int64_t kPairs = 128;   // of rows of W that are decoded at a time, into the first-level cache
-  static constexpr int64_t kColumns = 64;  // of W in a task: one group's
+  static constexpr int64_t kColumns = 64;  // of W in a task: within one group
   static constexpr int64_t kTokens = 512;  // rows of dy in a task, whose totals stay in the second-level cache
 
   int64_t tasks() const { return w.K / kColumns * ceil_div(M, kTokens); }
@@ -281,8 +287,16 @@ struct ProductTransposedBF16 {
   int64_t cost() const { return kColumns * w.N * (smaller(M, kTokens) + 4) / 4; }
 };
 
-inline int64_t PreparePairsBF16::tasks() const { return ceil_div(N / 2, ProductTransposedBF16::kPairs); }
-inline int64_t PreparePairsBF16::cost() const { return 2 * ProductTransposedBF16::kPairs * M; }
+// dy in the layout of `ProductTransposedBF16`.
+struct PreparePairsBF16 {
+  const uint16_t* dy;  // [M, N]
+  int64_t M, N, band_rows;
+  uint16_t* pairs;
+
+  int64_t tasks() const { return ceil_div(N / 2, ProductTransposedBF16::kPairs); }
+  int64_t scratch() const { return 0; }
+  int64_t cost() const { return 2 * ProductTransposedBF16::kPairs * M; }
+};
 
 // D = R - I from skew parameters v [stored, b(b-1)/2]; coefficients[k] is that of Q^(k + 1), none for the exact map.
 struct Cayley {
@@ -328,7 +342,7 @@ struct Kernels {
   void (*cayley_backward)(const CayleyBackward&, int64_t begin, int64_t end, float* scratch);
   void (*widen)(Source from, float* to, int64_t n);
   // Null where the processor has no dot product of bfloat16.
-  void (*prepare_bf16)(const uint16_t* x, int64_t K, int64_t group_size, uint16_t* out, float* sums) = nullptr;
+  void (*prepare_bf16)(const PrepareBF16&, int64_t begin, int64_t end, float* scratch) = nullptr;
   void (*product_bf16)(const ProductBF16&, int64_t begin, int64_t end, float* scratch) = nullptr;
   void (*prepare_tile_bf16)(const PrepareTileBF16&, int64_t begin, int64_t end, float* scratch) = nullptr;
   void (*product_tile_bf16)(const ProductTileBF16&, int64_t begin, int64_t end, float* scratch) = nullptr;

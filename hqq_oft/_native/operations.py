@@ -20,7 +20,7 @@ from hqq_oft.backends import Unsupported
 
 _lib: Any = torch.ops.hqq_oft_native
 _CPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Most rows of x that are multiplied without a dense copy of the weight: beyond, decoding it once costs less.
+# Most rows of x that meet packed weights in float32: beyond, decoding the weight into a scratch once costs less.
 _FEW_ROWS = 16
 # Larger chunks of decoded weights gain nothing from the GEMM; they leave the last-level cache, and the C library gives
 # them back to the system when they are freed, so that the next one costs a page fault for every 4 KiB.
@@ -161,7 +161,7 @@ def linear(
     _check(x, d, scale, zero, bias)
     weight = (packed, scale, zero, out_features, in_features, bits, group_size, axis)
     M = x.shape[0]
-    if M <= _FEW_ROWS or _lib.multiplies_packed(x, *weight):
+    if M <= _FEW_ROWS or _lib.multiplies_packed(x, *weight[3:]):
         return _lib.linear(x, d, *weight, bias, adapter_index)
     if d is not None and (out_features > M or adapter_index is not None):
         x, d = _lib.rotate(x, d, adapter_index, False), None
@@ -208,7 +208,7 @@ def linear_backward(
     """`hqq_oft.reference.linear_backward`: `g = dy * W`, then the gradients of the rotation, dx in place of g."""
     _check(grad, x, d, scale, zero)
     weight = (packed, scale, zero, out_features, in_features, bits, group_size, axis)
-    product = _lib.linear_transposed if _lib.multiplies_packed(grad, *weight) else _through_scratch
+    product = _lib.linear_transposed if _lib.multiplies_packed(grad, *weight[3:]) else _through_scratch
     g = product(grad, *weight)
     if d is None:
         return g.to(grad.dtype), grad.new_empty(0)

@@ -10,10 +10,11 @@ from gpu.cases import check, operations, quantized_weight, relative_error
 from hqq_oft import _native, ops
 
 BF16 = torch.bfloat16
-# out-features, in-features, group size. Bands of 40, 20 and 10 rows: the last tile of 16 is short. Chunks of columns
-# that are short, and groups that are longer than what is decoded at a time. Pairs of rows in chunks that are short, and
-# reach from one pair of bands into the next.
-SHAPES = [(80, 192, 64), (32, 576, 64), (64, 512, 256), (528, 128, 64)]
+# out-features, in-features, group size. Bands of 40, 20 and 10 rows: the last tile of 16 is short. A single row in each
+# band, and rows that are no multiple of what a task takes. Chunks of columns that are short; more than 16 groups.
+# Groups of whole rows, and longer than what is decoded at a time. Pairs of rows in chunks that are short, and reach
+# from one pair of bands into the next.
+SHAPES = [(80, 192, 64), (8, 64, 64), (40, 1216, 64), (64, 512, 512), (528, 128, 64)]
 
 pytestmark = pytest.mark.usefixtures("instruction_set")
 
@@ -56,17 +57,97 @@ def test_every_row_and_column_is_in_its_place(m):
             assert torch.equal(out.double(), x.double() @ wanted)
 
 
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float32), (torch.float16, torch.float16), (BF16, torch.float32)]
+)
+def test_scale_and_zero_of_any_dtype(dtypes):
+    packed, scale, zero, *sizes = quantized_weight(80, 192, "cpu", dtype=BF16).arguments()
+    weight = (packed, scale.to(dtypes[0]), zero.to(dtypes[1]), *sizes)
+    for m in (3, 20, 90):
+        x, dy = torch.randn(m, 192).to(BF16), torch.randn(m, 80).to(BF16)
+        check("linear", (x, None, *weight, torch.randn(80), None), BF16, on="native")
+        check("linear_backward", (dy, x, None, *weight, None, True, False), BF16, on="native")
+
+
+@pytest.mark.parametrize("m", [3, 20, 90])
+def test_inputs_that_are_not_contiguous(m):
+    weight = quantized_weight(80, 192, "cpu", dtype=BF16).arguments()
+    x, dy = torch.randn(m, 2 * 192).to(BF16)[:, ::2], torch.randn(80, m).to(BF16).T
+    check("linear", (x, None, *weight, None, None), BF16, on="native")
+    check("linear_backward", (dy, x, None, *weight, None, True, False), BF16, on="native")
+
+
+def test_rows_longer_than_a_slice_of_the_few():
+    for name, args in operations(4, 32, 4160, 32, "cpu", BF16).items():
+        if name.startswith("linear"):
+            check(name, args, BF16, on="native")
+
+
+@pytest.mark.parametrize("m", [3, 20, 70])
+def test_not_a_number_stays_in_its_row(m):
+    weight = quantized_weight(80, 192, "cpu", dtype=BF16).arguments()
+    x, dy = torch.randn(m, 192).to(BF16), torch.randn(m, 80).to(BF16)
+    for value in (float("nan"), float("inf")):
+        for given, product in (
+            (x, lambda x: ops.linear(x, None, *weight, None, None)),
+            (dy, lambda dy: ops.linear_backward(dy, dy, None, *weight, None, True, False)[0]),
+        ):
+            bad = given.clone()
+            bad[1, 5] = value
+            out, expected = product(bad), product(given)
+            assert not torch.isfinite(out[1]).any()
+            others = [row for row in range(m) if row != 1]
+            assert torch.equal(out[others], expected[others])
+
+
+def test_no_dense_weight_is_made_where_they_serve(instruction_set, monkeypatch):
+    lib = _native.operations._lib
+    decoded = []
+
+    class Spied:
+        def __getattr__(self, name):
+            return (
+                getattr(lib, name)
+                if name != "dequantize_into"
+                else lambda *args: decoded.append(lib.dequantize_into(*args))
+            )
+
+    monkeypatch.setattr(_native.operations, "_lib", Spied())
+    for m in (17, 100):
+        args = operations(m, 64, 128, 32, "cpu", BF16)
+        for name in ("linear", "linear_backward"):
+            decoded.clear()
+            _native.OPERATIONS[name](*args[name])
+            assert bool(decoded) == (instruction_set != "avx512_bf16")
+
+
+def test_few_and_more_rows_take_different_kernels(instruction_set):
+    """Levels and scales apart, or multiplied and rounded first: 1 + 2^-9 is 1 then."""
+    if instruction_set != "avx512_bf16":
+        pytest.skip("the weight is never rounded")
+    packed, scale, zero, *sizes = quantized_weight(64, 128, "cpu", dtype=torch.float32).arguments()
+    scale = torch.ones_like(scale)
+    scale[::2] += 2**-9  # of the first of two groups in each row
+    args = (torch.full_like(packed, 0x55), scale, torch.zeros_like(zero), *sizes)
+    for m, out in ((4, 2.5), (5, 2.5), (63, 2.5), (64, 0)):
+        x = torch.zeros(m, 128, dtype=BF16)
+        x[:, 7], x[:, 70] = 256, -256
+        assert torch.equal(ops.linear(x, None, *args, None, None), torch.full((m, 64), out, dtype=BF16))
+
+
 def test_they_run_where_they_can(instruction_set):
     """On packed weights for any number of rows, or through decoded chunks."""
     x = torch.randn(3, 128, dtype=BF16)
     serves = torch.ops.hqq_oft_native.multiplies_packed
     fast = instruction_set == "avx512_bf16"
-    for bits, group, axis, dtype, able in (
-        (4, 64, 1, BF16, True), (2, 64, 1, BF16, True), (1, 128, 1, BF16, True), (8, 64, 1, BF16, False),
-        (3, 64, 1, BF16, False), (4, 64, 0, BF16, False), (4, 32, 1, BF16, False), (4, 64, 1, torch.float32, False),
+    for n, bits, group, axis, dtype, able in (
+        (64, 4, 64, 1, BF16, True), (2, 4, 64, 1, BF16, True), (64, 2, 64, 1, BF16, True), (64, 1, 128, 1, BF16, True),
+        (64, 8, 64, 1, BF16, False), (64, 3, 64, 1, BF16, False), (64, 4, 64, 0, BF16, False),
+        (64, 4, 32, 1, BF16, False), (64, 4, 256, 1, BF16, False), (20, 1, 64, 1, BF16, False),
+        (64, 4, 64, 1, torch.float32, False), (64, 4, 64, 1, torch.float16, False),
     ):  # fmt: skip
-        weight = quantized_weight(64, 128, "cpu", bits=bits, group=group, axis=axis)
-        assert serves(x.to(dtype), *weight.arguments()) == (able and fast)
+        assert serves(x.to(dtype), n, 128, bits, group, axis) == (able and fast)
+    check("linear", operations(3, 20, 128, 32, "cpu", BF16, bits=1)["linear"], BF16, on="native")
 
 
 def test_the_transposed_product_refuses_what_it_does_not_serve():

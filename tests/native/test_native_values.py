@@ -106,7 +106,7 @@ def test_more_rows_than_outputs_and_several_chunks_of_rows():
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_product_with_long_rows(dtype):
-    """Rows of several slices, the last one short."""
+    """Rows of several slices, the last one short, of the products in float32."""
     for m in (1, 6, 16):
         args = operations(m, 32, 4160, 32, "cpu", dtype, group=64)["linear"]
         check("linear", args, dtype)
