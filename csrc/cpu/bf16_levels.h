@@ -12,6 +12,9 @@ namespace {
 
 inline __m512bh as_bf16(__m512i v) { return reinterpret_cast<__m512bh>(v); }
 
+// Rows of accumulators: with two or three vectors in each enough to hide the latency of a dot product.
+constexpr int kRowsAtATime = 8;
+
 // The pair of bfloat16 at p, in every lane.
 inline __m512bh broadcast_pair(const uint16_t* p) {
   int32_t pair;

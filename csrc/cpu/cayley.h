@@ -22,29 +22,29 @@ inline void add_scaled(float* to, const float* from, float factor, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes) store(to + i, fma(set(factor), load(from + i), load(to + i)));
 }
 
-// Q, its Frobenius norm bounded as `project` of the reference does.
+// What the upper triangle of Q is multiplied by, so that its Frobenius norm is bounded as `project` of the reference does.
+inline double bound(const Cayley& map, const float* q) {
+  if (!map.max_norm) return 1;
+  double squares = 0;
+  for (int64_t i = 0; i < map.block(); ++i) squares += static_cast<double>(q[i]) * q[i];
+  double norm = __builtin_sqrt(2 * squares);
+  // a norm may exceed the bound by float32's rounding, so that projecting again changes nothing
+  return norm <= *map.max_norm * (1 + 0x1p-23) ? 1 : *map.max_norm / norm;
+}
+
 inline void fill_skew(const Cayley& map, int64_t block, float* q) {
   int64_t b = map.b, stride = padded(b), next = block * map.parameters();
   fill(q, map.block(), 0);
-  double squares = 0;
   for (int64_t i = 0; i < b; ++i) {
-    float* row = q + i * stride + i + 1;
-    widen(map.v.from(next), row, b - 1 - i);
+    widen(map.v.from(next), q + i * stride + i + 1, b - 1 - i);
     next += b - 1 - i;
-    for (int64_t j = 0; j < b - 1 - i; ++j) squares += static_cast<double>(row[j]) * row[j];
   }
-  double factor = 1;
-  if (map.max_norm) {
-    double norm = __builtin_sqrt(2 * squares);
-    // a norm may exceed the bound by float32's rounding, so that projecting again changes nothing
-    if (!(norm <= *map.max_norm * (1 + 0x1p-23))) factor = *map.max_norm / norm;
-  }
+  double factor = bound(map, q);
+  if (factor != 1)
+    for (int64_t i = 0; i < b; ++i)
+      for (int64_t j = i + 1; j < b; ++j) q[i * stride + j] = static_cast<float>(q[i * stride + j] * factor);
   for (int64_t i = 0; i < b; ++i)
-    for (int64_t j = i + 1; j < b; ++j) {
-      float value = factor == 1 ? q[i * stride + j] : static_cast<float>(q[i * stride + j] * factor);
-      q[i * stride + j] = value;
-      q[j * stride + i] = -value;
-    }
+    for (int64_t j = i + 1; j < b; ++j) q[j * stride + i] = -q[i * stride + j];
 }
 
 // d = -2 (I + Q)^-1 Q by Gauss-Jordan elimination of `a` = I + Q. The symmetric part of a is I, so no pivot is below 1
@@ -70,6 +70,18 @@ inline void exact_map(int64_t b, const float* q, float* a, float* d) {
   }
 }
 
+// The series of four coefficients, PEFT's default, in two products in place of three: with P = Q^2,
+// D = c1 Q + c2 P + P (c3 Q + c4 P).
+inline bool in_pairs(const Cayley& map) { return !map.exact && map.terms == 4; }
+
+// p = Q^2 and s = c3 Q + c4 P.
+inline void halves(const Cayley& map, const float* q, float* p, float* s) {
+  block_product(map.b, q, q, nullptr, p);
+  fill(s, map.block(), 0);
+  add_scaled(s, q, map.coefficients[2], map.block());
+  add_scaled(s, p, map.coefficients[3], map.block());
+}
+
 void cayley(const CayleyForward& op, int64_t begin, int64_t end, float* scratch) {
   const Cayley& map = op.map;
   int64_t b = map.b, stride = padded(b), size = map.block();
@@ -84,6 +96,11 @@ void cayley(const CayleyForward& op, int64_t begin, int64_t end, float* scratch)
       fill_skew(map, map.stored == 1 ? 0 : block, q);
       if (map.exact) {
         exact_map(b, q, power, d);
+      } else if (in_pairs(map)) {
+        halves(map, q, power, next);
+        block_product(b, power, next, nullptr, d);
+        add_scaled(d, q, map.coefficients[0], size);
+        add_scaled(d, power, map.coefficients[1], size);
       } else {
         fill(d, size, 0);
         for (int64_t i = 0; i < size; ++i) power[i] = q[i];
@@ -146,6 +163,27 @@ inline void series_gradient(const Cayley& map, const float* q, const float* g, f
   add_scaled(dq, gk, 1, size);
 }
 
+// Of the series in pairs, with S = c3 Q + c4 P: dS = P G, dP = c2 G + G S^T + c4 dS, dQ = c1 G + c3 dS - dP Q - Q dP,
+// as P is symmetric and Q^T = -Q.
+inline void pairs_gradient(const Cayley& map, float* q, const float* g, float* p, float* s, float* ds, float* dp,
+                           float* dq) {
+  int64_t b = map.b, size = map.block();
+  const float* c = map.coefficients;
+  halves(map, q, p, s);
+  block_product(b, p, g, nullptr, ds);
+  add_scaled(s, q, -2 * c[2], size);  // S^T
+  fill(dp, size, 0);
+  add_scaled(dp, g, c[1], size);
+  add_scaled(dp, ds, c[3], size);
+  block_product(b, g, s, dp, dp);
+  fill(dq, size, 0);
+  add_scaled(dq, g, c[0], size);
+  add_scaled(dq, ds, c[2], size);
+  for (int64_t i = 0; i < size; ++i) q[i] = -q[i];
+  block_product(b, dp, q, dq, dq);
+  block_product(b, q, dp, dq, dq);
+}
+
 void cayley_backward(const CayleyBackward& op, int64_t begin, int64_t end, float* scratch) {
   const Cayley& map = op.map;
   int64_t b = map.b, stride = padded(b), size = map.block();
@@ -162,8 +200,13 @@ void cayley_backward(const CayleyBackward& op, int64_t begin, int64_t end, float
       fill(dq, size, 0);  // a dropped block may hold anything
     } else {
       fill_skew(map, block, q);
-      map.exact ? exact_gradient(b, q, g, first, second, powers, dq)
-                : series_gradient(map, q, g, powers, first, second, dq);
+      if (map.exact) {
+        exact_gradient(b, q, g, first, second, powers, dq);
+      } else if (in_pairs(map)) {
+        pairs_gradient(map, q, g, first, second, powers, powers + size, dq);
+      } else {
+        series_gradient(map, q, g, powers, first, second, dq);
+      }
     }
     for (int64_t i = 0; i < b; ++i) {
       float* row = dq + i * stride;

@@ -81,20 +81,18 @@ inline void look_ahead(const Dequantize& op, int64_t row, int64_t column, int64_
   for (int64_t i = 0; i < columns * size_of(op.out.type); i += 64) __builtin_prefetch(out + i, 1);
 }
 
-inline void dequantize_rotated(const Dequantize& op, int64_t begin, int64_t end, float* scratch) {
+// For each slice of tasks begin ... end, `next_slice(first block, blocks)`, then f(rows of W, how many, column, blocks) for
+// tiles of rows that are decoded into `plain`.
+template <class N, class F>
+inline void for_tiles(const Dequantize& op, int64_t begin, int64_t end, float* plain, N&& next_slice, F&& f) {
   const Blocks& blocks = op.blocks;
   RowOrder order = op.order();
-  int64_t stride = blocks.tile_stride();
-  float* packed = scratch;
-  float* packing_row = packed + blocks.packed_floats();
-  float* plain = packing_row + padded(blocks.b);
-  float* rotated = plain + kTileRows * stride;
   for (int64_t task = begin; task < end; ++task) {
     int64_t slice = task % op.slices(), first = slice * blocks.per_slice();
     int64_t count = smaller(blocks.per_slice(), blocks.count() - first);
     int64_t column = first * blocks.b, columns = count * blocks.b;
     int64_t from = task / op.slices() * op.chunk_rows(), to = smaller(from + op.chunk_rows(), order.positions());
-    pack_slice(blocks, 0, first, count, packing_row, packed);
+    next_slice(first, count);
     for (int64_t position = from; position < to;) {
       int64_t rows[kTileRows], n = 0;
       for (; position < to && n < kTileRows; ++position) {
@@ -102,14 +100,30 @@ inline void dequantize_rotated(const Dequantize& op, int64_t begin, int64_t end,
         if (row < 0) continue;
         int64_t ahead = position + kTileRows < to ? order.row(position + kTileRows) : -1;
         if (ahead >= 0) look_ahead(op, ahead, column, columns);
-        decode(op.w, row * op.w.K + op.first_column + column, columns, plain + n * stride);
+        decode(op.w, row * op.w.K + op.first_column + column, columns, plain + n * blocks.tile_stride());
         rows[n++] = row;
       }
-      rotate_tile(plain, n, blocks, count, packed, rotated);
-      for (int64_t r = 0; r < n; ++r)
-        narrow(rotated + r * stride, op.out.from((rows[r] - op.first_row) * op.out_stride + column), columns);
+      f(rows, n, column, count);
     }
   }
+}
+
+inline void dequantize_rotated(const Dequantize& op, int64_t begin, int64_t end, float* scratch) {
+  const Blocks& blocks = op.blocks;
+  int64_t stride = blocks.tile_stride();
+  float* packed = scratch;
+  float* packing_row = packed + blocks.packed_floats();
+  float* plain = packing_row + padded(blocks.b);
+  float* rotated = plain + kTileRows * stride;
+  for_tiles(
+      op, begin, end, plain,
+      [&](int64_t first, int64_t count) { pack_slice(blocks, 0, first, count, packing_row, packed); },
+      [&](const int64_t* rows, int64_t n, int64_t column, int64_t count) {
+        rotate_tile(plain, n, blocks, count, packed, rotated);
+        for (int64_t r = 0; r < n; ++r)
+          narrow(rotated + r * stride, op.out.from((rows[r] - op.first_row) * op.out_stride + column),
+                 count * blocks.b);
+      });
 }
 
 void dequantize(const Dequantize& op, int64_t begin, int64_t end, float* scratch) {

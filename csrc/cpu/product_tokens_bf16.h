@@ -78,7 +78,7 @@ void token_dots(const uint16_t* w, const uint16_t* x, int64_t pairs, float* tota
 }
 
 // 24 accumulators, three vectors of x and one of W, of 32 registers.
-constexpr int64_t kRowsAtATime = 8, kMostVectors = 3;
+constexpr int64_t kMostVectors = 3;
 using TokenDots = void (*)(const uint16_t*, const uint16_t*, int64_t, float*);
 constexpr TokenDots kTokenDots[kMostVectors + 1] = {nullptr, token_dots<kRowsAtATime, 1>, token_dots<kRowsAtATime, 2>,
                                                     token_dots<kRowsAtATime, 3>};

@@ -48,13 +48,11 @@ inline Range rows_of(const RowsByAdapter& rows, int64_t adapter, int64_t begin, 
   return {larger(begin, rows.first[adapter]), smaller(end, rows.first[adapter + 1])};
 }
 
-void rotate(const Rotate& op, int64_t begin, int64_t end, float* scratch) {
+// f(adapter, first block, blocks, range of its rows) for each slice of tasks begin ... end. Rows without an adapter are
+// copied, by way of `room` for one of them.
+template <class F>
+inline void for_slices(const Rotate& op, int64_t begin, int64_t end, float* room, F&& f) {
   const Blocks& blocks = op.blocks;
-  int64_t stride = blocks.tile_stride();
-  float* packed = scratch;
-  float* row = packed + blocks.packed_floats();
-  float* x = row + padded(blocks.b);
-  float* y = x + kTileRows * stride;
   for (int64_t task = begin; task < end; ++task) {
     int64_t slice = task % blocks.slices(), chunk = task / blocks.slices();
     int64_t first = slice * blocks.per_slice(), count = smaller(blocks.per_slice(), blocks.count() - first);
@@ -62,58 +60,79 @@ void rotate(const Rotate& op, int64_t begin, int64_t end, float* scratch) {
     int64_t from = chunk * kChunkRows, to = smaller(op.M, from + kChunkRows);
     for (int64_t adapter = 0; adapter < op.rows.adapters; ++adapter) {
       Range range = rows_of(op.rows, adapter, from, to);
-      if (range.begin >= range.end) continue;
-      pack_slice(blocks, adapter, first, count, row, packed);
-      for (int64_t position = range.begin; position < range.end; position += kTileRows) {
-        int64_t n = smaller(kTileRows, range.end - position);
-        for (int64_t r = 0; r < n; ++r)
-          widen(op.x.from(op.rows.row(position + r) * op.x_stride + column), x + r * stride, columns);
-        rotate_tile(x, n, blocks, count, packed, y);
-        for (int64_t r = 0; r < n; ++r)
-          narrow(y + r * stride, op.y.from(op.rows.row(position + r) * op.y_stride + column), columns);
-      }
+      if (range.begin < range.end) f(adapter, first, count, range);
     }
     if (!op.rows.order) continue;
     for (int64_t position = larger(from, op.rows.first[op.rows.adapters]); position < to; ++position) {
       int64_t r = op.rows.row(position);
-      widen(op.x.from(r * op.x_stride + column), x, columns);
-      narrow(x, op.y.from(r * op.y_stride + column), columns);
+      widen(op.x.from(r * op.x_stride + column), room, columns);
+      narrow(room, op.y.from(r * op.y_stride + column), columns);
     }
   }
 }
 
-void rotate_gradient(const RotateGradient& op, int64_t begin, int64_t end, float* scratch) {
+void rotate(const Rotate& op, int64_t begin, int64_t end, float* scratch) {
   const Blocks& blocks = op.blocks;
-  int64_t b = blocks.b, stride = blocks.tile_stride(), slices = blocks.slices();
+  int64_t stride = blocks.tile_stride();
+  float* packed = scratch;
+  float* row = packed + blocks.packed_floats();
+  float* x = row + padded(blocks.b);
+  float* y = x + kTileRows * stride;
+  for_slices(op, begin, end, x, [&](int64_t adapter, int64_t first, int64_t count, Range range) {
+    int64_t column = first * blocks.b, columns = count * blocks.b;
+    pack_slice(blocks, adapter, first, count, row, packed);
+    for (int64_t position = range.begin; position < range.end; position += kTileRows) {
+      int64_t n = smaller(kTileRows, range.end - position);
+      for (int64_t r = 0; r < n; ++r)
+        widen(op.x.from(op.rows.row(position + r) * op.x_stride + column), x + r * stride, columns);
+      rotate_tile(x, n, blocks, count, packed, y);
+      for (int64_t r = 0; r < n; ++r)
+        narrow(y + r * stride, op.y.from(op.rows.row(position + r) * op.y_stride + column), columns);
+    }
+  });
+}
+
+// For each part of tasks begin ... end: zeros in `acc`, f(position, rows, column, blocks) for `rows` rows at a time,
+// which adds to it, and the sums where the part has its place.
+template <class F>
+inline void for_parts(const RotateGradient& op, int64_t begin, int64_t end, int64_t rows, float* acc, F&& f) {
+  const Blocks& blocks = op.blocks;
+  int64_t b = blocks.b, slices = blocks.slices();
   bool shared = blocks.stored == 1;
-  float* acc = scratch;
-  float* left = acc + blocks.packed_floats();
-  float* right = left + kTileRows * stride;
   for (int64_t task = begin; task < end; ++task) {
     int64_t slice = task % slices, chunk = task / slices % op.chunks(), adapter = task / slices / op.chunks();
     int64_t first = slice * blocks.per_slice(), count = smaller(blocks.per_slice(), blocks.count() - first);
-    int64_t column = first * b, columns = count * b, sums = shared ? 1 : count;
+    int64_t sums = shared ? 1 : count;
     for (int64_t i = 0; i < sums * b * padded(b); ++i) acc[i] = 0;
     Range all = rows_of(op.rows, adapter, 0, op.M);
     int64_t each = ceil_div(all.end - all.begin, op.chunks());
     int64_t last = smaller(all.end, all.begin + (chunk + 1) * each);
-    for (int64_t position = all.begin + chunk * each; position < last; position += kTileRows) {
-      int64_t n = smaller(kTileRows, last - position);
-      for (int64_t r = 0; r < n; ++r) {
-        int64_t row = op.rows.row(position + r);
-        widen(op.left.from(row * op.left_stride + column), left + r * stride, columns);
-        widen(op.right.from(row * op.right_stride + column), right + r * stride, columns);
-      }
-      for (int64_t block = 0; block < count; ++block) {
-        float* sum = acc + (shared ? 0 : block) * b * padded(b);
-        multiply(left + block * b, 1, stride, right + block * b, stride, b, n, b, sum, padded(b), sum, padded(b));
-      }
-    }
+    for (int64_t position = all.begin + chunk * each; position < last; position += rows)
+      f(position, smaller(rows, last - position), first * b, count);
     int64_t part = shared ? chunk * slices + slice : chunk;
     float* out = op.part + part * op.elements() + adapter * blocks.elements() + blocks.offset(first);
     for (int64_t i = 0; i < sums * b; ++i)
       for (int64_t j = 0; j < b; ++j) out[i * b + j] = acc[i * padded(b) + j];
   }
+}
+
+void rotate_gradient(const RotateGradient& op, int64_t begin, int64_t end, float* scratch) {
+  const Blocks& blocks = op.blocks;
+  int64_t b = blocks.b, stride = blocks.tile_stride();
+  float* acc = scratch;
+  float* left = acc + blocks.packed_floats();
+  float* right = left + kTileRows * stride;
+  for_parts(op, begin, end, kTileRows, acc, [&](int64_t position, int64_t n, int64_t column, int64_t count) {
+    for (int64_t r = 0; r < n; ++r) {
+      int64_t row = op.rows.row(position + r);
+      widen(op.left.from(row * op.left_stride + column), left + r * stride, count * b);
+      widen(op.right.from(row * op.right_stride + column), right + r * stride, count * b);
+    }
+    for (int64_t block = 0; block < count; ++block) {
+      float* sum = acc + (blocks.stored == 1 ? 0 : block) * b * padded(b);
+      multiply(left + block * b, 1, stride, right + block * b, stride, b, n, b, sum, padded(b), sum, padded(b));
+    }
+  });
 }
 
 }  // namespace

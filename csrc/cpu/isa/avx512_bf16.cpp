@@ -3,6 +3,7 @@
 #include "../vector_avx512.h"
 #include "../kernels.h"
 #include "../product_bf16.h"
+#include "../rotate_bf16.h"
 #include "../product_tile_bf16.h"
 #include "../product_tokens_bf16.h"
 #include "../product_transposed_bf16.h"
@@ -11,9 +12,9 @@ namespace hqq_oft::cpu {
 
 extern const Kernels avx512_bf16_kernels{
     "avx512_bf16",
-    avx512_bf16::rotate,
-    avx512_bf16::rotate_gradient,
-    avx512_bf16::dequantize,
+    avx512_bf16::rotate_bf16,
+    avx512_bf16::rotate_gradient_bf16,
+    avx512_bf16::dequantize_bf16,
     avx512_bf16::product,
     avx512_bf16::cayley,
     avx512_bf16::cayley_backward,

@@ -1,0 +1,216 @@
+// Rotations of bfloat16 rows, or weights, by bfloat16 blocks, and the gradient of D, by AVX-512's bfloat16 dot product: pairs of what
+// is summed over meet in one instruction.
+#pragma once
+
+#include "bf16_levels.h"
+#include "decode.h"
+#include "rotate.h"
+
+namespace hqq_oft::cpu::HQQ_OFT_ISA {
+namespace {
+
+// D of one slice by pairs of the index that is summed over, each pair as one 32-bit word: [block][b / 2][b].
+inline void pack_pairs(const Blocks& blocks, int64_t adapter, int64_t first, int64_t count, uint16_t* out) {
+  int64_t b = blocks.b;
+  for (int64_t block = 0; block < count; ++block, out += b * b) {
+    auto d = static_cast<const uint16_t*>(blocks.d.from(adapter * blocks.elements() + blocks.offset(first + block)).data);
+    for (int64_t j = 0; j < b; j += kLanes)
+      for (int64_t p = 0; p < b / 2; p += kLanes) {
+        int64_t n = smaller(kLanes, b / 2 - p);
+        __m512i v[16];
+        for (int64_t i = 0; i < kLanes; ++i) {
+          if (blocks.transpose) {
+            v[i] = _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1 << n) - 1), d + (j + i) * b + 2 * p);
+          } else if (i < n) {
+            const uint16_t* row = d + 2 * (p + i) * b + j;
+            __m512i low = _mm512_cvtepu16_epi32(load_32(row)), high = _mm512_cvtepu16_epi32(load_32(row + b));
+            v[i] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+          }
+        }
+        if (blocks.transpose) transpose(v);
+        for (int64_t i = 0; i < n; ++i) _mm512_storeu_si512(out + ((p + i) * b + j) * 2, v[i]);
+      }
+  }
+}
+
+// Columns j ... of a block of ROWS rows, y = own + x * D; all of x is read before y is written.
+template <int ROWS, int VECS, class T>
+inline void rotate_columns(const uint16_t* const* x, const T* const* own, const uint16_t* pairs, int64_t b, int64_t j,
+                           uint16_t* const* y) {
+  Vec acc[ROWS][VECS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < VECS; ++v) acc[r][v] = load(own[r] + j + v * kLanes);
+  for (int64_t p = 0; p < b / 2; ++p) {
+    __m512bh right[VECS];
+    for (int v = 0; v < VECS; ++v) right[v] = as_bf16(_mm512_loadu_si512(pairs + (p * b + j + v * kLanes) * 2));
+    for (int r = 0; r < ROWS; ++r) {
+      __m512bh left = broadcast_pair(x[r] + 2 * p);
+      for (int v = 0; v < VECS; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], right[v], left);
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < VECS; ++v) store(reinterpret_cast<BF16*>(y[r] + j + v * kLanes), acc[r][v]);
+}
+
+// Columns that are computed together.
+constexpr int64_t kTogether = 2 * kLanes;
+
+template <int ROWS, class T>
+inline void rotate_block(const uint16_t* const* x, const T* const* own, const uint16_t* pairs, int64_t b,
+                         uint16_t* const* y) {
+  int64_t j = 0;
+  for (; j + kTogether <= b; j += kTogether) rotate_columns<ROWS, 2>(x, own, pairs, b, j, y);
+  if (j < b) rotate_columns<ROWS, 1>(x, own, pairs, b, j, y);
+}
+
+template <int ROWS>
+inline void rotate_rows(const Rotate& op, int64_t position, int64_t column, int64_t count, const uint16_t* pairs,
+                        uint16_t* copy) {
+  const uint16_t* x[ROWS];
+  uint16_t* y[ROWS];
+  for (int r = 0; r < ROWS; ++r) {
+    int64_t row = op.rows.row(position + r);
+    x[r] = static_cast<const uint16_t*>(op.x.data) + row * op.x_stride + column;
+    y[r] = static_cast<uint16_t*>(op.y.data) + row * op.y_stride + column;
+  }
+  int64_t b = op.blocks.b;
+  for (int64_t block = 0; block < count; ++block) {
+    const uint16_t* from[ROWS];
+    const BF16* own[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+      from[r] = x[r];
+      if (b > kTogether) {  // y may be x, and is written before all of x is read
+        __builtin_memcpy(copy + r * b, x[r], b * sizeof *copy);
+        from[r] = copy + r * b;
+      }
+      own[r] = reinterpret_cast<const BF16*>(from[r]);
+    }
+    rotate_block<ROWS>(from, own, pairs + block * b * b, b, y);
+    for (int r = 0; r < ROWS; ++r) x[r] += b, y[r] += b;
+  }
+}
+
+inline bool in_bf16(const Blocks& blocks, DType left, DType right) {
+  return blocks.b % kLanes == 0 && blocks.d.type == DType::bf16 && left == DType::bf16 && right == DType::bf16;
+}
+
+void rotate_bf16(const Rotate& op, int64_t begin, int64_t end, float* scratch) {
+  if (!in_bf16(op.blocks, op.x.type, op.y.type)) return rotate(op, begin, end, scratch);
+  const Blocks& blocks = op.blocks;
+  auto pairs = reinterpret_cast<uint16_t*>(scratch);
+  auto copy = reinterpret_cast<uint16_t*>(scratch + blocks.packed_floats());
+  for_slices(op, begin, end, scratch, [&](int64_t adapter, int64_t first, int64_t count, Range range) {
+    pack_pairs(blocks, adapter, first, count, pairs);
+    int64_t position = range.begin, column = first * blocks.b;
+    for (; position + kRowsAtATime <= range.end; position += kRowsAtATime)
+      rotate_rows<kRowsAtATime>(op, position, column, count, pairs, copy);
+    for (; position < range.end; ++position) rotate_rows<1>(op, position, column, count, pairs, copy);
+  });
+}
+
+// --- Weights ---------------------------------------------------------------------------------------------------------
+
+// W + W * D: the first exact, the second of W rounded to bfloat16.
+template <int ROWS>
+inline void rotate_decoded(const float* plain, int64_t stride, uint16_t* rounded, const uint16_t* pairs, int64_t b,
+                           int64_t count, uint16_t* const* out) {
+  for (int r = 0; r < ROWS; ++r) narrow(plain + r * stride, {rounded + r * stride, DType::bf16}, count * b);
+  for (int64_t block = 0; block < count; ++block) {
+    const uint16_t* x[ROWS];
+    const float* own[ROWS];
+    uint16_t* y[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+      int64_t at = r * stride + block * b;
+      x[r] = rounded + at, own[r] = plain + at, y[r] = out[r] + block * b;
+    }
+    rotate_block<ROWS>(x, own, pairs + block * b * b, b, y);
+  }
+}
+
+void dequantize_bf16(const Dequantize& op, int64_t begin, int64_t end, float* scratch) {
+  if (!op.rotated || !in_bf16(op.blocks, op.out.type, op.out.type)) return dequantize(op, begin, end, scratch);
+  const Blocks& blocks = op.blocks;
+  int64_t stride = blocks.tile_stride();
+  auto pairs = reinterpret_cast<uint16_t*>(scratch);
+  float* plain = scratch + blocks.packed_floats();
+  auto rounded = reinterpret_cast<uint16_t*>(plain + kTileRows * stride);
+  for_tiles(
+      op, begin, end, plain, [&](int64_t first, int64_t count) { pack_pairs(blocks, 0, first, count, pairs); },
+      [&](const int64_t* rows, int64_t n, int64_t column, int64_t count) {
+        uint16_t* out[kTileRows];
+        for (int64_t r = 0; r < n; ++r)
+          out[r] = static_cast<uint16_t*>(op.out.data) + (rows[r] - op.first_row) * op.out_stride + column;
+        int64_t r = 0;
+        for (; r + kRowsAtATime <= n; r += kRowsAtATime)
+          rotate_decoded<kRowsAtATime>(plain + r * stride, stride, rounded, pairs, blocks.b, count, out + r);
+        for (; r < n; ++r) rotate_decoded<1>(plain + r * stride, stride, rounded, pairs, blocks.b, count, out + r);
+      });
+}
+
+// --- Gradient --------------------------------------------------------------------------------------------------------
+
+// Rows of x that are summed over at a time, two by two.
+constexpr int64_t kGradientRows = 2 * kTileRows;
+
+// Rows position ... position + n of a slice, two by two as 32-bit words: [pair][columns]. An odd last one meets zeros.
+inline void interleave_rows(const Source& from, int64_t row_stride, const RowsByAdapter& rows, int64_t position,
+                            int64_t n, int64_t column, int64_t columns, uint16_t* out) {
+  auto data = static_cast<const uint16_t*>(from.data) + column;
+  for (int64_t r = 0; r < n; r += 2, out += 2 * columns) {
+    const uint16_t* one = data + rows.row(position + r) * row_stride;
+    const uint16_t* other = r + 1 < n ? data + rows.row(position + r + 1) * row_stride : nullptr;
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      __m512i low = _mm512_cvtepu16_epi32(load_32(one + j));
+      __m512i high = other ? _mm512_cvtepu16_epi32(load_32(other + j)) : _mm512_setzero_si512();
+      _mm512_storeu_si512(out + 2 * j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+  }
+}
+
+// sum[i][j] += left_i . right_j over the pairs of rows, for ROWS rows of D and VECS vectors of its columns.
+template <int ROWS, int VECS>
+inline void gradient_tile(const uint16_t* left, const uint16_t* right, int64_t columns, int64_t pairs, int64_t stride,
+                          float* sum) {
+  Vec acc[ROWS][VECS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < VECS; ++v) acc[r][v] = load(sum + r * stride + v * kLanes);
+  for (int64_t p = 0; p < pairs; ++p, left += 2 * columns, right += 2 * columns) {
+    __m512bh b[VECS];
+    for (int v = 0; v < VECS; ++v) b[v] = as_bf16(_mm512_loadu_si512(right + v * 2 * kLanes));
+    for (int r = 0; r < ROWS; ++r) {
+      __m512bh a = broadcast_pair(left + 2 * r);
+      for (int v = 0; v < VECS; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], b[v], a);
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < VECS; ++v) store(sum + r * stride + v * kLanes, acc[r][v]);
+}
+
+inline void add_gradient(const uint16_t* left, const uint16_t* right, int64_t columns, int64_t pairs, int64_t b,
+                         float* sum) {
+  for (int64_t i = 0; i < b; i += kRowsAtATime) {
+    int64_t j = 0;
+    for (; j + kTogether <= b; j += kTogether)
+      gradient_tile<kRowsAtATime, 2>(left + 2 * i, right + 2 * j, columns, pairs, b, sum + i * b + j);
+    if (j < b) gradient_tile<kRowsAtATime, 1>(left + 2 * i, right + 2 * j, columns, pairs, b, sum + i * b + j);
+  }
+}
+
+void rotate_gradient_bf16(const RotateGradient& op, int64_t begin, int64_t end, float* scratch) {
+  const Blocks& blocks = op.blocks;
+  if (!in_bf16(blocks, op.left.type, op.right.type)) return rotate_gradient(op, begin, end, scratch);
+  int64_t b = blocks.b;
+  auto left = reinterpret_cast<uint16_t*>(scratch + blocks.packed_floats());
+  auto right = left + kGradientRows * blocks.tile_stride();
+  for_parts(op, begin, end, kGradientRows, scratch, [&](int64_t position, int64_t n, int64_t column, int64_t count) {
+    int64_t columns = count * b;
+    interleave_rows(op.left, op.left_stride, op.rows, position, n, column, columns, left);
+    interleave_rows(op.right, op.right_stride, op.rows, position, n, column, columns, right);
+    for (int64_t block = 0; block < count; ++block)
+      add_gradient(left + 2 * block * b, right + 2 * block * b, columns, ceil_div(n, 2), b,
+                   scratch + (blocks.stored == 1 ? 0 : block) * b * b);
+  });
+}
+
+}  // namespace
+}  // namespace hqq_oft::cpu::HQQ_OFT_ISA

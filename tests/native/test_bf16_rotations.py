@@ -1,0 +1,71 @@
+"""Rotations of bfloat16 rows and weights, and the gradient of D: blocks of whole vectors have kernels of their own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu.cases import check, operations, run, run_reference
+
+BF16 = torch.bfloat16
+NAMES = ("rotate", "rotate_backward", "dequantize_rotate", "linear_backward")
+
+pytestmark = pytest.mark.usefixtures("instruction_set")
+
+
+@pytest.mark.parametrize("b", [8, 16, 24, 32, 48, 96, 256])
+@pytest.mark.parametrize("settings", [{}, {"stored": 1}, {"transpose": True}, {"adapters": 3}], ids=str)
+def test_every_block_and_number_of_rows(b, settings):
+    """Single rows, whole and short tiles; blocks in one step and in several; several slices, the last short."""
+    k = b * max(3, 288 // b)
+    for m in (1, 2, 7, 8, 33, 70):
+        cases = operations(m, 24, k, b, "cpu", BF16, group=k, **settings)
+        for name in NAMES:
+            check(name, cases[name], BF16, on="native")
+
+
+def test_rows_in_several_chunks():
+    cases = operations(1100, 16, 64, 32, "cpu", BF16)
+    for name in NAMES:
+        check(name, cases[name], BF16, on="native")
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_every_layout_of_the_weight(bits, axis):
+    args = operations(1, 48, 192, 32, "cpu", BF16, bits=bits, axis=axis)["dequantize_rotate"]
+    check("dequantize_rotate", args, BF16, on="native")
+
+
+@pytest.mark.parametrize("b", [32, 64])
+def test_a_rotation_in_place(b):
+    """Where a block takes several steps, the first must not change what the next one reads."""
+    x, d = torch.randn(11, 192).to(BF16), (torch.randn(192 // b, b, b) * 0.1).to(BF16)
+    for transpose in (False, True):
+        (expected,) = run("rotate", (x, d, None, transpose), on="native")
+        y = x.clone()
+        torch.ops.hqq_oft_native.rotate_into(y, d, None, transpose, y)
+        assert torch.equal(y, expected)
+
+
+def test_dtypes_that_do_not_go_together_take_the_way_of_float32():
+    x, d = torch.randn(9, 64), torch.randn(2, 32, 32) * 0.1
+    for rows, blocks in ((x.to(BF16), d), (x, d.to(BF16)), (x.half(), d.to(BF16)), (x.to(BF16), d.half())):
+        (out,), (expected,) = (
+            run("rotate", (rows, blocks, None, False), on="native"),
+            run_reference("rotate", (rows.double(), blocks.double(), None, False)),
+        )
+        assert out.dtype == rows.dtype
+        assert (out - expected).norm() / expected.norm() <= {torch.float32: 1e-6, torch.half: 1e-3}.get(out.dtype, 4e-3)
+
+
+def test_not_a_number_stays_in_its_row():
+    d = (torch.randn(6, 32, 32) * 0.1).to(BF16)
+    for m in (3, 20):
+        x = torch.randn(m, 192).to(BF16)
+        bad = x.clone()
+        bad[1, 40] = float("nan")
+        (out,), (expected,) = (run("rotate", (each, d, None, False), on="native") for each in (bad, x))
+        others = [row for row in range(m) if row != 1]
+        assert torch.equal(out[others], expected[others])
+        assert out[1, 32:64].isnan().all()
+        assert torch.equal(out[1, :32], expected[1, :32])
