@@ -22,7 +22,15 @@ import matplotlib.pyplot as plt
 
 BASELINES = (
     *("dense", "HQQ", "PEFT OFT", "PEFT OFT, HQQ compiled", LORA, "plain PyTorch"),
-    *("plain PyTorch, compiled", "scratch + rotation of x", "GemLite", "PyTorch int4", "PEFT", "copy"),
+    *(
+        "plain PyTorch, compiled",
+        "scratch + rotation of x",
+        "GemLite",
+        "PyTorch int4",
+        "PEFT",
+        "copy",
+        "copy, new memory",
+    ),
 )
 FLAGGED_FROM = 1.5
 

@@ -49,6 +49,8 @@ def _layer(n: int, k: int, session: Session) -> list[Job]:
         Job("hqq_oft", "rotate", rotate, (wide,)),
         Job("hqq_oft", "rotate without requantizing", _folded(problem), (model.dequantize_rotate(layer),)),
         Job("copy", "rotate without requantizing", lambda _: copy.copy_(problem.dense), (model.copy(layer),)),
+        # as the merged weight is: on a CPU its pages are made and cleared first
+        Job("copy, new memory", "rotate without requantizing", lambda _: problem.dense.clone(), (model.copy(layer),)),
     ]
     if session.device.type != "meta":  # HQQ's quantizer reads values
         jobs.append(Job("HQQ", "requantize", lambda _: merging.requantize(ours.get_base_layer(), dense)))
