@@ -9,9 +9,14 @@ BackendName = Literal["auto", "triton", "native", "reference"]
 KeepPristine = Literal["device", "host", "none"]
 CPUInstructionSet = Literal["auto", "portable", "avx2", "avx512", "avx512_bf16"]
 
+_BACKENDS = get_args(BackendName)
+
 
 def _choice(variable: str, default: str, accepted: tuple[str, ...]) -> str:
-    value = os.environ.get(variable, "").strip().lower() or default
+    value = os.environ.get(variable)
+    if not value:
+        return default
+    value = value.strip().lower() or default
     if value not in accepted:
         raise ValueError(
             f"{variable}={value!r} is not understood; set it to one of {', '.join(accepted)}, or unset it."
@@ -25,7 +30,7 @@ def backend_from_environment() -> str:
     Raises:
         ValueError: the variable holds something else than a backend's name.
     """
-    return _choice("HQQ_OFT_BACKEND", "auto", get_args(BackendName))
+    return _choice("HQQ_OFT_BACKEND", "auto", _BACKENDS)
 
 
 def keep_pristine_from_environment() -> KeepPristine:

@@ -76,8 +76,8 @@ def _check_bias(bias: Tensor | None, out_features: int) -> None:
 
 def _check_devices(**tensors: Tensor | None) -> None:
     # Operators with a meta tensor among their arguments would run their fake kernels and return no values.
-    given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    if len(set(given.values())) > 1:
+    if len({tensor.device for tensor in tensors.values() if tensor is not None}) > 1:
+        given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
         places = ", ".join(f"{name} is on {device}" for name, device in given.items())
         raise ValueError(f"all tensors must be on one device: {places}.")
 

@@ -35,10 +35,9 @@ SCHEMAS = {
 
 
 def _implementation(name: str) -> Any:
-    def run(*args: Any) -> Any:
-        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        with without_autocast(device):
-            return dispatch(name, *args)
+    def run(tensor: Tensor, *args: Any) -> Any:
+        with without_autocast(tensor.device.type):
+            return dispatch(name, tensor, *args)
 
     return run
 

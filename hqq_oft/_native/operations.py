@@ -19,7 +19,7 @@ from hqq_oft._native import cuda
 from hqq_oft.backends import Unsupported
 
 _lib: Any = torch.ops.hqq_oft_native
-_CPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_CPU_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 # Most rows of x that meet packed weights in float32: beyond, decoding the weight into a scratch once costs less.
 _FEW_ROWS = 16
 # Larger chunks of decoded weights gain nothing from the GEMM; they leave the last-level cache, and the C library gives
@@ -65,12 +65,11 @@ def instruction_set() -> str:
 def _check(*tensors: Tensor | None) -> None:
     """Raise `Unsupported` unless all are on the CPU, in a dtype that the kernels compute with."""
     for tensor in tensors:
-        if tensor is None:
+        if tensor is None or (tensor.is_cpu and tensor.dtype in _CPU_DTYPES):
             continue
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             raise Unsupported(f"these native kernels run on the CPU, and a tensor is on {tensor.device}")
-        if tensor.dtype not in _CPU_DTYPES:
-            raise Unsupported(f"the native CPU kernels compute in float32, and a tensor is {tensor.dtype}")
+        raise Unsupported(f"the native CPU kernels compute in float32, and a tensor is {tensor.dtype}")
 
 
 def _check_result(dtype: torch.dtype) -> None:
