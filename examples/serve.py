@@ -54,7 +54,8 @@ def main() -> None:
     batch = tokenizer([text for _, text in options.prompt], return_tensors="pt", padding=True).to(options.device)
     start = time.perf_counter()
     out = model.generate(
-        **batch,
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
         adapter_names=names,
         max_new_tokens=options.tokens,
         do_sample=False,

@@ -48,6 +48,7 @@ def quantized_llama(seed: int = 0, **settings) -> nn.Module:
 
 def save_byte_llama(folder: Path) -> None:
     """Write a tiny Llama over bytes, and its tokenizer, as `from_pretrained` reads them."""
+    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=258,
         hidden_size=64,

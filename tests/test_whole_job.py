@@ -57,8 +57,11 @@ def test_another_process_serves_and_merges_what_was_trained(folder):
     assert served["adapted"] == trained["adapted"]
     assert served["logits"] == trained["logits"]
 
+    # The same prompt thrice: each row of the batch is what its adapter alone gives, and not what another one gives.
     assert served["together"] == served["one by one"]
-    assert len({tuple(tokens) for tokens in served["together"]}) == 3
+    for row, differences in enumerate(served["off"].values()):
+        assert differences.pop(row) < 1e-5
+        assert min(differences) > 0.02
 
     merged, report = served["merged"], served["report"]
     adapted, quantized = trained["adapted"]["prose"], trained["quantized"]["prose"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +59,17 @@ def main() -> None:
         facts["adapted"][name] = held_out_loss(model, tokens)
         facts["logits"][name] = logits(model, tokens).tolist()
 
-    prompts = held_out["prose"][:3, :16]
+    prompt = held_out["prose"][:1, :16]
     names = ["prose", "code", "__base__"]
+    prompts = prompt.repeat(len(names), 1)
     facts["together"] = generated(model, prompts, adapter_names=names)
-    facts["one by one"] = []
-    for row, name in zip(prompts, names, strict=True):
-        if name == "__base__":
-            with model.disable_adapter():
-                facts["one by one"] += generated(model, row[None])
-        else:
+    together, facts["one by one"], facts["off"] = logits(model, prompts, adapter_names=names), [], {}
+    for name in names:
+        if name != "__base__":
             model.set_adapter(name)
-            facts["one by one"] += generated(model, row[None])
+        with model.disable_adapter() if name == "__base__" else nullcontext():
+            facts["one by one"] += generated(model, prompt)
+            facts["off"][name] = [difference(other, logits(model, prompt)[0]) for other in together]
 
     model.set_adapter("prose")
     report = hqq_oft.merge_report(model)
