@@ -200,11 +200,20 @@ GPU = (
 )
 
 
+def _peak(results: Results) -> Iterator[Value]:
+    """Peak memory of a process that trains, ours as a share of PEFT's OFT."""
+    for (_, case, contender, phase, _), row in results.rows.items():
+        other = results.row("model", case, PEFT, phase)
+        if contender == OURS and phase == "training process" and other is not None:
+            yield case, 100 * row["peak_mib"] / other["peak_mib"]
+
+
 def _cpu(n: int, m: int, phase: str, over: str, under: str) -> Callable[[Results], Iterator[Value]]:
     return _layers((m,), phase, over, under, ((n, 4096),))
 
 
 _BOTH = ((4096, 4096), (14336, 4096))
+_TRAINED = ["training process, 4 layers of 1024, sequence 256"]
 CPU = (
     Target("M=1, 4096x4096, PEFT's OFT against ours", 60, False, _cpu(4096, 1, "forward", PEFT, OURS)),
     Target(
@@ -235,6 +244,13 @@ CPU = (
         True,
         _cases("merge", [f"4096x4096 {MAIN}"], "rotate without requantizing", OURS, "copy"),
     ),
+    Target(
+        "training step of a process of its own, PEFT's OFT against ours",
+        1.6,
+        False,
+        _cases("model", _TRAINED, "training process", PEFT, OURS),
+    ),
+    Target("its peak memory, ours of PEFT's OFT", 100, True, _peak, "%"),
 )
 
 

@@ -42,6 +42,9 @@ def test_every_gpu_case_runs_on_small_layers(tmp_path, suite):
     expected = cases(suite, PROFILES["dry"])
     assert {row["case"] for row in rows} == {case.name for case in expected}
     absent = {row["contender"] for row in rows if row["status"].startswith("not run")}
+    peaks = [row["peak_mib"] for row in rows if row["phase"] == "training process"]
+    assert len(peaks) == (2 if suite == "model" else 0)
+    assert all(peak > 50 for peak in peaks)
     uncompiled = set() if COMPILE_BACKEND == "inductor" else {"plain_compiled", "peft_oft_compiled"}
     assert absent <= {"native_decode", "gemlite", "peft_oft_aten", "int4"} | uncompiled
     timed = {row["contender"] for row in rows if row["status"] == "measured"}
@@ -382,9 +385,10 @@ def test_targets_are_judged_by_their_worst_value():
 @pytest.mark.parametrize(("profile", "wanted"), [("gpu", targets.GPU), ("cpu", targets.CPU)])
 def test_every_target_finds_its_rows(profile, wanted):
     """Rows with every name that the suites of a profile produce leave no target unmeasured."""
-    phases = ("forward", "backward", "full", "dequantize", "dequantize_rotate", "rotate", "rotate without requantizing")
+    phases = ("forward", "backward", "full", "dequantize", "dequantize_rotate", "rotate", "rotate without requantizing",
+              "training process")  # fmt: skip
     names = ("hqq_oft", "hqq_oft, no rotation", *report.BASELINES)
-    columns = {"limit_percent": 50.0, "kept_mib": 0.1}
+    columns = {"limit_percent": 50.0, "kept_mib": 0.1, "peak_mib": 300.0}
     rows = [
         row_of(case.name, name, 10.0, phase, suite=suite, **columns)
         for suite in ("ops", "layer", "merge", "model")

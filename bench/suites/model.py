@@ -1,9 +1,10 @@
-"""A stack of decoder layers: a training step, decoding token by token, and the first step of a fresh process."""
+"""A stack of decoder layers: a training step, decoding token by token, and what takes fresh processes."""
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +33,8 @@ from .profile import MAIN, Decoder, Profile
 
 OPERATIONS = frozenset({"cayley", "cayley_backward", "rotate", "rotate_backward", "linear", "linear_backward"})
 KINDS = ("hqq_oft", "dense", LORA, "PEFT OFT")
+PROCESSES = ("hqq_oft", "PEFT OFT")  # that are trained each in a process of its own
+RESET_PEAK = Path("/proc/self/clear_refs")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -50,6 +54,8 @@ def cases(profile: Profile) -> list[Case]:
         jobs = partial(_decoding, profile, adapters)
         found.append(Case("model", name, 5, OPERATIONS, {"M": profile.served, **facts}, jobs))
     found.append(Case("model", f"first step, {shape.layers} layers", 6, OPERATIONS, facts, partial(_first, profile)))
+    name = f"training process, {shape.layers} layers of {shape.hidden}, sequence {min(profile.sequences)}"
+    found.append(Case("model", name, 6, OPERATIONS, facts, partial(_processes, profile)))
     return found
 
 
@@ -235,7 +241,18 @@ def decode_passes(kind: str, profile: Profile, adapters: int) -> Iterator[model.
                 yield cost + model.Cost((adapters - 1) * layer.rotation_bytes, 0)
 
 
-# --- The first step of a fresh process --------------------------------------------------------------------------------
+# --- Fresh processes -------------------------------------------------------------------------------------------------
+
+
+def _run(what: str, kind: str, profile: Profile, session: Session, **environment: str) -> list[float]:
+    """What a function of this module finds in a process of its own."""
+    command = [sys.executable, "-m", __name__, what, kind, str(session.device), json.dumps(asdict(profile.decoder))]
+    command.append(str(min(profile.sequences)))
+    out = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, cwd=ROOT)
+    if out.returncode:
+        raise RuntimeError(f"the {what} of {kind} in a fresh process failed:\n{out.stderr[-2000:]}")
+    found: list[float] = json.loads(out.stdout.splitlines()[-1])
+    return found
 
 
 def _first(profile: Profile, session: Session) -> list[Job]:
@@ -243,35 +260,65 @@ def _first(profile: Profile, session: Session) -> list[Job]:
     if session.device.type == "meta":
         return []
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "TRITON_CACHE_DIR": folder}
-        command = [sys.executable, "-m", __name__, str(session.device), json.dumps(asdict(profile.decoder))]
-        command.append(str(min(profile.sequences)))
-        out = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    if out.returncode:
-        raise RuntimeError(f"the first step of a fresh process failed:\n{out.stderr[-2000:]}")
-    first, second = json.loads(out.stdout.splitlines()[-1])
+        first, second = _run("first steps", "hqq_oft", profile, session, TRITON_CACHE_DIR=folder)
     columns = {"status": "measured", "p50_us": 1e6 * (first - second), "repeats": 1, "mode": "fresh process"}
     return [Job("hqq_oft", "first step beyond the second", None, columns=columns)]
 
 
-def _first_steps(device: torch.device, shape: Decoder, sequence: int) -> tuple[float, float]:
-    step = TrainingStep(build("hqq_oft", shape, device), shape, sequence, False, device)
+def _first_steps(kind: str, device: torch.device, shape: Decoder, sequence: int) -> list[float]:
+    step = TrainingStep(build(kind, shape, device), shape, sequence, False, device)
     layers = [module for module in step.llama.modules() if isinstance(module, HqqOFTLinear)]
     assert len(layers) == 7 * shape.layers
     if device.type == "cuda":  # the vendor's libraries start here, not in the first step
         a = torch.randn(256, 256, device=device, dtype=DTYPES[MAIN.dtype], requires_grad=True)
         (a @ a).sum().backward()
         torch.cuda.synchronize()
+    return _times(step, 2, device)
+
+
+def _times(step: TrainingStep, repeats: int, device: torch.device) -> list[float]:
     times = []
-    for _ in range(2):
+    for _ in range(repeats):
         start = time.perf_counter()
         step(0)
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return times[0], times[1]
+    return times
+
+
+def _processes(profile: Profile, session: Session) -> list[Job]:
+    """Median step and peak memory of a process that does nothing but train; on a CPU, where no allocator counts."""
+    if session.device.type != "cpu" or not RESET_PEAK.exists():
+        return []
+    rounds = [
+        {kind: _run("training", kind, profile, session) for kind in PROCESSES} for _ in range(1 if session.dry else 2)
+    ]
+    jobs = []
+    for kind in PROCESSES:
+        seconds = [seconds for found in rounds for seconds in found[kind][1:]]
+        columns = {
+            "status": "measured",
+            "p50_us": 1e6 * statistics.median(seconds),
+            "repeats": len(seconds),
+            "mode": "eager",
+            "peak_mib": max(found[kind][0] for found in rounds),
+        }
+        jobs.append(Job(kind, "training process", None, columns=columns))
+    return jobs
+
+
+def _trained(kind: str, device: torch.device, shape: Decoder, sequence: int) -> list[float]:
+    """Peak of the memory in use while training, in MiB, and the seconds of each step after the first ones."""
+    step = TrainingStep(build(kind, shape, device), shape, sequence, False, device)
+    RESET_PEAK.write_text("5")  # of the process: what building the model took does not count
+    times = _times(step, 20, device)
+    status = Path("/proc/self/status").read_text()
+    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+    return [peak / 1024, *times[3:]]
 
 
 if __name__ == "__main__":
-    where, decoder_shape, length = sys.argv[1:]
-    print(json.dumps(_first_steps(torch.device(where), Decoder(**json.loads(decoder_shape)), int(length))))
+    what, kind, where, decoder_shape, length = sys.argv[1:]
+    function = {"first steps": _first_steps, "training": _trained}[what]
+    print(json.dumps(function(kind, torch.device(where), Decoder(**json.loads(decoder_shape)), int(length))))
