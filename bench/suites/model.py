@@ -27,13 +27,13 @@ from .. import contenders, model
 from ..contenders import Contender
 from ..environment import ROOT
 from ..problem import DTYPES, Problem, hqq_layer, skew_parameters
-from ..session import LORA, LORA_RANK, Case, Job, Session
+from ..session import LORA, LORA_RANK, OURS, PEFT, Case, Job, Session
 from ..timing import kept_bytes
 from .profile import MAIN, Decoder, Profile
 
 OPERATIONS = frozenset({"cayley", "cayley_backward", "rotate", "rotate_backward", "linear", "linear_backward"})
-KINDS = ("hqq_oft", "dense", LORA, "PEFT OFT")
-PROCESSES = ("hqq_oft", "PEFT OFT")  # that are trained each in a process of its own
+KINDS = (OURS, "dense", LORA, PEFT)
+PROCESSES = (OURS, PEFT)  # that are trained each in a process of its own
 RESET_PEAK = Path("/proc/self/clear_refs")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

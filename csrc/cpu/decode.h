@@ -88,9 +88,7 @@ inline void for_tiles(const Dequantize& op, int64_t begin, int64_t end, float* p
   const Blocks& blocks = op.blocks;
   RowOrder order = op.order();
   for (int64_t task = begin; task < end; ++task) {
-    int64_t slice = task % op.slices(), first = slice * blocks.per_slice();
-    int64_t count = smaller(blocks.per_slice(), blocks.count() - first);
-    int64_t column = first * blocks.b, columns = count * blocks.b;
+    auto [first, count, column, columns] = blocks.slice(task % op.slices());
     int64_t from = task / op.slices() * op.chunk_rows(), to = smaller(from + op.chunk_rows(), order.positions());
     next_slice(first, count);
     for (int64_t position = from; position < to;) {

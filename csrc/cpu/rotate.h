@@ -54,10 +54,8 @@ template <class F>
 inline void for_slices(const Rotate& op, int64_t begin, int64_t end, float* room, F&& f) {
   const Blocks& blocks = op.blocks;
   for (int64_t task = begin; task < end; ++task) {
-    int64_t slice = task % blocks.slices(), chunk = task / blocks.slices();
-    int64_t first = slice * blocks.per_slice(), count = smaller(blocks.per_slice(), blocks.count() - first);
-    int64_t column = first * blocks.b, columns = count * blocks.b;
-    int64_t from = chunk * kChunkRows, to = smaller(op.M, from + kChunkRows);
+    auto [first, count, column, columns] = blocks.slice(task % blocks.slices());
+    int64_t chunk = task / blocks.slices(), from = chunk * kChunkRows, to = smaller(op.M, from + kChunkRows);
     for (int64_t adapter = 0; adapter < op.rows.adapters; ++adapter) {
       Range range = rows_of(op.rows, adapter, from, to);
       if (range.begin < range.end) f(adapter, first, count, range);
@@ -101,14 +99,14 @@ inline void for_parts(const RotateGradient& op, int64_t begin, int64_t end, int6
   bool shared = blocks.stored == 1;
   for (int64_t task = begin; task < end; ++task) {
     int64_t slice = task % slices, chunk = task / slices % op.chunks(), adapter = task / slices / op.chunks();
-    int64_t first = slice * blocks.per_slice(), count = smaller(blocks.per_slice(), blocks.count() - first);
+    auto [first, count, column, columns] = blocks.slice(slice);
     int64_t sums = shared ? 1 : count;
     for (int64_t i = 0; i < sums * b * padded(b); ++i) acc[i] = 0;
     Range all = rows_of(op.rows, adapter, 0, op.M);
     int64_t each = ceil_div(all.end - all.begin, op.chunks());
     int64_t last = smaller(all.end, all.begin + (chunk + 1) * each);
     for (int64_t position = all.begin + chunk * each; position < last; position += rows)
-      f(position, smaller(rows, last - position), first * b, count);
+      f(position, smaller(rows, last - position), column, count);
     int64_t part = shared ? chunk * slices + slice : chunk;
     float* out = op.part + part * op.elements() + adapter * blocks.elements() + blocks.offset(first);
     for (int64_t i = 0; i < sums * b; ++i)

@@ -83,6 +83,13 @@ struct Blocks {
   // Neighbouring blocks that one task takes together, for long runs of memory.
   int64_t per_slice() const { return smaller(larger(256 / b, 1), count()); }
   int64_t slices() const { return ceil_div(count(), per_slice()); }
+  struct Slice {
+    int64_t first, count, column, columns;  // blocks, and the features that they rotate
+  };
+  Slice slice(int64_t number) const {
+    int64_t first = number * per_slice(), blocks = smaller(per_slice(), count() - first);
+    return {first, blocks, first * b, blocks * b};
+  }
   int64_t slice_columns() const { return per_slice() * b; }
   // A tile of rows in scratch has room for a vector that begins in its last column.
   int64_t tile_stride() const { return padded(slice_columns()) + kPad; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,15 @@ from transformers import AutoTokenizer
 ADAPTERS = ("prose", "code")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LENGTH, HELD_OUT = 64, 4  # tokens of a sample, samples held out
+
+
+def folders(description: str | None) -> tuple[Path, Path]:
+    """The folder on the command line, and the one in it that `--out` names."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", required=True)
+    options = parser.parse_args()
+    return options.folder, options.folder / options.out
 
 
 def samples(folder: Path, name: str) -> tuple[list[dict[str, Tensor]], Tensor]:

@@ -5,7 +5,6 @@ What it finds goes to FOLDER/NAME/served.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from contextlib import nullcontext
@@ -15,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from common import ADAPTERS, held_out_loss, logits, samples
+from common import ADAPTERS, folders, held_out_loss, logits, samples
 from peft import PeftModel
 from torch import Tensor
 
@@ -45,14 +44,10 @@ def generated(model: Any, prompts: Tensor, **options: Any) -> list[list[int]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--out", required=True)
-    options = parser.parse_args()
-    out = options.folder / options.out
+    folder, out = folders(__doc__)
     hqq_oft.patch_peft()
     model = load(out)
-    held_out = {name: samples(options.folder, name)[1] for name in ADAPTERS}
+    held_out = {name: samples(folder, name)[1] for name in ADAPTERS}
     facts: dict[str, Any] = {"adapted": {}, "logits": {}}
     for name, tokens in held_out.items():
         model.set_adapter(name)

@@ -6,7 +6,6 @@ adapter; `facts.json` with losses and the logits of a probe. Under torchrun, the
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import torch.distributed as dist
-from common import ADAPTERS, TARGETS, held_out_loss, logits, samples
+from common import ADAPTERS, TARGETS, folders, held_out_loss, logits, samples
 from peft import OFTConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
@@ -54,14 +53,10 @@ def train(model: Any, data: Any, out: Path) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--out", required=True)
-    options = parser.parse_args()
-    out = options.folder / options.out
+    folder, out = folders(__doc__)
     set_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(options.folder / "model", dtype=torch.float32).requires_grad_(False)
-    texts = {name: samples(options.folder, name) for name in ADAPTERS}
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).requires_grad_(False)
+    texts = {name: samples(folder, name) for name in ADAPTERS}
     plain = {name: held_out_loss(model, held_out) for name, (_, held_out) in texts.items()}
     hqq_oft.quantize_model(model, nbits=4, group_size=64, device="cpu", progress=False)
     quantized = {name: held_out_loss(model, held_out) for name, (_, held_out) in texts.items()}
