@@ -42,6 +42,7 @@ def run(command: Sequence[str], seconds: float, log: Path, meanwhile: Callable[[
         Its exit status; 124 where the time ran out.
     """
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0"}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a command inherits SIG_IGN
     print(f"$ {' '.join(command)}  (at most {seconds:.0f} s)", flush=True)
     end = time.monotonic() + seconds
     with log.open("w") as file:

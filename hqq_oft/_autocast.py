@@ -1,4 +1,4 @@
-"""Keeping an enclosing autocast out: the dtype to compute in is part of every contract here."""
+"""Disabling an enclosing autocast: every operation specifies the dtype it computes in."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Autograd functions over `hqq_oft.ops`: what is differentiated, and what is saved for backward.
+"""Autograd functions over `hqq_oft.ops`: the gradients, and what is saved for backward.
 
-Saved are inputs alone: nothing dense of the weight's size, nothing wider than it came in.
+Only inputs are saved, in their own dtype: never a dense weight.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Rotate(Function):
 
 
 class OFTRotate(Function):
-    """`Cayley` and `Rotate` in one node, so that D is not saved: backward builds it again from `v`.
+    """`Cayley` and `Rotate` in one node, so that D is not saved: backward recomputes it from `v`.
 
-    A `d` that is given stays with the node, outside of what is saved: gradient checkpointing, whose second forward may
-    have none at hand, compares what the two save.
+    A precomputed `d` is stored on `ctx`, not with `save_for_backward`: gradient checkpointing compares what its two
+    forwards save, and the recomputation may have no `d`.
     """
 
     @staticmethod
@@ -82,7 +82,7 @@ class OFTRotate(Function):
         block_size, terms, max_norm = ctx.spec
         need_x, need_v = ctx.needs_input_grad[:2]
         d = ops.cayley(v, block_size, terms, keep, max_norm, grad.dtype) if ctx.d is None else ctx.d
-        # Where v needs no gradient, x is not saved and not read: grad stands in for it in the schema.
+        # If v needs no gradient, x is neither saved nor read: grad is passed as a placeholder for it.
         dx, dd = ops.rotate_backward(grad, grad if x is None else x, d, None, False, need_x, need_v)
         dv = ops.cayley_backward(dd, v, block_size, terms, keep, max_norm) if need_v else None
         return dx if need_x else None, dv, None, None, None, None, None
@@ -123,7 +123,7 @@ class Linear(Function):
         dx: Any = None
         dd: Any = None
         if need_x or need_d:
-            # Where D needs no gradient, x is not saved and not read: grad stands in for it in the schema.
+            # If D needs no gradient, x is neither saved nor read: grad is passed as a placeholder for it.
             dx, dd = ops.linear_backward(grad, grad if x is None else x, d, *ctx.weight, adapter_index, need_x, need_d)
         return (
             dx if need_x else None,
@@ -135,7 +135,7 @@ class Linear(Function):
 
 
 class OFTLinear(Function):
-    """`Cayley` and `Linear` in one node; what is saved, and a `d` that is given, are as in `OFTRotate`."""
+    """`Cayley` and `Linear` in one node; saved tensors and a precomputed `d` are handled as in `OFTRotate`."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""The settings of one OFT adapter, checked before anything is built from them."""
+"""The settings of one OFT adapter, validated before use."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class AdapterSettings:
         return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
     def blocks(self, in_features: int, adjust: Callable[[int, int], int]) -> tuple[int, int]:
-        """Number of blocks and block size for a layer; a value that does not divide is adjusted, with a warning.
+        """Number of blocks and block size for a layer; a value that is not a divisor is adjusted, with a warning.
 
         Args:
             in_features: of the layer.
-            adjust: PEFT's `OFTLayer.adjust_oft_parameters`: the nearest divisor.
+            adjust: PEFT's `OFTLayer.adjust_oft_parameters`, which returns the nearest divisor.
         """
         name, wanted = ("r", self.r) if self.r else ("oft_block_size", self.oft_block_size)
         value = wanted

@@ -1,9 +1,9 @@
-"""Which backend serves an operation, and why another does not.
+"""Backend dispatch: which backend runs an operation, and why others were skipped.
 
 A backend is a table from an operation's name to a function with the contract of `hqq_oft.reference`. A function that
-cannot serve a call raises `Unsupported` with a reason, before it has done anything; every other exception is a bug and
-surfaces. Under `auto` the next backend is asked then, and the reason is logged once; a backend asked for by name never
-gives way to another.
+does not support a call raises `Unsupported` with a reason, before any side effect; every other exception is a bug and
+propagates. With `auto`, dispatch then tries the next backend and logs the reason once; a backend selected by name has
+no fallback.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ OPERATIONS = (
 
 
 class Unsupported(NotImplementedError):  # noqa: N818
-    """A backend cannot serve this call; the message is the reason, in words a user can read."""
+    """A backend does not support this call; the message is the reason, written for users."""
 
 
 class BackendError(RuntimeError):
-    """The backend asked for by name cannot serve the call."""
+    """The backend selected by name does not support the call."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Backend:
     Attributes:
         name: `triton`, `native` or `reference`.
         operations: operation name -> function with the contract of `hqq_oft.reference`.
-        reason: why the operations that are not in the table are not served.
+        reason: why operations missing from the table are not supported.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Backend:
     reason: str = ""
 
     def why_not(self, operation: str) -> str | None:
-        """The reason why this backend has no such operation; None if it has it."""
+        """The reason why this backend lacks the operation; None if it has it."""
         if operation in self.operations:
             return None
         return self.reason or f"the {self.name} backend has no kernel for {operation}"
@@ -68,7 +68,7 @@ def _reference() -> Backend:
 
 
 def _from_package(name: str, package: str, absent: str) -> Backend:
-    """The backend that `package.OPERATIONS` lists; one that serves nothing if there is no such package or table."""
+    """The backend of `package.OPERATIONS`; one without operations if the package is missing."""
     if importlib.util.find_spec(package) is None:
         return Backend(name, reason=absent)
     module = importlib.import_module(package)
@@ -76,8 +76,8 @@ def _from_package(name: str, package: str, absent: str) -> Backend:
 
 
 def load_backends() -> dict[str, Backend]:
-    """All backends by name, in the order in which `auto` asks them."""
-    # Where both serve a GPU, the native kernels refuse what was not measured to be faster by them.
+    """All backends by name, in the order in which `auto` tries them."""
+    # On a GPU with both, the native kernels reject calls for which they were not measured to be faster.
     return {
         "native": _from_package("native", "hqq_oft._native", "this installation of hqq_oft has no native kernels"),
         "triton": _from_package(
@@ -101,7 +101,7 @@ def registry() -> dict[str, Backend]:
 
 
 def selected_backend() -> str:
-    """The name in force: the innermost `backend(...)`, else `HQQ_OFT_BACKEND`, else `auto`."""
+    """The name of the current selection: the innermost `backend(...)`, else `HQQ_OFT_BACKEND`, else `auto`."""
     return _selected if _selected is not None else backend_from_environment()
 
 
@@ -109,12 +109,12 @@ def selected_backend() -> str:
 def backend(name: BackendName) -> Iterator[None]:
     """Choose the backend of every operation inside the `with` block.
 
-    The choice holds for the whole process, not for a thread: autograd runs the backward of GPU work in threads of its
-    own, which must use the same kernels.
+    The choice is process-wide, not per thread: autograd runs the backward of GPU operations in its own threads, which
+    must use the same kernels.
 
     Args:
-        name: `auto` takes for each call the first backend that can serve it; `triton`, `native` and `reference` take
-            that one alone, and a call it can't serve raises `BackendError`.
+        name: `auto` uses for each call the first backend that supports it; `triton`, `native` and `reference` use only
+            that backend, and an unsupported call raises `BackendError`.
 
     Raises:
         ValueError: no backend has that name.
@@ -122,7 +122,7 @@ def backend(name: BackendName) -> Iterator[None]:
     global _selected
     accepted = get_args(BackendName)
     if name not in accepted:
-        raise ValueError(f"there is no backend {name!r}; choose one of {', '.join(accepted)}.")
+        raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(accepted)}.")
     previous, _selected = _selected, name
     try:
         yield
@@ -134,14 +134,14 @@ def _log_once(backend_name: str, operation: str, reason: str) -> None:
     key = (backend_name, operation, reason)
     if key not in _logged:
         _logged.add(key)
-        logger.info("%s is not served by the %s backend: %s", operation, backend_name, reason)
+        logger.info("%s is not supported by the %s backend: %s", operation, backend_name, reason)
 
 
 def dispatch(operation: str, *args: Any) -> Any:
     """Run an operation on the selected backend.
 
     Raises:
-        BackendError: the backend selected by name cannot serve the call; the message says why and what to do.
+        BackendError: the backend selected by name does not support the call; the message says why and what to do.
     """
     name = selected_backend()
     backends = registry()
@@ -154,8 +154,8 @@ def dispatch(operation: str, *args: Any) -> Any:
                 reason = str(refusal)
         if name != "auto":
             raise BackendError(
-                f"the {name} backend cannot serve {operation}: {reason}. Choose another backend, or `auto` to take the "
-                "first that can."
+                f"the {name} backend does not support {operation}: {reason}. Choose another backend, or `auto` to use "
+                "the first that does."
             )
         _log_once(candidate.name, operation, reason)
-    raise AssertionError(f"the reference backend refused {operation}")  # it serves every call
+    raise AssertionError(f"the reference backend rejected {operation}")  # it supports every call

@@ -1,7 +1,7 @@
-"""The tensors of a stored model, in one safetensors file or several, by name.
+"""Access by name to the tensors of a saved model, in one or more safetensors files.
 
-Beside them stands `hqq_oft.json`, which `save_quantized` writes last: the format's version and a checksum of every
-tensor. Directories that transformers made have none, and are read without checksums.
+`save_quantized` also writes `hqq_oft.json`, which contains the format version and a checksum of every tensor.
+Directories written by transformers do not have this file and are read without verifying checksums.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _MAX_JSON = 64 << 20  # bytes
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of reasonable size.
+    """Read a JSON object from a file of limited size.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: the file is too large or not a JSON object.
         OSError: the file is missing or can't be read.
     """
     if path.stat().st_size > _MAX_JSON:
-        raise CheckpointError(f"{path}: more than {_MAX_JSON} bytes.")
+        raise CheckpointError(f"{path}: larger than {_MAX_JSON} bytes.")
     try:
         value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not the JSON it should be ({error}).") from None
+        raise CheckpointError(f"{path}: not valid JSON ({error}).") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: not a JSON object.")
     return value
@@ -45,12 +45,12 @@ class Checkpoint:
     """The tensors in a directory, open for reading.
 
     Attributes:
-        directory: where they are.
-        has_checksums: whether `read` compares checksums.
+        directory: the model directory.
+        has_checksums: whether `read` verifies checksums.
 
     Raises:
-        FileNotFoundError: there is no model in the directory.
-        CheckpointError: a file is damaged, truncated or missing, or the files don't agree.
+        FileNotFoundError: the directory contains no model.
+        CheckpointError: a file is damaged, truncated or missing, or the files are inconsistent.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -61,7 +61,7 @@ class Checkpoint:
                 file = stack.enter_context(TensorFile(path))
                 if names is not None and names != file.entries.keys():
                     odd = sorted(names ^ file.entries.keys())[0]
-                    raise CheckpointError(f"{path}: tensor {odd!r}: it is not in both the file and {INDEX}.")
+                    raise CheckpointError(f"{path}: tensor {odd!r}: not in both the file and {INDEX}.")
                 self._files.update(dict.fromkeys(file.entries, file))
             self._sums = self._checksums()
             self._stack = stack.pop_all()
@@ -79,7 +79,7 @@ class Checkpoint:
 
     @property
     def has_checksums(self) -> bool:
-        """Whether `read` compares checksums."""
+        """Whether `read` verifies checksums."""
         return self._sums is not None
 
     def __contains__(self, name: str) -> bool:
@@ -89,20 +89,20 @@ class Checkpoint:
         return len(self._files)
 
     def _listed(self) -> dict[Path, set[str] | None]:
-        """The files, each with the names that the index says it holds; None without an index."""
+        """The files, each with the tensor names that the index lists for it; None without an index."""
         index = self.directory / INDEX
         if not index.is_file():
             single = self.directory / SINGLE
             if not single.is_file():
-                raise FileNotFoundError(f"{self.directory} holds neither {SINGLE} nor {INDEX}: no model is there.")
+                raise FileNotFoundError(f"{self.directory} contains neither {SINGLE} nor {INDEX}: no saved model.")
             return {single: None}
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index}: weight_map is not an object of tensor -> file.")
+            raise CheckpointError(f"{index}: weight_map must be an object that maps tensors to files.")
         files: dict[Path, set[str] | None] = {}
         for name, file in weight_map.items():
             if not _is_file_name(file):
-                raise CheckpointError(f"{index}: tensor {name!r}: {str(file)[:80]!r} is no file name *.safetensors.")
+                raise CheckpointError(f"{index}: tensor {name!r}: {str(file)[:80]!r} is not a *.safetensors file name.")
             path = self.directory / file
             if not path.is_file():
                 raise CheckpointError(f"{index}: tensor {name!r}: the file {file} is missing.")
@@ -119,59 +119,59 @@ class Checkpoint:
         version = manifest.get("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"{path}: format_version is {version!r}; this hqq_oft reads {FORMAT_VERSION}. For a higher "
-                "one install a newer hqq_oft."
+                f"{path}: format_version is {version!r}; this hqq_oft reads {FORMAT_VERSION}. For a "
+                "newer format install a newer hqq_oft."
             )
         sums = manifest.get("crc32")
         if not isinstance(sums, dict) or not all(type(value) is int for value in sums.values()):
-            raise CheckpointError(f"{path}: crc32 is not an object of tensor -> checksum.")
+            raise CheckpointError(f"{path}: crc32 must be an object that maps tensors to checksums.")
         if sums.keys() != self._files.keys():
             odd = sorted(sums.keys() ^ self._files.keys())[0]
-            raise CheckpointError(f"{path}: tensor {odd!r}: it is not in both this file and the safetensors files.")
+            raise CheckpointError(f"{path}: tensor {odd!r}: not in both this file and the safetensors files.")
         return sums
 
     def error(self, name: str, why: str) -> CheckpointError:
-        """An error about the tensor `name`, to be raised."""
+        """Create, but do not raise, an error about the tensor `name`."""
         where = self._files[name].path if name in self._files else self.directory
         return CheckpointError(f"{where}: tensor {name!r}: {why}.")
 
     def entry(self, name: str) -> Entry:
-        """What is known of a tensor without reading it.
+        """Header entry of a tensor (dtype, shape, byte range); reads no data.
 
         Raises:
-            CheckpointError: it is missing.
+            CheckpointError: the tensor is missing.
         """
         if name not in self._files:
             raise self.error(name, "missing")
         return self._files[name].entries[name]
 
     def expect(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-        """Check a tensor without reading it.
+        """Check shape and dtype of a tensor without reading its data.
 
         Raises:
-            CheckpointError: it is missing, or of another shape or dtype.
+            CheckpointError: the tensor is missing or has a different shape or dtype.
         """
         entry = self.entry(name)
         if entry.shape != shape:
-            raise self.error(name, f"its shape is {list(entry.shape)}, and should be {list(shape)}")
+            raise self.error(name, f"its shape is {list(entry.shape)}, expected {list(shape)}")
         if entry.dtype not in dtypes:
-            raise self.error(name, f"its dtype is {entry.dtype}, and should be {' or '.join(map(str, dtypes))}")
+            raise self.error(name, f"its dtype is {entry.dtype}, expected {' or '.join(map(str, dtypes))}")
 
     def read(self, name: str) -> Tensor:
-        """A tensor, in host memory.
+        """Read a tensor into host memory.
 
         Raises:
-            CheckpointError: it is missing, or its bytes are not those that were written.
+            CheckpointError: the tensor is missing or its checksum does not match.
         """
         self.entry(name)
         tensor = self._files[name].read(name)
         if self._sums is not None and crc32(tensor) != self._sums[name]:
-            raise self.error(name, "damaged: its checksum is not that of what was written")
+            raise self.error(name, "damaged: its checksum does not match")
         return tensor
 
 
 def _is_file_name(value: Any) -> bool:
-    """Whether an index may name that file: no path, so that nothing outside its directory is opened."""
+    """Whether `value` is a plain file name. Paths are rejected, so that no file outside the directory is opened."""
     return isinstance(value, str) and re.fullmatch(r"[\w.-]+\.safetensors", value) is not None
 
 
@@ -179,10 +179,10 @@ def write_checkpoint(directory: Path, tensors: Mapping[str, Tensor], max_shard_b
     """Write tensors into an empty directory: safetensors files, their index if there are several, and the manifest.
 
     Args:
-        directory: where to.
-        tensors: by name, on any device; files are filled in this order.
-        max_shard_bytes: of one file's tensors; a larger tensor gets a file of its own.
-        version: of this package, for the manifest.
+        directory: the empty directory to write to.
+        tensors: tensors by name, on any device; written in this order.
+        max_shard_bytes: maximum size of the tensors in one file; a larger tensor gets its own file.
+        version: version of this package, stored in the manifest.
     """
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0

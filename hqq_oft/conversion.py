@@ -1,4 +1,4 @@
-"""`convert` and `revert`: our layers for PEFT's in a model that exists, and the other way round."""
+"""`convert` and `revert`: replace PEFT's OFT layers with `HqqOFTLinear` in an existing model, and the reverse."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _PeftHqqLayer: type[OFTLayer] = PeftLinear if peft_hqq_module is None else peft_
 
 @dataclass
 class ConversionReport:
-    """What `convert` or `revert` did.
+    """The result of `convert` or `revert`.
 
     Attributes:
         replaced: names of the modules that were replaced.
-        kept: name of each OFT module that was not -> the reason.
+        kept: name of each OFT module that was not replaced -> the reason.
     """
 
     replaced: list[str] = field(default_factory=list)
@@ -46,13 +46,13 @@ def _become(layer: OFTLayer, new_class: type[OFTLayer]) -> None:
 def _turn(
     peft_model: nn.Module, new_class: type[OFTLayer], why_keep: Callable[[OFTLayer], str | None]
 ) -> ConversionReport:
-    """Make every OFT layer of the model that `why_keep` has nothing against a `new_class`.
+    """Change every OFT layer for which `why_keep` returns None to `new_class`.
 
-    A layer changes its class and stays the object it is: hooks and their handles, other modules that hold the layer,
-    and its compiled call stay valid.
+    Only the class of a layer changes, not its identity: hooks and their handles, references from other modules and its
+    compiled call stay valid.
     """
     report = ConversionReport()
-    classes: dict[OFTLayer, type[OFTLayer]] = {}  # by layer: one may stand in several places
+    classes: dict[OFTLayer, type[OFTLayer]] = {}  # by layer: one may be registered in several places
     for parent_name, parent in peft_model.named_modules():
         for child_name, child in parent._modules.items():
             if not isinstance(child, OFTLayer):
@@ -83,7 +83,7 @@ def _turn(
 
 def _why_not_convert(layer: OFTLayer) -> str | None:
     if isinstance(layer, HqqOFTLinear):
-        return "it is an HqqOFTLinear already"
+        return "it is already an HqqOFTLinear"
     if not isinstance(layer.get_base_layer(), HQQLinear):
         return f"its base layer is a {type(layer.get_base_layer()).__name__}, not an HQQLinear"
     if layer.merged:
@@ -102,12 +102,12 @@ def _why_not_revert(layer: OFTLayer) -> str | None:
 def convert(peft_model: nn.Module) -> ConversionReport:
     """Turn the OFT layers that PEFT put on HQQ layers into `HqqOFTLinear`, in place.
 
-    Parameters stay, so an optimizer that holds them stays valid; training mode, active adapters and hooks are kept.
-    A tuner in the model learns to unload HQQ layers and to mix adapters in a batch, without `patch_peft`.
+    Parameters are kept, so an existing optimizer stays valid; so are training mode, active adapters and hooks. The
+    tuner class is replaced so that unloading HQQ layers and mixed-adapter batches work without `patch_peft`.
 
     Args:
-        peft_model: a `PeftModel` or `PeftMixedModel` with an `OFTConfig`, its tuner, or any module with OFT layers in
-            it.
+        peft_model: a `PeftModel` or `PeftMixedModel` with an `OFTConfig`, its tuner, or any module that contains OFT
+            layers.
 
     Returns:
         What was replaced, and what was not and why.

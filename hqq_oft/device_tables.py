@@ -1,4 +1,4 @@
-"""The files of `kernels/configs`: what is tuned, and what was measured, per device."""
+"""The files of `kernels/configs`: tuned parameters and measurements per device."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ CONFIGS = "hqq_oft.kernel_configs"
 
 
 def table_name(device: str) -> str:
-    """A device's name as its file is named: `NVIDIA H100 80GB HBM3` is `nvidia_h100_80gb_hbm3`."""
+    """The file name of a device's table: `nvidia_h100_80gb_hbm3` for `NVIDIA H100 80GB HBM3`."""
     return "_".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
 
 
 def own_table(name: str) -> dict[str, Any]:
-    """What the file `<name>.json` holds; nothing where there is none."""
+    """The contents of `<name>.json`; empty if the file does not exist."""
     path = resources.files(CONFIGS).joinpath(f"{name}.json")
     return dict(json.loads(path.read_text())) if path.is_file() else {}

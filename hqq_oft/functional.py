@@ -1,7 +1,7 @@
-"""Differentiable operations on rotations and quantized weights, with their arguments checked.
+"""Differentiable operations on rotations and quantized weights; arguments are validated here.
 
-`hqq_oft._autograd` decides what is differentiated and what is saved, `hqq_oft.ops` computes. Symbols: tokens M,
-in-features K, out-features N, block size b, blocks B = K / b, stored blocks S (B, or 1 where all positions share one
+`hqq_oft._autograd` defines the gradients and what is saved, `hqq_oft.ops` computes. Symbols: tokens M,
+in-features K, out-features N, block size b, blocks B = K / b, stored blocks S (B, or 1 if all positions share one
 block), adapters A.
 """
 
@@ -75,7 +75,7 @@ def _check_bias(bias: Tensor | None, out_features: int) -> None:
 
 
 def _check_devices(**tensors: Tensor | None) -> None:
-    # Operators with a meta tensor among their arguments would run their fake kernels and return no values.
+    # With a meta tensor among its arguments an operator would run its fake kernel, which returns no values.
     if len({tensor.device for tensor in tensors.values() if tensor is not None}) > 1:
         given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
         places = ", ".join(f"{name} is on {device}" for name, device in given.items())
@@ -88,11 +88,11 @@ def _flatten(x: Tensor) -> Tensor:
 
 
 def _recorded(*tensors: Tensor | None) -> bool:
-    """Whether autograd sees what is done with these: where it does not, a node of it would only cost time."""
+    """Whether autograd records operations on these tensors; if not, the autograd node is skipped as overhead."""
     given = [tensor for tensor in tensors if tensor is not None]
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
         return True
-    # with tangents of forward-mode differentiation, which the node refuses and the operator would lose
+    # Tangents of forward-mode differentiation: the node raises for them, the plain operator would drop them.
     return any(unpack_dual(tensor).tangent is not None for tensor in given)
 
 
@@ -111,17 +111,17 @@ def cayley(
     """Orthogonal blocks from skew-symmetric parameters, as `D = R - I`.
 
     `terms=n` is the Cayley-Neumann series of PEFT 0.18 and later, R = I + 2Q + ... + 2Q^(n-2) + Q^(n-1), only
-    approximately orthogonal (n=1: I; n=2: I + 2Q; n=3 gives what n=4 gives). `terms=None` is the exact Cayley map,
+    approximately orthogonal (n=1: I; n=2: I + 2Q; n=3 is the same as n=4). `terms=None` is the exact Cayley map,
     R = (I - Q)(I + Q)^-1. Computed in float32, or float64 if `v` is float64. Differentiable in `v`.
 
     Args:
         v: `[S, b(b-1)/2]`, the strict upper triangle of each skew-symmetric block `Q`, row by row; any float dtype.
         block_size: b.
         terms: number of series terms, at least 1, or None.
-        keep: bool `[B]`; False replaces that block's rotation by the identity (module dropout). One stored block is
-            spread over all B positions.
-        max_norm: blocks with a larger Frobenius norm are scaled down to it first (constrained OFT); the gradient passes
-            straight through the projection, as in PEFT.
+        keep: bool `[B]`; False replaces that block's rotation with the identity (module dropout). One stored block is
+            broadcast to all B positions.
+        max_norm: blocks with a larger Frobenius norm are scaled down to it first (constrained OFT); the projection
+            uses a straight-through gradient, as in PEFT.
         dtype: of the result; by default float32, or float64 if `v` is.
 
     Returns:
@@ -146,18 +146,18 @@ def cayley_many(
     max_norm: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """`cayley` of several layers' parameters in one launch, which for small layers costs as much as for one.
+    """`cayley` of several layers' parameters in one launch, which for small layers takes as long as for one.
 
     Args:
-        vs: each `[S, b(b-1)/2]`, all of one dtype and on one device.
+        vs: each `[S, b(b-1)/2]`, all of the same dtype and on the same device.
         block_size, terms, max_norm, dtype: as for `cayley`, the same for all.
 
     Returns:
-        D of each, `[S, b, b]`, views of one tensor. Differentiable in every entry of `vs`.
+        D of each, `[S, b, b]`, as views of one tensor. Differentiable in every entry of `vs`.
 
     Raises:
         TypeError: an entry is not floating point.
-        ValueError: there are none; their dtypes or devices differ; a shape or value is out of range.
+        ValueError: `vs` is empty; dtypes or devices differ; a shape or value is out of range.
     """
     if not vs:
         raise ValueError("vs must hold at least one tensor.")
@@ -174,11 +174,11 @@ def rotate(x: Tensor, d: Tensor, *, transpose: bool = False, adapter_index: Tens
     """`x * blockdiag(R)` as `x + x * blockdiag(D)`; with `transpose`, `x * blockdiag(R)^T`. Differentiable in both.
 
     Args:
-        x: `[..., K]`, any float dtype; half precision is widened inside and rounded once.
+        x: `[..., K]`, any float dtype; half precision is computed in float32 and rounded once.
         d: `[B, b, b]`, or `[1, b, b]` shared by all positions; with `adapter_index` `[A, B or 1, b, b]`.
         transpose: rotate by the transposed blocks.
-        adapter_index: int64 `[M]` with M the product of the leading dimensions of `x`: which adapter each row gets,
-            -1 for none.
+        adapter_index: int64 `[M]` with M the product of the leading dimensions of `x`: the adapter of each row, -1 for
+            none.
 
     Returns:
         Shape and dtype of `x`.
@@ -218,7 +218,7 @@ def dequantize_rotate(weight: QuantizedWeight, d: Tensor, dtype: torch.dtype | N
 
     Raises:
         TypeError: `d` is not floating point.
-        ValueError: `d` does not fit the weight's in-features, or is on another device.
+        ValueError: `d` does not match the weight's in-features, or is on another device.
     """
     _check_rotation(weight.in_features, d, None, 0)
     _check_devices(weight=weight.packed, d=d)
@@ -240,7 +240,7 @@ def linear(
         d: `[B, b, b]` or `[1, b, b]`; with `adapter_index` `[A, B or 1, b, b]`; None for no rotation.
         weight: the quantized weight, `[N, K]`.
         bias: `[N]` or None.
-        adapter_index: int64 `[M]`, which adapter each row of the flattened `x` gets, -1 for none.
+        adapter_index: int64 `[M]`, the adapter of each row of the flattened `x`, -1 for none.
 
     Returns:
         `[..., N]` in the dtype of `x`.
@@ -255,7 +255,7 @@ def linear(
     if d is not None:
         _check_rotation(weight.in_features, d, adapter_index, flat.shape[0])
     elif adapter_index is not None:
-        raise ValueError("adapter_index needs d, the adapters' stacked rotations.")
+        raise ValueError("adapter_index requires d, the adapters' stacked rotations.")
     _check_devices(x=x, d=d, weight=weight.packed, bias=bias, adapter_index=adapter_index)
     if _recorded(x, d, bias):
         y = Linear.apply(flat, d, bias, adapter_index, *weight.arguments())
@@ -275,7 +275,7 @@ def _check_oft(
             f"{stored} blocks of {block_size}."
         )
     if d is not None and tuple(d.shape) != (stored, block_size, block_size):
-        raise ValueError(f"d must have shape {(stored, block_size, block_size)} as v asks, got {tuple(d.shape)}.")
+        raise ValueError(f"d must have shape {(stored, block_size, block_size)} to match v, got {tuple(d.shape)}.")
 
 
 def oft_rotate(
@@ -293,8 +293,8 @@ def oft_rotate(
     Args, result and errors are those of `rotate` and `cayley`, and:
 
     Args:
-        d: what `cayley(v, ...)` gives in the dtype of `x`, where that is known already. It is taken at its word and
-            kept until backward, which saves computing it in both; gradients still go to `v`.
+        d: precomputed `cayley(v, ...)` in the dtype of `x`; not validated. It is kept until backward, so that neither
+            forward nor backward recomputes it; gradients still go to `v`.
     """
     _check_floating("x", x)
     if x.dim() == 0:

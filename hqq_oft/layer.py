@@ -1,7 +1,7 @@
 """`HqqOFTLinear`: PEFT's OFT on an HQQ-quantized linear layer.
 
-Policy lives here: which adapters, in which dtype. The computing is in `hqq_oft.functional`, what a layer has merged in
-`hqq_oft.mergeable`.
+This module decides which adapters are applied and in which dtype. The computation is in `hqq_oft.functional`, merging
+in `hqq_oft.mergeable`.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
     `oft.layer.Linear`, so adapters saved by either load in the other.
 
     Args:
-        base_layer: an initialised `HQQLinear`, or another tuner layer around one.
+        base_layer: an initialised `HQQLinear`, or another tuner layer that wraps one.
         adapter_name: name of the first adapter, which becomes active.
-        r: number of blocks per layer; give it or `oft_block_size` and set the other to 0.
-        oft_block_size: block size b. A value that does not divide `in_features` is adjusted as PEFT does, with its
+        r: number of blocks per layer; set either this or `oft_block_size`, and the other to 0.
+        oft_block_size: block size b. A value that does not divide `in_features` is adjusted as in PEFT, with its
             warning; so is `r`.
-        module_dropout: in training, the share of blocks that each forward replaces by the identity.
-        init_weights: True starts at the identity, False at random skew parameters (standard deviation 0.1).
+        module_dropout: in training, the fraction of blocks that each forward replaces with the identity.
+        init_weights: True initializes to the identity, False to random skew parameters (standard deviation 0.1).
         coft: constrained OFT: each skew block's Frobenius norm is kept at or below `eps / sqrt(stored blocks)`.
         eps: see `coft`.
-        block_share: one block for all positions.
-        use_cayley_neumann: series in place of the exact Cayley map.
+        block_share: share one block across all positions.
+        use_cayley_neumann: use the Cayley-Neumann series instead of the exact Cayley map.
         num_cayley_neumann_terms: number of series terms.
-        config: a `peft.OFTConfig`; where it is given, all settings above come from it.
+        config: a `peft.OFTConfig`; if given, it overrides all settings above.
 
     Attributes:
-        keep_pristine: where a merge keeps the packed weight it replaces: `"device"`, `"host"`, or `"none"` to give it
-            up and save the memory; unmerging is bit-exact with it and lossy without. The default comes from the
+        keep_pristine: where a merge keeps the packed weight it replaces: `"device"`, `"host"`, or `"none"` to discard
+            it and save memory; unmerging is bit-exact with it and lossy without. The default comes from the
             environment variable `HQQ_OFT_KEEP_PRISTINE`.
-        merge_error: while merged, how far quantizing has moved the merged weight, |W'_q - W'| / |W'|; else None.
+        merge_error: while merged, the relative quantization error of the merged weight, |W'_q - W'| / |W'|; else None.
 
     Raises:
-        TypeError: `base_layer` is no HQQ layer.
+        TypeError: `base_layer` is not an HQQ layer.
         ValueError: the HQQ layer is not initialised, or a setting is out of range.
     """
 
@@ -116,20 +116,20 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         )
 
     def _init_around(self, base_layer: nn.Module, active_adapter: str | list[str], **kwargs: Any) -> None:
-        """The part of construction that knows the base layer alone; `nn.Module.__init__` has run."""
+        """The part of construction that depends only on the base layer; requires that `nn.Module.__init__` has run."""
         base = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
         if not isinstance(base, HQQLinear):
             raise TypeError(
                 f"HqqOFTLinear needs an hqq.core.quantize.HQQLinear, got {type(base).__name__}; use PEFT's own OFT "
                 "layer for other linear layers."
             )
-        QuantizedWeight.from_hqq(base)  # raises if there is nothing in it, or nothing consistent
+        QuantizedWeight.from_hqq(base)  # raises if the layer is empty or inconsistent
         OFTLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = active_adapter
         self._take_base_layer()
 
     def _take_base_layer(self) -> None:
-        """Set the state that goes with the base layer, unless it is there, and mend what HQQ leaves in that layer."""
+        """Initialize missing per-layer state, and detach the tensors that HQQ leaves attached in the base layer."""
         if "_keep_pristine" not in vars(self):
             self.keep_pristine = keep_pristine_from_environment()
         self._pristine: PackedState | None = vars(self).get("_pristine")
@@ -171,10 +171,10 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         config: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Add an adapter, or replace the one of that name. Arguments as for the class; `config` wins where given.
+        """Add an adapter, or replace the one of that name. Arguments as for the class; `config` overrides them.
 
         Raises:
-            ValueError: a setting is out of range, or the adapter of that name is merged; nothing has changed then.
+            ValueError: a setting is out of range, or the adapter of that name is merged; the layer is unchanged.
         """
         config = config if config is not None else kwargs.get("oft_config")
         if not isinstance(oft_block_size, int):  # PEFT from 0.20 on: update_layer(name, r, config)
@@ -218,7 +218,7 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT looks for `weight` or `qweight`, which an HQQ layer does not have, and moves nothing then.
+        # PEFT looks for `weight` or `qweight`; an HQQ layer has neither, so PEFT would not move anything.
         weight = self.oft_R[adapter_name].weight
         device = device or self.get_base_layer().W_q.device
         if weight.device.type != "meta" and torch.device(device).type != "meta":
@@ -226,7 +226,7 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
 
     @alone
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; if it was active another becomes so, as in PEFT.
+        """Delete an adapter; if it was active, another one becomes active, as in PEFT.
 
         Raises:
             ValueError: the adapter is merged.
@@ -237,17 +237,17 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         super().delete_adapter(adapter_name)
 
     def _cayley_arguments(self, adapter_name: str) -> dict[str, Any]:
-        """What `functional.cayley` and `oft_linear` take besides the parameter."""
+        """The keyword arguments of `functional.cayley` and `oft_linear` that come from the adapter's settings."""
         module = self.oft_R[adapter_name]
         return {
             "block_size": module.block_size,
             "terms": module.num_cayley_neumann_terms if module.use_cayley_neumann else None,
-            # coft's bound on each skew block's Frobenius norm
+            # bound of constrained OFT on each skew block's Frobenius norm
             "max_norm": module.eps / math.sqrt(module.weight.shape[0]) if module.coft else None,
         }
 
     def _begin_forward(self, adapter_name: str) -> tuple[Tensor, dict[str, Any]]:
-        """The adapter's parameter and Cayley arguments for one forward: in training, projected and with dropout."""
+        """The adapter's parameter and Cayley arguments for one forward; in training with projection and dropout."""
         module = self.oft_R[adapter_name]
         arguments = self._cayley_arguments(adapter_name)
         if self.training:
@@ -257,12 +257,12 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         return module.weight, arguments
 
     def _project_parameter(self, module: OFTRotationModule, max_norm: float) -> None:
-        # Through `.data`: projecting what is projected changes nothing, so an earlier forward's graph that holds the
-        # parameter (accumulation, checkpointing) stays valid, and autograd need not know.
+        # Through `.data`, which does not bump the version counter: the projection is idempotent, so the graph of an
+        # earlier forward that saved the parameter (gradient accumulation, checkpointing) stays valid.
         module.weight.data.copy_(project(module.weight.detach(), max_norm))
 
     def _dropout_keep(self, adapter_name: str) -> Tensor | None:
-        """Bool `[B]` with floor(p * B) randomly chosen blocks False, or None where nothing is dropped."""
+        """Bool `[B]` with floor(p * B) randomly chosen blocks False, or None if no block is dropped."""
         module, dropped = self.oft_R[adapter_name], self._dropped_blocks(adapter_name)
         if dropped == 0:
             return None
@@ -272,11 +272,11 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
     def _dropped_blocks(self, adapter_name: str) -> int:
         p = getattr(self.oft_dropout[adapter_name], "p", 0.0) if adapter_name in self.oft_dropout else 0.0
         blocks = self.in_features // self.oft_R[adapter_name].block_size
-        return math.floor(p * blocks + 1e-6)  # 0.29 * 100 is a little below 29 in floating point
+        return math.floor(p * blocks + 1e-6)  # 0.29 * 100 is slightly below 29 in floating point
 
     @torch.no_grad()
     def _rotation(self, adapter_name: str) -> Tensor:
-        """The adapter's `D = R - I` as merging uses it: float32, no dropout."""
+        """The adapter's `D = R - I` for merging: float32, without dropout."""
         weight = self.oft_R[adapter_name].weight
         require_whole(f"the adapter {adapter_name!r}", weight)
         device = self.get_base_layer().W_q.device
@@ -293,22 +293,21 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
     # --- Forward -----------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """The base layer on the input rotated by each active adapter in turn.
+        """Apply the base layer to the input rotated by each active adapter in turn.
 
-        Disabled adapters, and none active, leave the base layer alone; so do merged ones, which are in its weight.
+        If adapters are disabled, merged, or none is active, this is just the base layer.
 
         Args:
-            x: `[..., in_features]` of any float dtype; computed in the HQQ layer's compute dtype, under autocast too.
-            adapter_names: for inference, one name per sample (`len(x)` of them): which adapter that sample gets,
-                `"__base__"` for none.
+            x: `[..., in_features]` of any float dtype; computed in the HQQ layer's compute dtype, even under autocast.
+            adapter_names: for inference, the adapter of each sample (`len(x)` names); `"__base__"` for no adapter.
 
         Returns:
             `[..., out_features]` in the dtype of `x`.
 
         Raises:
             TypeError: `x` is not floating point.
-            ValueError: `x` has another last dimension than `in_features`; `adapter_names` has another length than `x`,
-                or is given while adapters are merged.
+            ValueError: the last dimension of `x` is not `in_features`; `adapter_names` does not have the length
+                of `x`, or is given while adapters are merged.
         """
         if not x.is_floating_point():
             raise TypeError(f"the input must be a floating point tensor, got {x.dtype}; cast it first.")
@@ -326,7 +325,7 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
         dtype, base = x.dtype, self.base_layer
-        if not isinstance(base, HQQLinear):  # another tuner's layer around it
+        if not isinstance(base, HQQLinear):  # wrapped by another tuner's layer
             base = self.get_base_layer()
         x = x.to(base.compute_dtype)
         with without_autocast(x.device.type):
@@ -340,7 +339,7 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
 
     @alone
     def _unmerge_disabled(self) -> None:
-        if self.disable_adapters and self.merged:  # still: another thread may have been first
+        if self.disable_adapters and self.merged:  # check again: another thread may have unmerged
             self.unmerge()
 
     def _check_adapter_names(self, x: Tensor, adapter_names: list[str]) -> None:
@@ -355,9 +354,9 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
             )
 
     def _base_is_plain(self) -> bool:
-        """Whether the base layer's forward is HQQ's product and nothing else, so that ours may stand in for it.
+        """Whether the base layer's forward is HQQ's own, without hooks, so that the fused product can replace it.
 
-        Another tuner layer, hooks, or a forward of its own (accelerate's offloading) must run.
+        The forward of another tuner layer, hooks, and a replaced forward (accelerate's offloading) must run.
         """
         base = self.base_layer
         return (
@@ -388,14 +387,14 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         return functional.oft_linear(x, v, weight, base.bias, d=self._shared_rotation(v), **arguments)
 
     def _shared_rotation(self, v: Tensor) -> Tensor | None:
-        """`D` of the parameter, if it was made together with those of other layers (`hqq_oft.share_rotations`)."""
+        """`D` of the parameter from the current shared step (`hqq_oft.share_rotations`), or None."""
         if not self.training or torch.compiler.is_compiling():
             return None
         step = rotation_step.current()
         return None if step is None else step.rotation(v)
 
     def _rotations_to_share(self) -> Iterator[rotation_step.Member]:
-        """The active adapters whose `D`, in a training forward, depends on their parameter alone."""
+        """The active adapters whose `D`, in a training forward, depends only on their parameter."""
         if not self.training or self.disable_adapters or self.merged:
             return
         for name in dict.fromkeys(self.active_adapters):
@@ -407,7 +406,7 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
                 yield rotation_step.Member(v, self._cayley_arguments(name), dtype, partial(self._begin_forward, name))
 
     def _keeps_rotation(self, adapter_name: str, x: Tensor) -> bool:
-        """Whether `D` may come from, and stay in, the cache: in evaluation, where nothing records a gradient."""
+        """Whether `D` can be cached: only in evaluation, when no gradient is recorded."""
         if self.training or torch.compiler.is_compiling():
             return False
         recorded = x.requires_grad or self.oft_R[adapter_name].weight.requires_grad
@@ -419,9 +418,9 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         return self._rotations.get(adapter_name, v, settings, lambda: functional.cayley(v, dtype=dtype, **arguments))
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """Each sample with its own adapter; a name this layer does not have gets the base layer, as in PEFT's LoRA.
+        """Apply one adapter per sample; unknown names get the base layer, as in PEFT's LoRA.
 
-        Adapters of one block size share a stacked `D`; each row of `x` is in at most one stack.
+        Adapters of the same block size share a stacked `D`; each row of `x` belongs to at most one stack.
         """
         stacks: dict[int, list[str]] = {}
         for name in dict.fromkeys(adapter_names):
@@ -441,7 +440,7 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         return functional.linear(x, d, QuantizedWeight.from_hqq(base), base.bias, adapter_index=index)
 
     def _index(self, names: list[str], adapter_names: list[str], rows_per_sample: int, device: torch.device) -> Tensor:
-        """Int64, for each row the number of its adapter in the stack of `names`, -1 for none."""
+        """Int64 `[M]`: for each row the index of its adapter in the stack of `names`, -1 for none."""
 
         def make() -> Tensor:
             index = torch.tensor([names.index(name) if name in names else -1 for name in adapter_names])
@@ -454,7 +453,7 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         return self._rotations.derived(key, (), make)
 
     def _stacked_rotations(self, names: list[str], x: Tensor) -> Tensor:
-        """`D` of several adapters of one block size, `[A, B or 1, b, b]`, in the dtype of `x`."""
+        """`D` of several adapters of the same block size, `[A, B or 1, b, b]`, in the dtype of `x`."""
         rotations, kept = [], not torch.compiler.is_compiling()
         for name in names:
             if self._keeps_rotation(name, x):
@@ -479,15 +478,15 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         if self.merged and f"{prefix}base_layer.W_q" in state_dict:
             raise ValueError(
                 f"Cannot load a base weight into a layer that {self.merged_adapters} are merged into: unmerging would "
-                "put the old one back. Unmerge first."
+                "restore the old one. Unmerge first."
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HqqOFTLinear:
-        """As for any module, with the packed weight moved whole and never cast.
+        """As in `nn.Module`, but the packed weight is moved without being cast.
 
-        HQQ ignores `.to()` for its meta data and bias, and a packed weight viewed as floats would be cast as if it
-        were numbers.
+        HQQ's `.to()` ignores its meta data and bias, and would cast a packed weight that is viewed as floats, which
+        changes its bytes.
         """
         self._rotations.clear()
         base = self.get_base_layer()
@@ -500,7 +499,7 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
             if view.is_floating_point:
                 base.W_q = nn.Parameter(base.W_q.detach().view(view), requires_grad=False)
         device = base.W_q.device
-        if base.device is None or torch.device(base.device) != device:  # None: made where its linear layer was
+        if base.device is None or torch.device(base.device) != device:  # None: quantized on its linear layer's device
             base.meta = merging.move_meta(base.meta, device)
             if base.bias is not None and not isinstance(base.bias, nn.Parameter):
                 base.bias = base.bias.to(device)
@@ -510,14 +509,14 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         return self
 
     def train(self, mode: bool = True) -> HqqOFTLinear:
-        """As for any module; the rotations kept in evaluation are forgotten, where they are not frozen."""
+        """As in `nn.Module`; also clears the rotation cache, unless it is frozen."""
         if mode or not self._rotations.frozen:
             self._rotations.clear()
         return super().train(mode)
 
     @property
     def rotations_frozen(self) -> bool:
-        """Whether kept rotations stay where they are; see `hqq_oft.frozen_rotations`."""
+        """Whether cached rotations keep their addresses; see `hqq_oft.frozen_rotations`."""
         return self._rotations.frozen
 
     @rotations_frozen.setter
@@ -525,11 +524,11 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         self._rotations.frozen = frozen
 
     def clear_rotations(self) -> None:
-        """Forget the rotations kept in evaluation; needed only after a change of a parameter through `.data`."""
+        """Clear the rotation cache of evaluation; only needed after a parameter was changed through `.data`."""
         self._rotations.clear()
 
     def requires_grad_(self, requires_grad: bool = True) -> HqqOFTLinear:
-        """As for any module, for the parameters that can have a gradient: the packed weight never can."""
+        """As in `nn.Module`, except for the packed weight, which cannot have a gradient."""
         packed = self.get_base_layer().W_q
         for parameter in self.parameters():
             if parameter is not packed:

@@ -1,4 +1,4 @@
-"""`hqq-oft bench`: one layer on this machine, our OFT against PEFT's and against a dense layer without an adapter."""
+"""`hqq-oft bench` times one OFT layer of this package, one of PEFT, and a dense layer without an adapter."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class LayerCase:
     """The layer to time.
 
     Attributes:
-        out_features, in_features: its shape.
+        out_features, in_features: shape of the weight.
         tokens: rows of the input.
-        block_size: of the adapter.
-        nbits, group_size: of the weight.
-        dtype: of input and computation.
-        device: where.
-        seconds: for timing, all contenders together.
+        block_size: OFT block size of the adapter.
+        nbits, group_size: quantization of the weight.
+        dtype: dtype of input and computation.
+        device: device of the layers.
+        seconds: total time for timing all contenders.
     """
 
     out_features: int = 2048
@@ -47,7 +47,7 @@ def _dense(case: LayerCase) -> nn.Linear:
 
 
 def _adapted(case: LayerCase, dense: nn.Linear, layer_class: Callable[..., nn.Module]) -> nn.Module:
-    """A layer of that class with random rotations on the quantized `dense`, which stays as it is."""
+    """A layer of `layer_class` with random rotations on a quantized copy of `dense`."""
     copy = nn.Linear(case.in_features, case.out_features, bias=False, device="meta")
     copy.weight = nn.Parameter(dense.weight.detach().clone(), requires_grad=False)
     settings = QuantizationSettings(case.nbits, case.group_size)
@@ -62,7 +62,7 @@ def _adapted(case: LayerCase, dense: nn.Linear, layer_class: Callable[..., nn.Mo
 
 
 def contenders(case: LayerCase) -> dict[str, nn.Module]:
-    """The layers by name; PEFT's where it has one that runs on HQQ, from 0.21 on."""
+    """The layers by name. PEFT's is included from version 0.21 on, the first that supports HQQ."""
     dense = _dense(case)
     found: dict[str, nn.Module] = {"hqq_oft": _adapted(case, dense, HqqOFTLinear)}
     if tuple(map(int, peft.__version__.split(".")[:2])) >= (0, 21):
@@ -82,7 +82,7 @@ def _train(layer: nn.Module, x: Tensor) -> None:
 
 
 def run(case: LayerCase) -> dict[tuple[str, str], float]:
-    """Median milliseconds of each call, by contender and call; contenders take turns, so a slow spell meets all."""
+    """Median milliseconds by contender and call. Contenders are interleaved, so that slow periods affect all."""
     x = torch.randn(case.tokens, case.in_features).to(case.device, case.dtype)
     layers, medians = contenders(case), {}
     for what, call in (("inference", _infer), ("forward + backward", _train)):
@@ -107,13 +107,13 @@ def _wait(device: str) -> None:
 
 
 def table(case: LayerCase, times: dict[tuple[str, str], float]) -> str:
-    """The times as text, each beside its ratio to ours."""
+    """The times as a text table, each with its ratio to hqq_oft."""
     names = list(dict.fromkeys(name for name, _ in times))
     whats = list(dict.fromkeys(what for _, what in times))
     lines = [
         f"one layer {case.out_features}x{case.in_features}, {case.tokens} tokens, {case.nbits} bits, group "
         f"{case.group_size}, block {case.block_size}, {case.dtype}, {case.device}",
-        "median ms (x ours)",
+        "median ms (relative to hqq_oft)",
         f"{'':20}" + "".join(f"{what:>24}" for what in whats),
     ]
     for name in names:

@@ -1,4 +1,4 @@
-"""`load_quantized`: a stored model, layer by layer, without its dense weights ever being there."""
+"""`load_quantized` loads a saved model layer by layer; the dense weights are never materialized."""
 
 from __future__ import annotations
 
@@ -21,46 +21,46 @@ from .safetensors_file import CheckpointError
 from .stored_layer import FIELDS, StoredLayer
 
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Buffers that are computed and not stored take their sizes from config.json alone. Real ones are tables of a few MiB.
+# Sizes of non-persistent buffers depend only on config.json, so they are limited. Real ones are tables of a few MiB.
 _MAX_COMPUTED_BUFFERS = 1 << 30
 
 
 def load_quantized(
     directory: str | os.PathLike[str], *, device: torch.device | str | None = None, progress: bool = True
 ) -> Any:
-    """Load a model that `save_quantized` wrote, or transformers 4.57 with an `HqqConfig`.
+    """Load a model that was saved by `save_quantized`, or by transformers 4.57 with an `HqqConfig`.
 
-    Whatever is in the directory, no code of it is run. Names, shapes and dtypes of all tensors are compared with
-    `config.json` before the first weight is read, sizes are never taken on trust, and where `save_quantized` left
-    checksums, the bytes are compared with them.
+    No code from the directory is executed. Names, shapes and dtypes of all tensors are validated against `config.json`
+    before the first weight is read, and sizes are validated before memory is allocated. If `save_quantized` stored
+    checksums, they are verified.
 
     Args:
-        directory: where the model is.
-        device: where to put it, layer by layer; by default into host memory.
-        progress: show a bar, on a terminal.
+        directory: the model directory.
+        device: device to load the model onto, layer by layer; host memory by default.
+        progress: show a progress bar on a terminal.
 
     Returns:
         The transformers model, in evaluation mode.
 
     Raises:
-        FileNotFoundError: no model is there.
-        CheckpointError: a file is damaged, truncated, or does not fit the others; the message names file and tensor.
-        ValueError: the model is of a kind that this transformers does not have.
+        FileNotFoundError: the directory contains no model.
+        CheckpointError: a file is damaged, truncated or inconsistent; the message names the file and the tensor.
+        ValueError: the installed transformers does not have the model class.
         OSError: a file can't be read.
     """
     directory, device = Path(directory), torch.device("cpu" if device is None else device)
     torch.empty(0, device=device)
     config_path = directory / CONFIG
     if not config_path.is_file():
-        raise FileNotFoundError(f"{directory} holds no {CONFIG}: no model is stored there.")
+        raise FileNotFoundError(f"{directory} contains no {CONFIG}: no saved model.")
     model_class, config = _read_config(config_path)
     with Checkpoint(directory) as checkpoint:
         layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
         if layers > len(checkpoint):
             raise CheckpointError(
-                f"{config_path}: num_hidden_layers is {layers}, more than there are tensors ({len(checkpoint)})."
+                f"{config_path}: num_hidden_layers is {layers}, more than the number of tensors ({len(checkpoint)})."
             )
-        # On the meta device first: nothing is allocated before all sizes are known to be those of the stored tensors.
+        # Build on the meta device first, so that nothing is allocated before all sizes match the stored tensors.
         outline = _build(model_class, config, torch.device("meta"))
         plan = _plan(outline, checkpoint, config_path)
         del outline
@@ -75,25 +75,25 @@ def load_quantized(
 
 
 def _read_config(path: Path) -> tuple[Any, Any]:
-    """The model's class and its configuration, without the part on quantization, which transformers 5 refuses."""
+    """Model class and configuration, without `quantization_config`, which transformers 5 rejects."""
     import transformers
 
     raw = read_json(path)
     if (raw.get("quantization_config") or {}).get("quant_method") != "hqq":
-        raise CheckpointError(f"{path}: its quantization_config is not one of HQQ: the model is dense, or another's.")
+        raise CheckpointError(f"{path}: quantization_config is not for HQQ: the model is dense or uses another method.")
     architectures = raw.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
     model_class = getattr(transformers, name, None) if isinstance(name, str) else None
     if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
         raise ValueError(
-            f"{path}: architectures is {architectures!r}, which is no model class of transformers "
-            f"{transformers.__version__}; models with code of their own are not supported."
+            f"{path}: architectures is {architectures!r}, which is not a model class of transformers "
+            f"{transformers.__version__}; custom model code is not supported."
         )
     del raw["quantization_config"]
     try:
         return model_class, model_class.config_class.from_dict(raw)  # type: ignore[attr-defined]
     except Exception as error:
-        raise CheckpointError(f"{path}: not a configuration of {name} ({error}).") from error
+        raise CheckpointError(f"{path}: not a valid configuration of {name} ({error}).") from error
 
 
 def _build(model_class: Any, config: Any, where: AbstractContextManager[Any]) -> Any:
@@ -105,11 +105,11 @@ def _build(model_class: Any, config: Any, where: AbstractContextManager[Any]) ->
 
 @dataclass
 class _Plan:
-    """What is read from where: checked, nothing read yet.
+    """The tensors to read, validated but not read yet.
 
     Attributes:
-        layers: name of each HQQ layer -> its settings.
-        dense: name of each stored parameter or buffer -> all names under which the model has it.
+        layers: settings of each HQQ layer, by name.
+        dense: all names in the model of each stored parameter or buffer, by its stored name.
     """
 
     layers: dict[str, StoredLayer] = field(default_factory=dict)
@@ -117,7 +117,7 @@ class _Plan:
 
 
 def _tensors(model: nn.Module, inside: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers with every name they have; of modules in `inside`, none."""
+    """Parameters and buffers with all their names, except those of the modules in `inside`."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         if prefix not in inside:
             for name, value in (*module._parameters.items(), *module._buffers.items()):
@@ -126,7 +126,7 @@ def _tensors(model: nn.Module, inside: set[str]) -> Iterator[tuple[str, torch.Te
 
 
 def _computed(model: nn.Module) -> set[str]:
-    """Names of the buffers that are not stored."""
+    """Names of the non-persistent buffers."""
     return {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules(remove_duplicate=False)
@@ -159,7 +159,7 @@ def _plan(outline: Any, checkpoint: Checkpoint, config_path: Path) -> _Plan:
             raise checkpoint.error(name, f"the model that {config_path} describes has no such tensor")
     size = sum(tensors[name].numel() * tensors[name].element_size() for name in computed & tensors.keys())
     if size > _MAX_COMPUTED_BUFFERS:
-        raise CheckpointError(f"{config_path}: the model would compute buffers of {size} bytes.")
+        raise CheckpointError(f"{config_path}: {size} bytes of buffers; the limit is {_MAX_COMPUTED_BUFFERS}.")
     return plan
 
 

@@ -1,4 +1,4 @@
-"""`merge_report`: what merging would lose, layer by layer, what the adapter adds, and what else could be done."""
+"""`merge_report`: per layer, the error that merging causes, the effect of the adapter, and the alternatives."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from .weight import QuantizedWeight
 
 @dataclass(frozen=True)
 class Effect:
-    """A change of a layer, relative to the adapted layer: with `W'` the adapted weight and `x` the layer's input.
+    """The relative difference of a layer to the adapted layer, with `W'` the adapted weight and `x` the layer's input.
 
     Attributes:
         weight: |W - W'| / |W'| in the Frobenius norm.
-        output: |x (W - W')^T| / |x W'^T|; None without a sample, or where the sample did not reach the layer.
+        output: |x (W - W')^T| / |x W'^T|; None without a sample, or if the sample did not reach the layer.
     """
 
     weight: float
     output: float | None
 
     def exceeds(self, other: Effect) -> bool:
-        """Whether this is the larger change: of the output where that was measured, else of the weight. NaN is."""
+        """Whether this is the larger change, of the output if measured, else of the weight; NaN counts as larger."""
         mine, others = (self.output, other.output) if self.output is not None else (self.weight, other.weight)
         return not mine <= others  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What was measured of one layer.
+    """Measurements of one layer.
 
     Attributes:
-        bits: of the layer.
-        adapter: what the adapter adds: the change back to the layer without it.
-        merged: what the layer merged into each choice of `into` loses.
-        bytes: size of weight, scale and zero for each; unmerged the layer has those of None.
+        bits: number of bits of the layer.
+        adapter: effect of the adapter: the difference of the layer without it.
+        merged: error of merging the layer, for each choice of `into`.
+        bytes: size of weight, scale and zero for each choice; the unmerged layer has the size of None.
     """
 
     bits: float
@@ -53,35 +53,35 @@ class LayerReport:
 
     @property
     def loses_more_than_the_adapter_adds(self) -> bool:
-        """Whether merging into the layer's own settings does."""
+        """Whether merging with the layer's own settings has a larger effect than the adapter."""
         return self.merged[None].exceeds(self.adapter)
 
 
 @dataclass
 class MergeReport:
-    """What `merge_report` measured; `str` gives it as a table.
+    """The result of `merge_report`; `str` formats it as a table.
 
     Attributes:
-        layers: by name.
+        layers: the measurements by layer name.
     """
 
     layers: dict[str, LayerReport] = field(default_factory=dict)
 
     @property
     def losing(self) -> list[str]:
-        """Names of the layers where merging into their own settings loses more than the adapter adds."""
+        """Names of the layers where merging with their own settings loses more than the adapter adds."""
         return [name for name, layer in self.layers.items() if layer.loses_more_than_the_adapter_adds]
 
     def worst(self, into: MergeInto) -> float:
-        """Largest error of a weight that is merged into `into`."""
+        """Largest weight error of all layers when merged with `into`."""
         return max(layer.merged[into].weight for layer in self.layers.values())
 
     def total_bytes(self, into: MergeInto) -> int:
-        """Size of all weights merged into `into`; unmerged they have that of None."""
+        """Total size of the weights when merged with `into`; the unmerged model has the size of None."""
         return sum(layer.bytes[into] for layer in self.layers.values())
 
     def alternatives(self) -> str:
-        """The choices side by side: what the worst layer loses, and what all take."""
+        """The choices as a table: the worst weight error and the total size."""
         choices = list(next(iter(self.layers.values())).merged)
         rows = [("keep it unmerged", 0.0, self.total_bytes(None))]
         rows += [(_call(into), self.worst(into), self.total_bytes(into)) for into in choices]
@@ -118,27 +118,27 @@ def merge_report(
     adapter_names: list[str] | None = None,
     alternatives: Sequence[float | str] = (8, "dense"),
 ) -> MergeReport:
-    """Measure what merging each `HqqOFTLinear` of a model would lose; the model is left as it is.
+    """Measure the error of merging each `HqqOFTLinear` of a model; the model is unchanged.
 
-    Merging quantizes the rotated weight anew. Where that moves a layer further than its adapter does, which is usual at
-    2 bits, the merged model may be worse than the one without the adapter: a warning says so.
+    Merging requantizes the rotated weight. If that changes a layer more than its adapter does, which is usual at
+    2 bits, the merged model may be worse than the one without the adapter, and a warning is raised.
 
-    Takes the time of as many merges as there are choices, and the memory of one layer.
+    Takes the time of one merge per choice, and the memory of one layer.
 
     Args:
         model: a model with `HqqOFTLinear` layers, none of them merged.
-        sample: an input for the model, a tensor, a tuple of positional or a mapping of keyword arguments: then each
-            layer's output is compared too, on what reaches the layer in its first call.
+        sample: an input for the model: a tensor, a tuple of positional or a mapping of keyword arguments. If given, the
+            layers' outputs are compared too, on the input of each layer's first call.
         adapter_names: the adapters to merge, by default each layer's active ones.
-        alternatives: choices of `merge_and_unload`'s `into` to measure beside the layers' own settings.
+        alternatives: values of `merge_and_unload`'s `into` to measure in addition to the layers' own settings.
 
     Returns:
         The measurements.
 
     Raises:
         TypeError: the model has no `HqqOFTLinear`.
-        ValueError: an alternative is not a choice of `into`; a layer is merged, or can't be; no layer has an adapter to
-            merge.
+        ValueError: an alternative is not a valid `into`; a layer is already merged or cannot be merged; no layer has an
+            adapter to merge.
     """
     choices: list[MergeInto] = [None]
     for into in alternatives:
@@ -149,7 +149,7 @@ def merge_report(
         raise TypeError(f"{type(model).__name__} has no HqqOFTLinear to merge.")
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
-        raise ValueError(f"{merged[0]} is merged: unmerge first; model.merge_errors() says what it lost.")
+        raise ValueError(f"{merged[0]} is merged: unmerge first; model.merge_errors() returns its error.")
 
     report = MergeReport()
     if sample is None:
@@ -218,7 +218,7 @@ def _measure_in_forward(
     adapter_names: list[str] | None,
     choices: list[MergeInto],
 ) -> dict[str, LayerReport | None]:
-    """Run the sample, and measure each layer as its input arrives: no more than one layer's is held."""
+    """Run the sample and measure each layer in a pre-forward hook, so that only one layer's input is held at a time."""
     found: dict[str, LayerReport | None] = {}
 
     def measure(name: str, layer: HqqOFTLinear, args: tuple[Any, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What a layer has merged: which adapters, into which weight, and the way back.
+"""Merging adapters into a layer's packed weight, and unmerging them.
 
 The arithmetic is in `hqq_oft.merging`.
 """
@@ -23,7 +23,7 @@ from .weight import QuantizedWeight
 
 
 class MergeableLayer:
-    """The part of `HqqOFTLinear` that merges and unmerges; a failed merge changes nothing."""
+    """The part of `HqqOFTLinear` that merges and unmerges; a failed merge leaves the layer unchanged."""
 
     if TYPE_CHECKING:
         base_layer: Any
@@ -43,22 +43,21 @@ class MergeableLayer:
     def merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None, into: float | None = None
     ) -> None:
-        """Fold adapters into the packed weight, which HQQ's quantizer makes anew from the pristine one.
+        """Fold adapters into the pristine weight and requantize it with HQQ's quantizer.
 
-        The merged layer equals the unmerged forward up to that quantization: where all merged adapters are active the
-        input meets them in the order of `active_adapters`, else in the order in which they were merged, whether by one
-        call or several. All other attributes of the HQQ layer stay. A merge that fails, for whatever reason, changes
-        nothing.
+        The merged layer equals the unmerged forward up to that quantization. If all merged adapters are active, their
+        rotations are applied in the order of `active_adapters`, else in the order in which they were merged, whether by
+        one call or several. All other attributes of the HQQ layer are kept. A merge that fails changes nothing.
 
         Args:
             safe_merge: check the merged weight for NaN and infinity before it is used.
-            adapter_names: the adapters to merge, by default the active ones. Unknown ones are passed over, already
-                merged ones with a warning.
-            into: bits of the merged weight, by default those of the layer; unmerging goes back to the layer's own.
+            adapter_names: the adapters to merge, by default the active ones. Unknown names are ignored; already merged
+                ones are skipped with a warning.
+            into: bits of the merged weight, by default those of the layer; unmerging restores the layer's own.
 
         Raises:
-            ValueError: `safe_merge` found NaN or infinity, and names the adapter; or the layer wraps another tuner
-                layer, which merging would bypass.
+            ValueError: `safe_merge` found NaN or infinity (the message names the adapter); or the layer wraps another
+                tuner layer, which merging would bypass.
         """
         order = self._adapters_after_merge(adapter_names, again=into is not None)
         if not order or (into is None and set(order) == set(self.merged_adapters)):
@@ -78,22 +77,22 @@ class MergeableLayer:
         if left_out:
             warnings.warn(
                 f"Merged {order}; the active adapter(s) {left_out} are not merged and have no effect until "
-                "`unmerge` is called: a merged layer uses its base weight alone.",
+                "`unmerge` is called: a merged layer uses only its base weight.",
                 stacklevel=3,
             )
 
     def merged_linear(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> tuple[nn.Linear, float] | None:
-        """What `merge` would give as a dense layer, to which this layer's place can be given; nothing is changed.
+        """Return the merged weight as an `nn.Linear`, without requantizing it; this layer is unchanged.
 
         Args:
             safe_merge: as for `merge`.
             adapter_names: as for `merge`.
 
         Returns:
-            A frozen layer in the compute dtype, and how far rounding to that moved the weight, relative to its norm;
-            None if there is nothing to merge.
+            A frozen layer in the compute dtype, and the relative error from rounding the weight to that dtype; None if
+            no adapter is to be merged.
 
         Raises:
             ValueError: as for `merge`.
@@ -110,9 +109,9 @@ class MergeableLayer:
         return linear.train(base.training), merging.relative_distance(linear.weight, exact)
 
     def _adapters_after_merge(self, adapter_names: list[str] | None, again: bool = False) -> list[str]:
-        """The adapters that are merged after `merge(adapter_names)`, in the order in which the input meets them.
+        """The adapters that are merged after `merge(adapter_names)`, in the order in which they are applied.
 
-        With `again`, merged adapters are to be merged anew into something else, and no warning says that they are.
+        With `again`, adapters that are already merged are merged again into another format, without a warning.
         """
         wanted = self.active_adapters if adapter_names is None else adapter_names
         if self.merged and set(wanted) <= set(self.merged_adapters) and again:
@@ -141,9 +140,9 @@ class MergeableLayer:
         return sorted(names, key=active.index) if set(names) <= set(active) else names
 
     def _estimate_pristine(self, action: str, stacklevel: int) -> Tensor:
-        """The dense pristine weight from the merged one and the inverse rotation, when the packed one was given up."""
+        """Reconstruct the dense pristine weight from the merged one by the inverse rotation, if it was discarded."""
         warnings.warn(
-            f"{action} without the pristine weight, which was given up: the inverse rotation of the merged weight is "
+            f"{action} without the pristine weight, which was discarded: the inverse rotation of the merged weight is "
             'quantized again, which loses precision. Set keep_pristine to "device" or "host" before merging to avoid '
             "this.",
             stacklevel=stacklevel,
@@ -158,10 +157,10 @@ class MergeableLayer:
 
     @alone
     def unmerge(self) -> None:
-        """Take all merged adapters out again: bit-exact, unless the pristine weight was given up.
+        """Unmerge all adapters: bit-exact, unless the pristine weight was discarded.
 
-        Without it the inverse rotation is applied to the merged weight and the result quantized, which is lossy and
-        warned of.
+        Without it the inverse rotation is applied to the merged weight and the result is requantized, which is lossy
+        and raises a warning.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
@@ -176,7 +175,7 @@ class MergeableLayer:
             self._pristine, self.merged_adapters, self.merge_error = None, [], None
 
     def drop_pristine(self) -> None:
-        """Give up the pristine weight of a merged layer to free its memory; unmerging is lossy from then on."""
+        """Discard the pristine weight of a merged layer to free its memory; unmerging is then lossy."""
         self._pristine = None
 
     @contextmanager
@@ -189,11 +188,11 @@ class MergeableLayer:
             raise
 
     def merge_state(self) -> tuple[PackedState, PackedState | None, list[str], float | None]:
-        """What a merge changes, for `restore_merge_state`; tensors are shared, not copied."""
+        """A snapshot of the state that a merge changes, for `restore_merge_state`; tensors are shared, not copied."""
         return PackedState.of(self.get_base_layer()), self._pristine, list(self.merged_adapters), self.merge_error
 
     @alone
     def restore_merge_state(self, state: tuple[PackedState, PackedState | None, list[str], float | None]) -> None:
-        """Go back to what `merge_state` returned."""
+        """Restore a snapshot that `merge_state` returned."""
         packed, self._pristine, self.merged_adapters, self.merge_error = state
         packed.install(self.get_base_layer())

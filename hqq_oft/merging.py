@@ -1,7 +1,7 @@
-"""Folding rotations into a quantized weight, and taking them out again.
+"""Folding rotations into a quantized weight, and the inverse.
 
-The merged weight is always made from the pristine one with the whole product of rotations and quantized once. The
-pristine packed weight is kept, so that taking the rotations out restores it bit for bit.
+The merged weight is always computed from the pristine one with the full product of rotations, and quantized once. The
+pristine packed weight is kept, so that unmerging restores it bit for bit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .weight import QuantizedWeight
 
 @dataclass
 class PackedState:
-    """What an `HQQLinear` computes with: its packed weight and its meta data, neither ever written to in place."""
+    """The packed weight and meta data of an `HQQLinear`; neither is ever modified in place."""
 
     packed: Tensor
     meta: dict[str, Any]
@@ -31,12 +31,12 @@ class PackedState:
         return cls(base.W_q, dict(base.meta))
 
     def install(self, base: HQQLinear) -> None:
-        """Make `base` compute with this state; all its other attributes stay."""
+        """Set this state on `base`; all its other attributes are kept."""
         packed = self.packed if isinstance(self.packed, nn.Parameter) else nn.Parameter(self.packed, False)
         base.W_q, base.meta = packed, dict(self.meta)
 
     def to(self, device: torch.device | str) -> PackedState:
-        """The same bytes on `device`; this very state if they are there already."""
+        """The same bytes on `device`; returns `self` if they are already on it."""
         if self.packed.device == torch.device(device):
             return self
         return PackedState(_bytes_to(self.packed, device), move_meta(self.meta, device))
@@ -54,7 +54,7 @@ def _bytes_to(packed: Tensor, device: torch.device | str) -> Tensor:
 def move_meta(meta: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
     """A copy of HQQ's meta data with its tensors on `device`, their dtypes unchanged, nested meta data included.
 
-    Stacked scale and zero (`offload_meta`) stay where they are: HQQ keeps them in host memory.
+    Stacked scale and zero (`offload_meta`) are not moved: HQQ keeps them in host memory.
     """
 
     def move(key: str, value: Any) -> Any:
@@ -66,7 +66,7 @@ def move_meta(meta: dict[str, Any], device: torch.device | str) -> dict[str, Any
 
 
 def move_layer(base: HQQLinear, device: torch.device | str) -> None:
-    """Put all of an HQQ layer on `device`, nothing cast; HQQ's own `to` moves nothing."""
+    """Move an HQQ layer to `device` without casting; HQQ's own `to` does not move anything."""
     PackedState.of(base).to(device).install(base)
     if base.bias is not None:
         moved = base.bias.detach().to(device)
@@ -75,11 +75,11 @@ def move_layer(base: HQQLinear, device: torch.device | str) -> None:
 
 
 def mend(base: HQQLinear) -> None:
-    """Make the tensors of an HQQ layer ones that autograd, `deepcopy` and `torch.compile` can work with.
+    """Make the tensors of an HQQ layer usable with autograd, `deepcopy` and `torch.compile`: detached, not inference.
 
-    HQQ clones the bias of a trainable layer without detaching it, which drags that layer's graph along and which
-    `deepcopy` refuses. It optimizes scale and zero in inference mode and keeps what comes out of it, which autograd
-    refuses to save, as `torch.compile` asks of it.
+    HQQ clones the bias of a trainable layer without detaching it, which keeps that layer's graph alive and makes
+    `deepcopy` fail. It also leaves scale and zero as inference tensors, which autograd cannot save for backward, as
+    `torch.compile` requires.
     """
     if base.bias is not None and not base.bias.is_leaf:
         base.bias = base.bias.detach()
@@ -87,7 +87,7 @@ def mend(base: HQQLinear) -> None:
 
 
 def without_inference_tensors(meta: dict[str, Any]) -> dict[str, Any]:
-    """A copy of HQQ's meta data, nested ones included, in which inference tensors are cloned to normal ones."""
+    """A copy of HQQ's meta data, nested meta data included, with inference tensors cloned to normal tensors."""
 
     def normal(value: Any) -> Any:
         if isinstance(value, dict):
@@ -103,16 +103,16 @@ MergeInto = float | Literal["dense"] | None
 
 
 def check_into(into: MergeInto) -> None:
-    """Raise ValueError if `into` is not what `MergeInto` says."""
+    """Raise ValueError if `into` is not a valid `MergeInto`."""
     if into is not None and into != "dense" and into not in Quantizer.SUPPORTED_BITS:
         raise ValueError(f"into must be None, 'dense' or one of {Quantizer.SUPPORTED_BITS} bits, got {into!r}.")
 
 
 def forget_quantization(model: nn.Module) -> None:
-    """Once no HQQ layer is left, remove from a model what says that it is quantized."""
+    """If the model has no HQQ layer left, remove the attributes that mark it as quantized."""
     if any(isinstance(module, HQQLinear) for module in model.modules()):
         return
-    # `hqq_quantized` is ours and PEFT's; the others are set by transformers 4.57.
+    # `hqq_quantized` is set by this package and PEFT, the others by transformers 4.57.
     marks = ["hqq_quantized", "is_hqq_quantized", "is_hqq_serializable", "is_quantized", "quantization_method"]
     config_marks = ["quantization_config", "_pre_quantization_dtype"]
     for owner, names in ((model, [*marks, "hf_quantizer"]), (getattr(model, "config", None), config_marks)):
@@ -122,22 +122,22 @@ def forget_quantization(model: nn.Module) -> None:
 
 
 Rotations = list[tuple[str, Tensor]]
-"""Adapter name and `D = R - I` per adapter, in the order in which the input meets them."""
+"""Adapter name and `D = R - I` per adapter, in the order in which they are applied to the input."""
 
 
 @torch.no_grad()
 def rotate_weight(weight: QuantizedWeight, rotations: Rotations, check: bool) -> Tensor:
-    """`W * (R_1 * ... * R_n)^T`, `[N, K]` in float32: the weight for an input that would meet R_1 first.
+    """`W * (R_1 * ... * R_n)^T`, `[N, K]` in float32: the weight with the rotations folded in, R_1 applied first.
 
     Args:
         weight: the pristine weight.
         rotations: at least one.
-        check: look for non-finite values after each rotation.
+        check: check for non-finite values after each rotation.
 
     Raises:
-        ValueError: `check` found some; the message names the adapter.
+        ValueError: `check` found a non-finite value; the message names the adapter.
     """
-    # (R_1 ... R_n)^T = R_n^T ... R_1^T: the last rotation is next to the weight
+    # (R_1 ... R_n)^T = R_n^T ... R_1^T: the last rotation is applied to the weight first
     name, d = rotations[-1]
     dense = ops.dequantize_rotate(*weight.arguments(), d, torch.float32)
     if check:
@@ -147,7 +147,7 @@ def rotate_weight(weight: QuantizedWeight, rotations: Rotations, check: bool) ->
 
 @torch.no_grad()
 def rotate_dense(dense: Tensor, rotations: Rotations, check: bool) -> Tensor:
-    """As `rotate_weight`, of a dense weight and with any number of rotations."""
+    """As `rotate_weight`, for a dense weight and any number of rotations."""
     for name, d in reversed(rotations):
         dense = ops.rotate(dense, d, None, True)
         if check:
@@ -181,26 +181,26 @@ def unrotate_weight(weight: QuantizedWeight, rotations: Rotations) -> Tensor:
 
 @torch.no_grad()
 def relative_error(weight: QuantizedWeight, dense: Tensor) -> float:
-    """|W_q - W| / |W| between a quantized weight and the dense one it was made from; NaN where either is not finite."""
+    """|W_q - W| / |W| between a quantized weight and its dense original; NaN if either is not finite."""
     return relative_distance(ops.dequantize(*weight.arguments(), dense.dtype), dense)
 
 
 @torch.no_grad()
 def relative_distance(stored: Tensor, exact: Tensor) -> float:
-    """|stored - exact| / |exact|, in the dtype of `exact`; NaN where either is not finite."""
+    """|stored - exact| / |exact|, in the dtype of `exact`; NaN if either is not finite."""
     return float((stored.to(exact.dtype) - exact).norm() / exact.norm().clamp_min(torch.finfo(exact.dtype).tiny))
 
 
 def quantization_settings(base: HQQLinear, nbits: float | None = None) -> dict[str, Any]:
-    """The settings `base` was quantized with, or those with other bits."""
+    """The settings `base` was quantized with, optionally with a different number of bits."""
     settings = _own_settings(base)
     if nbits is not None:
-        settings["weight_quant_params"].update(nbits=nbits, round_zero=nbits == 4)  # as HQQ does
+        settings["weight_quant_params"].update(nbits=nbits, round_zero=nbits == 4)  # as in HQQ
     return settings
 
 
 def _own_settings(base: HQQLinear) -> dict[str, Any]:
-    """Those that the layer remembers; read off its meta data where it has forgotten them."""
+    """The layer's `quant_config`; reconstructed from its meta data if the layer has none."""
     if getattr(base, "quant_config", None):
         names = ("weight_quant_params", "scale_quant_params", "zero_quant_params")
         settings = {name: copy.deepcopy(base.quant_config.get(name)) for name in names}
@@ -218,15 +218,15 @@ def _own_settings(base: HQQLinear) -> dict[str, Any]:
 
 
 def _bits(nbits: float, meta: dict[str, Any]) -> float:
-    """The number of bits that was asked for: HQQ's state dicts keep the whole part alone, so that 1.58 comes back as 1.
+    """The requested number of bits: HQQ truncates nbits in its state dicts, so that 1.58 is loaded as 1.
 
-    The packing tells the two apart.
+    The packing distinguishes the two.
     """
     return 1.58 if nbits == 1 and meta["packing"] == "2bit_u8" else nbits
 
 
 def _settings_of(meta: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of HQQ's quantizer that give meta data like these."""
+    """Arguments of HQQ's quantizer that produce meta data like these."""
     scale = meta.get("scale")
     return {
         "nbits": _bits(meta["nbits"], meta),
@@ -238,7 +238,7 @@ def _settings_of(meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_layer(state: PackedState, bias: Tensor | None, settings: dict[str, Any]) -> HQQLinear:
-    """An HQQ layer that computes with `state`, in the compute dtype that its meta data names.
+    """An HQQ layer with this state, in the compute dtype of its meta data.
 
     Args:
         state: packed weight and meta data, all on one device.
@@ -255,20 +255,20 @@ def make_layer(state: PackedState, bias: Tensor | None, settings: dict[str, Any]
 
 
 def requantize(base: HQQLinear, dense: Tensor, nbits: float | None = None) -> PackedState:
-    """Quantize `dense` `[N, K]` with HQQ's own quantizer and the settings of `base`, which is left alone.
+    """Quantize `dense` `[N, K]` with HQQ's own quantizer and the settings of `base`, which is unchanged.
 
     Args:
         base: the layer.
         dense: the weight.
-        nbits: bits, if other than those of `base`.
+        nbits: number of bits, by default that of `base`.
     """
     settings = quantization_settings(base, nbits)
-    with torch.inference_mode(False):  # what is made here outlives an enclosing inference mode
+    with torch.inference_mode(False):  # the result outlives an enclosing inference mode
         scratch = HQQLinear(None, None, compute_dtype=base.compute_dtype, device=str(base.W_q.device))
         scratch.quantize(dense.clone() if dense.is_inference() else dense, **settings)
         meta = without_inference_tensors(scratch.meta)
         if "zero_scale" in base.meta:
-            # HQQ stacks scale and zero itself only where it can pin memory; here the layer has the form already.
+            # HQQ stacks scale and zero only if it can pin memory; here they are always stacked, as in `base`.
             stacked = base.meta["zero_scale"]
             names = ("zero_q", "scale_q") if stacked.dtype == torch.uint8 else ("zero", "scale")
             host = torch.stack([meta.pop(name) for name in names]).to(stacked.dtype).to(stacked.device)

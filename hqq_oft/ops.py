@@ -1,8 +1,8 @@
 """The package's operators: one schema per operation, registered with `torch.library`.
 
-Each operator is opaque to autograd (`hqq_oft.functional` holds the derivatives) and to `torch.compile`, which traces it
-through its fake implementation. At run time it asks `hqq_oft.backends` for the kernel. Arguments and results are those
-of the functions of the same name in `hqq_oft.reference`.
+Each operator is opaque to autograd (`hqq_oft._autograd` has the derivatives) and to `torch.compile`, which traces it
+through its fake implementation. At run time `hqq_oft.backends` selects the kernel. Arguments and results are those of
+the functions of the same name in `hqq_oft.reference`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`patch_peft`: PEFT makes `HqqOFTLinear` of every HQQ layer from now on."""
+"""`patch_peft`: make PEFT wrap every HQQ layer in an `HqqOFTLinear`."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from .layer import HqqOFTLinear
 from .tuners import adopt, replace_module
 
 _HQQ_MODULE = "peft.tuners.oft.hqq"
-# PEFT up to 0.20 has a module of its own for HQQ layers; from 0.21 its Linear takes them.
+# PEFT up to 0.20 has a separate module for HQQ layers; from 0.21 its Linear supports them.
 peft_hqq_module = importlib.import_module(_HQQ_MODULE) if importlib.util.find_spec(_HQQ_MODULE) else None
 
 
 def dispatch_hqq(target: nn.Module, adapter_name: str, **kwargs: Any) -> HqqOFTLinear | None:
-    """An `HqqOFTLinear` around `target` if it is an `HQQLinear` or a tuner layer over one, else None.
+    """An `HqqOFTLinear` around `target` if it is an `HQQLinear` or a tuner layer around one, else None.
 
     Args:
         target: the module to wrap.
         adapter_name: name of its first adapter.
-        **kwargs: the settings of `HqqOFTLinear`, or a `peft.OFTConfig` as `config` or `oft_config`, which wins.
+        **kwargs: the settings of `HqqOFTLinear`, or a `peft.OFTConfig` as `config` or `oft_config`.
     """
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     return HqqOFTLinear(target, adapter_name, **kwargs) if isinstance(base, HQQLinear) else None
@@ -51,14 +51,14 @@ def _patched_replace_module(original: Callable[..., None]) -> Any:
     @functools.wraps(original)
     def replace(self: nn.Module, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, HqqOFTLinear):
-            adopt(self)  # the model outlives the patch, and must be able to unload then
+            adopt(self)  # the model outlives the patch and must still be able to unload
         replace_module(functools.partial(original, self), parent, child_name, new_module, child)
 
     return replace
 
 
 class _Patch:
-    """What `patch_peft` changed, to be undone; one per process."""
+    """The changes made by `patch_peft`, and how to undo them; one per process."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
@@ -100,9 +100,9 @@ _patch = _Patch()
 
 
 class PatchHandle:
-    """Returned by `patch_peft`: as a context manager it takes the patch back at the end of the block.
+    """Handle returned by `patch_peft`: as a context manager it removes the patch at the end of the block.
 
-    A patch from outside the block, or one asked for inside it to last, stays in force.
+    A patch applied before the block, or a permanent one applied inside it, stays active.
     """
 
     def __init__(self, lasting_before: bool) -> None:
@@ -121,10 +121,10 @@ class PatchHandle:
 def patch_peft() -> PatchHandle:
     """Have PEFT use `HqqOFTLinear` for every HQQ-quantized target of an `OFTConfig`.
 
-    From then on `get_peft_model`, `add_adapter`, `load_adapter` and `PeftModel.from_pretrained` build our layer;
-    `merge_adapter` changes all layers or none; `merge_and_unload` and `unload` give back HQQ layers (merged, after a
-    merge, as in PEFT); `adapter_names` reaches the layers; and `HqqOFTLinear` and `dispatch_hqq` can be imported from
-    `peft.tuners.oft.hqq` in every PEFT version. Calling it again changes nothing.
+    Afterwards `get_peft_model`, `add_adapter`, `load_adapter` and `PeftModel.from_pretrained` build `HqqOFTLinear`;
+    `merge_adapter` changes all layers or none; `merge_and_unload` and `unload` restore HQQ layers (merged, after a
+    merge, as in PEFT); `adapter_names` is passed to the layers; and `HqqOFTLinear` and `dispatch_hqq` can be imported
+    from `peft.tuners.oft.hqq` in every PEFT version. Idempotent.
 
     Returns:
         A handle that can be used in a `with` statement.
@@ -136,6 +136,6 @@ def patch_peft() -> PatchHandle:
 
 
 def unpatch_peft() -> None:
-    """Take `patch_peft` back, inside a `with` block too. Models that exist keep their layers and what they can do."""
+    """Remove the patch, even inside a `with` block; existing models keep their `HqqOFTLinear` layers and tuners."""
     _patch.lasting, _patch.blocks = False, 0
     _patch.revert_unless_wanted()

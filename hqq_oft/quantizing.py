@@ -1,4 +1,4 @@
-"""`quantize_model`: the linear layers of a model become HQQ layers, in place, one after the other."""
+"""`quantize_model` replaces the linear layers of a model by HQQ layers, in place, one at a time."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ Overrides = Mapping[str, Mapping[str, Any] | None]
 
 @dataclass(frozen=True)
 class QuantizationSettings:
-    """How one layer is quantized.
+    """Quantization settings of one layer.
 
     Attributes:
         nbits: 8, 6, 5, 4, 3, 2, 1.58 or 1.
-        group_size: weights that share a scale and a zero: a multiple of 8, or None for a whole row (axis 1) or column
-            (axis 0).
-        axis: along which a group runs: 1 along a row, 0 down a column.
+        group_size: weights per scale and zero: a multiple of 8, or None for a whole row (axis 1) or column (axis 0).
+        axis: axis of the groups: 1 along a row, 0 down a column.
 
     Raises:
         ValueError: a value is out of range.
@@ -50,7 +49,7 @@ class QuantizationSettings:
             raise ValueError(f"axis must be 0 or 1, got {self.axis!r}.")
 
     def check(self, name: str, linear: nn.Linear) -> None:
-        """Raise ValueError if a layer can't be quantized so."""
+        """Raise ValueError if a layer can't be quantized with these settings."""
         rows, columns = linear.weight.shape
         group = self.group_size or (columns if self.axis == 1 else rows)
         if rows * columns % group:
@@ -62,23 +61,23 @@ class QuantizationSettings:
         fields = LEVELS_PER_ELEMENT[PACKING_BITS[Quantizer.bit_to_packing[self.nbits]]]
         if self.nbits != 3 and levels % fields:
             raise ValueError(
-                f"{name}: its {levels} rows of levels can't be packed {fields} to a byte at {self.nbits} bits; choose "
+                f"{name}: its {levels} rows of levels can't be packed {fields} per byte at {self.nbits} bits; choose "
                 f"another group_size for it with overrides={{{name!r}: {{'group_size': ...}}}}, or skip it."
             )
 
     def for_hqq(self) -> dict[str, Any]:
-        """As HQQ's `quant_config`."""
+        """The settings as HQQ's `quant_config`."""
         return BaseQuantizeConfig(nbits=self.nbits, group_size=self.group_size, axis=self.axis)
 
 
 @dataclass
 class QuantizationReport:
-    """What `quantize_model` did.
+    """Result of `quantize_model`.
 
     Attributes:
-        quantized: name of each layer that was quantized -> its settings.
-        kept: name of each linear layer that was not -> the reason.
-        bytes_before, bytes_after: size of the model's parameters and buffers, scales and zeros included.
+        quantized: settings of each quantized layer, by name.
+        kept: reason for each linear layer that was not quantized, by name.
+        bytes_before, bytes_after: size of the model's parameters and buffers, including scales and zeros.
     """
 
     quantized: dict[str, QuantizationSettings] = field(default_factory=dict)
@@ -108,43 +107,43 @@ def quantize_model(
 ) -> QuantizationReport:
     """Quantize the `nn.Linear` layers of a model with HQQ, in place.
 
-    Each dense weight is freed before the next layer is quantized, so that beside the result there is never more than
-    one layer's scratch. Everything is checked before the first layer is touched. Should a layer fail after that (out of
-    memory, an interrupt), it and those after it are as they were, the model computes with those before it quantized,
-    and calling again goes on from there.
+    Each dense weight is freed before the next layer is quantized, so at most one layer's scratch memory is needed in
+    addition to the result. All arguments and layers are validated before the first layer is changed. If a layer fails
+    after that (out of memory, an interrupt), it and all later layers are unchanged, the model remains usable with the
+    earlier layers quantized, and calling again continues with the failed layer.
 
-    Layers of other classes, tied weights (an `lm_head` that is the embedding) and HQQ layers are left alone.
+    Layers of other classes, tied weights (an `lm_head` tied to the embedding) and HQQ layers are not changed.
 
-    Names in `skip_modules` and `overrides` are a module's full name, the end of it (`"down_proj"`, `"mlp.down_proj"`),
+    Names in `skip_modules` and `overrides` are a module's full name, a suffix of it (`"down_proj"`, `"mlp.down_proj"`),
     or a pattern with `*`, `?` and `[...]` for the full name (`"model.layers.0.*"`).
 
     Args:
-        model: any module that is in memory; usually one from transformers.
+        model: any module whose weights are in memory; usually a transformers model.
         nbits: bits per weight: 8, 6, 5, 4, 3, 2, 1.58 or 1.
-        group_size: weights that share a scale and a zero: a multiple of 8, or None for a whole row or column.
+        group_size: weights per scale and zero: a multiple of 8, or None for a whole row or column.
         axis: 1 for groups along a row, 0 down a column.
-        compute_dtype: floating dtype of the layers, to which the model's other parameters are cast too; by default each
-            layer's own, and nothing is cast.
-        device: where the whole model is put, layer by layer; by default everything stays where it is.
+        compute_dtype: floating dtype of the layers; the model's other parameters are cast to it too. By default each
+            layer keeps its dtype and nothing is cast.
+        device: device to move the whole model to, layer by layer; by default nothing is moved.
         skip_modules: names of layers to leave dense.
-        overrides: name -> settings that differ for it (`nbits`, `group_size`, `axis`), or None to leave it dense. The
-            last that matches counts.
-        progress: show a bar, on a terminal.
+        overrides: settings that differ (`nbits`, `group_size`, `axis`) by name, or None to leave a layer dense. The
+            last match wins.
+        progress: show a progress bar on a terminal.
 
     Returns:
-        What was quantized, what was kept and why, and what it takes.
+        A report of the quantized layers, the kept layers with reasons, and the model sizes.
 
     Raises:
-        TypeError: `compute_dtype` is no floating dtype, or the model has adapters on it.
-        ValueError: a setting is out of range, does not fit a layer or matches none; a weight is on the meta device or
-            not finite; a layer carries hooks. Nothing has changed then.
-        RuntimeError: quantizing a layer failed; the message names it and says what was done.
+        TypeError: `compute_dtype` is not a floating dtype, or the model has adapters.
+        ValueError: a setting is out of range, invalid for a layer or matches no layer; a weight is on the meta device
+            or not finite; a layer has hooks. The model is unchanged.
+        RuntimeError: quantizing a layer failed; the message names it and gives the state of the model.
     """
     if compute_dtype is not None and not compute_dtype.is_floating_point:
         raise TypeError(f"compute_dtype must be a floating dtype, got {compute_dtype}.")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise TypeError("the model has adapters on it; quantize the base model, then add them.")
-    torch.empty(0, device=device)  # an unknown or absent device shows here
+        raise TypeError("the model has adapters; quantize the base model, then add the adapters.")
+    torch.empty(0, device=device)  # raises if the device is unknown or unavailable
     report = QuantizationReport(bytes_before=stored_bytes(model))
     default = QuantizationSettings(nbits, group_size, axis)
     places = _plan(model, default, skip_modules, overrides or {}, report)
@@ -155,21 +154,21 @@ def quantize_model(
             _quantize_layer(model, linear, names, report.quantized[names[0]], compute_dtype, device)
         except BaseException as error:
             said = (
-                f"quantizing {names[0]} failed: {done} of {len(places)} layers are quantized, it and the rest are as "
-                "they were. The model can be used, and calling again goes on there"
+                f"quantizing {names[0]} failed: {done} of {len(places)} layers are quantized, it and the rest are "
+                "unchanged. The model remains usable; call quantize_model again to continue"
             )
             if isinstance(error, Exception):
                 raise RuntimeError(f"{said}. The cause: {error}") from error
             logger.warning("%s.", said)
             raise
     _place_rest(model, compute_dtype, device)
-    model.hqq_quantized = True  # type: ignore[assignment]  # PEFT leaves the dtypes of such models alone
+    model.hqq_quantized = True  # type: ignore[assignment]  # so that PEFT does not cast the model
     report.bytes_after = stored_bytes(model)
     return report
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a module's full name is `pattern`, ends in it after a dot, or fits it as a shell pattern."""
+    """Whether a module's full name equals `pattern`, ends with `.pattern`, or matches it as a shell pattern."""
     return name == pattern or name.endswith(f".{pattern}") or fnmatchcase(name, pattern)
 
 
@@ -180,7 +179,7 @@ def _plan(
     overrides: Overrides,
     report: QuantizationReport,
 ) -> dict[nn.Linear, list[str]]:
-    """The layers to quantize, each with all its names; enters every layer into the report."""
+    """The layers to quantize, each with all its names. Adds every linear layer to the report."""
     if isinstance(skip_modules, str):
         raise ValueError(f"skip_modules must be a list of names, got the string {skip_modules!r}.")
     settings_of = {pattern: _overridden(default, pattern, values) for pattern, values in overrides.items()}
@@ -192,18 +191,18 @@ def _plan(
     unmatched = set(overrides)
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, HQQLinear):
-            report.kept[name] = "it is an HQQ layer already"
+            report.kept[name] = "it is already an HQQ layer"
         if not isinstance(module, nn.Linear):
             continue
         fitting = [pattern for pattern in overrides if matches(name, pattern)]
         unmatched.difference_update(fitting)
         settings = settings_of[fitting[-1]] if fitting else default
         if not name:
-            raise ValueError("the model is itself the linear layer; use hqq.core.quantize.HQQLinear for one layer.")
+            raise ValueError("the model is a single linear layer; use hqq.core.quantize.HQQLinear for one layer.")
         if type(module) is not nn.Linear:
-            report.kept[name] = f"it is a {type(module).__name__}, which may compute something else"
+            report.kept[name] = f"it is a {type(module).__name__}, which may compute a different function"
         elif any(matches(name, pattern) for pattern in skip_modules):
-            report.kept[name] = "skip_modules names it"
+            report.kept[name] = "it matches skip_modules"
         elif uses[id(module.weight)] > 1:
             report.kept[name] = "its weight is tied to another module's"
         elif settings is None:
@@ -215,7 +214,7 @@ def _plan(
             report.quantized[name] = settings
             places.setdefault(module, []).append(name)
     if unmatched:
-        raise ValueError(f"overrides name no linear layer of the model: {sorted(unmatched)}.")
+        raise ValueError(f"overrides match no linear layer of the model: {sorted(unmatched)}.")
     return places
 
 
@@ -238,11 +237,11 @@ def _check_layer(name: str, linear: nn.Linear) -> None:
         raise ValueError(f"{name} is on the meta device: load the model's weights first, without offloading.")
     if linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
         raise ValueError(
-            f"{name} carries hooks, which its HQQ layer would not: load the model without device_map, or remove them "
-            "(accelerate.hooks.remove_hook_from_module), and say with device= where it should be."
+            f"{name} has hooks, which would be lost: load the model without device_map, or remove them "
+            "(accelerate.hooks.remove_hook_from_module), and choose the device with device=."
         )
     if not torch.isfinite(linear.weight).all():
-        raise ValueError(f"{name}: NaN or infinity in its weight.")
+        raise ValueError(f"{name}: its weight contains NaN or infinity.")
 
 
 def _quantize_layer(
@@ -258,10 +257,10 @@ def _quantize_layer(
         settings.for_hqq(),
         compute_dtype=compute_dtype or linear.weight.dtype,
         device=str(device or linear.weight.device),
-    )  # which has emptied `linear`
+    )  # HQQLinear has removed the parameters of `linear`
     merging.mend(layer)
     if layer.bias is not None:
-        layer.bias = nn.Parameter(layer.bias, requires_grad=False)  # so that it moves with the model
+        layer.bias = nn.Parameter(layer.bias, requires_grad=False)  # a parameter, so that it moves with the model
     layer.train(linear.training)
     for name in names:
         parent, _, child = name.rpartition(".")
@@ -269,9 +268,9 @@ def _quantize_layer(
 
 
 def _place_rest(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
-    """Cast what is not an HQQ layer's, and move everything.
+    """Move the whole model, and cast all tensors outside HQQ layers.
 
-    Buffers that are not saved, as the frequencies of rotary embeddings, keep their precision.
+    Non-persistent buffers, such as the frequencies of rotary embeddings, keep their dtype.
     """
     for module in model.modules():
         if isinstance(module, HQQLinear):
@@ -288,7 +287,7 @@ def _place_rest(model: nn.Module, dtype: torch.dtype | None, device: torch.devic
 
 
 def size_text(size: int) -> str:
-    """Bytes for people to read."""
+    """Human-readable size."""
     value, units = float(size), iter(("B", "KiB", "MiB", "GiB"))
     unit = next(units)
     while value >= 1024 and unit != "GiB":
@@ -297,7 +296,7 @@ def size_text(size: int) -> str:
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Size of a model's parameters and buffers, and of what HQQ layers keep besides, in bytes."""
+    """Size in bytes of a model's parameters and buffers, including the metadata tensors of HQQ layers."""
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         if isinstance(module, HQQLinear):

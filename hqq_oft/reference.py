@@ -1,7 +1,7 @@
-"""Every operation in plain PyTorch: the specification that each other backend is held against.
+"""Every operation in plain PyTorch: the specification that the other backends are tested against.
 
-Written for someone who knows the maths and no kernels. Half-precision inputs are widened to float32 for everything but
-the two large matrix products, which run in the input's dtype as they would in a dense layer. Symbols: tokens M,
+Written to be read without knowledge of kernels. Half-precision inputs are upcast to float32 for everything except the
+two large matrix products, which run in the input's dtype as in a dense layer. Symbols: tokens M,
 in-features K, out-features N, block size b, blocks B = K / b, adapters A.
 """
 
@@ -15,7 +15,7 @@ from .weight import LEVELS_PER_ELEMENT
 
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: float64 where any input has it, else float32."""
+    """The dtype to compute in: float64 if any input has it, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
@@ -33,7 +33,7 @@ def skew(v: Tensor, block_size: int) -> Tensor:
 def project(v: Tensor, max_norm: float) -> Tensor:
     """Scale each row of `v` so that its skew block's Frobenius norm, sqrt(2)*|v|, is at most `max_norm`.
 
-    Norms are float64 and may exceed the bound by the rounding of v's dtype, so that projecting again changes nothing.
+    Norms are float64 and may exceed the bound by the rounding error of v's dtype, so that projecting is idempotent.
     """
     wide = v.double()
     norm = (2 * wide.square().sum(dim=1, keepdim=True)).sqrt()
@@ -44,8 +44,8 @@ def project(v: Tensor, max_norm: float) -> Tensor:
 def series_coefficients(terms: int) -> list[int]:
     """Coefficients of Q, Q^2, ... in `D = R - I` for PEFT's Cayley-Neumann series of `terms` terms.
 
-    PEFT (0.18 and later) sums I + 2Q + ... + 2Q^(n-2) + Q^(n-1); its three terms give what four give, one term gives I
-    and two give I + 2Q.
+    PEFT (0.18 and later) sums I + 2Q + ... + 2Q^(n-2) + Q^(n-1); three terms are the same as four, one term gives I and
+    two give I + 2Q.
     """
     if terms < 3:
         return [2] * (terms - 1)
@@ -62,10 +62,10 @@ def cayley(
     that is D = -2Q(I + Q)^-1.
 
     Args:
-        v: `[S, b(b-1)/2]` with S the number of stored blocks: B, or 1 where all share one.
+        v: `[S, b(b-1)/2]` with S the number of stored blocks: B, or 1 if all positions share one.
         block_size: b.
         terms: number of series terms, at least 1; None for the exact map.
-        keep: bool `[B]`; False replaces a block's rotation by the identity. None keeps all.
+        keep: bool `[B]`; False replaces a block's rotation with the identity. None keeps all.
         max_norm: bound on each skew block's Frobenius norm (`project`), or None.
         dtype: of the result.
 
@@ -97,13 +97,13 @@ def cayley_backward(
 
     Series: reverse recurrence over the powers, with P_k = Q^k and c_k their coefficients: g_k = c_k G + g_{k+1} Q^T and
     dQ = g_1 + sum_k P_k^T g_{k+1}. Exact map: dQ = -1/2 (R + I)^T G (R + I)^T. Then dv_jk = dQ_jk - dQ_kj. The
-    projection to `max_norm` passes its gradient straight through, as in PEFT, which projects the parameter in place.
+    projection to `max_norm` uses a straight-through gradient, as in PEFT, which projects the parameter in place.
     """
     wide = wide_dtype(v.dtype)
     grad = grad.to(wide)
     if keep is not None:
         grad = torch.where(keep[:, None, None], grad, torch.zeros_like(grad))
-    if grad.shape[0] != v.shape[0]:  # one stored block, spread over all positions by `keep`
+    if grad.shape[0] != v.shape[0]:  # one stored block, broadcast to all positions by `keep`
         grad = grad.sum(dim=0, keepdim=True)
     v_wide = v.to(wide)
     if max_norm is not None:
@@ -144,7 +144,7 @@ def rotate(x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) 
     Args:
         x: `[M, K]`.
         d: `[B, b, b]`, or `[1, b, b]` for one block shared by all; with `adapter_index` `[A, B or 1, b, b]`.
-        adapter_index: int64 `[M]`, which of the A adapters each row gets; -1 leaves a row as it is.
+        adapter_index: int64 `[M]`, which of the A adapters each row gets; -1 leaves a row unchanged.
         transpose: rotate by the transposed blocks.
     """
     if adapter_index is not None:
@@ -208,7 +208,7 @@ def dequantize(
     axis: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`W = (level - zero) * scale`, `[N, K]`, computed wide and rounded once to `dtype`."""
+    """`W = (level - zero) * scale`, `[N, K]`, computed in float32 or wider and rounded once to `dtype`."""
     groups = out_features * in_features // group_size
     levels = unpack(packed, bits, groups if axis == 1 else group_size).to(wide_dtype(scale.dtype, dtype))
     if axis == 1:
@@ -228,7 +228,7 @@ def dequantize_rotate(
     d: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`W * R^T = W + W * blockdiag(D)^T`, `[N, K]`: the weight that takes the rotation over from the input."""
+    """`W * R^T = W + W * blockdiag(D)^T`, `[N, K]`: the weight with the rotation of its input folded in."""
     wide = wide_dtype(scale.dtype, dtype)
     weight = dequantize(packed, scale, zero, out_features, in_features, bits, group_size, axis, wide)
     return rotate(weight, d, None, True).to(dtype)

@@ -1,4 +1,4 @@
-"""`D = R - I` of adapters in inference, kept while the parameters that it was made from are unchanged."""
+"""Cache of `D = R - I` for inference; entries are valid while the parameters they were computed from are unchanged."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 class RotationCache:
-    """At most one `D` per adapter, and what batches that mix adapters need. Copies and pickles of it are empty.
+    """At most one `D` per adapter, and derived tensors for mixed-adapter batches. Copies and pickles of it are empty.
 
-    A parameter counts as unchanged while it is the same tensor, at the same address, and autograd's count of its
-    in-place changes is the same. That count does not see changes through `.data`: after one, `clear()`.
+    A parameter counts as unchanged while it is the same tensor, at the same address, with the same version counter.
+    Changes through `.data` do not bump that counter: call `clear()` after them.
 
-    While frozen (`hqq_oft.frozen_rotations`) nothing that is kept is let go, so that a CUDA graph may hold its address,
-    and a changed parameter is an error.
+    While frozen (`hqq_oft.frozen_rotations`) no entry is freed, so that a CUDA graph may hold its address, and a
+    changed parameter is an error.
     """
 
     def __init__(self) -> None:
@@ -31,23 +31,23 @@ class RotationCache:
         return len(self._entries)
 
     def get(self, adapter: str, v: Tensor, settings: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
-        """The adapter's `D`, computed where it is not kept or has changed.
+        """The adapter's `D`, recomputed if it is not cached or its key has changed.
 
         Args:
             adapter: its name.
-            v: the parameter that `D` is made from.
-            settings: what else decides `D`.
-            compute: makes it.
+            v: the parameter that `D` is computed from.
+            settings: the rest of the cache key: everything else that `D` depends on.
+            compute: computes `D`.
 
         Raises:
-            RuntimeError: it has changed while frozen.
+            RuntimeError: the key has changed while frozen.
         """
         capturing = _capturing(v.device)
-        # An inference tensor has no count of changes. A captured CUDA graph would hold on to the address of a `D` that
-        # it does not own, and never see a change: it computes its own, unless that is ruled out.
+        # An inference tensor has no version counter. A captured CUDA graph would keep the address of a `D` that it does
+        # not own and never see a change, so it computes its own, unless the cache is frozen.
         if v.is_inference() or (capturing and not self.frozen):
             return compute()
-        # Another stream would have to wait for what this one computes.
+        # Entries are per stream: another stream would have to synchronize with this one.
         stream = torch.cuda.current_stream(v.device).cuda_stream if v.is_cuda and not self.frozen else None
         key = (v.data_ptr(), v._version, stream, *settings)
         kept = self._entries.get(adapter)
@@ -58,23 +58,23 @@ class RotationCache:
                 f"the adapter {adapter!r} has changed while its rotations were frozen; leave the `frozen_rotations` "
                 "block before changing adapters, and capture CUDA graphs again."
             )
-        if capturing:  # a graph's own memory must not be kept by anything else
+        if capturing:  # memory of the graph's pool must not be cached
             return compute()
-        with torch.inference_mode(False), torch.no_grad():  # what is kept may meet a forward that records gradients
+        with torch.inference_mode(False), torch.no_grad():  # a later forward may record gradients
             d = compute()
         self._entries[adapter] = (v, key, d)
         return d
 
     def derived(self, key: Any, parts: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
-        """A tensor made from `parts`, which are compared by identity; the last one alone of a kind, unless frozen.
+        """A cached tensor computed from `parts`, which are compared by identity; one per kind, unless frozen.
 
         Args:
-            key: the kind, and whatever tells it from others of its kind.
-            parts: what it is made from.
-            compute: makes it.
+            key: the kind first, then what distinguishes tensors of that kind.
+            parts: the tensors it is computed from.
+            compute: computes it.
 
         Raises:
-            RuntimeError: a CUDA graph is being captured and it is not kept: making it copies from the host.
+            RuntimeError: not cached while a CUDA graph is being captured; computing it copies from the host.
         """
         kept = self._derived.get(key)
         if kept is not None and len(kept[0]) == len(parts) and all(a is b for a, b in zip(kept[0], parts, strict=True)):
@@ -93,10 +93,10 @@ class RotationCache:
         return made
 
     def drop(self, adapter: str) -> None:
-        """Forget one adapter.
+        """Drop one adapter's entry.
 
         Raises:
-            RuntimeError: it is frozen.
+            RuntimeError: the adapter is cached and the cache is frozen.
         """
         if adapter in self._entries:
             self._check_thawed()
@@ -104,10 +104,10 @@ class RotationCache:
         self._derived.clear()
 
     def clear(self) -> None:
-        """Forget all.
+        """Drop all entries.
 
         Raises:
-            RuntimeError: something is kept, and frozen.
+            RuntimeError: the cache is frozen and not empty.
         """
         if self._entries:
             self._check_thawed()

@@ -1,8 +1,8 @@
-"""`D = R - I` of many adapters, made together in one launch per setting for one training forward.
+"""`D = R - I` of many adapters, computed in one launch per setting for one training forward.
 
-What is shared are values: each layer's node still sends its gradient to its own parameter, and a layer that finds no
-value here computes its own. So nothing can be wrong where sharing does not reach, as in the second forward of gradient
-checkpointing, in another thread, or where a parameter is sharded.
+Only values are shared: each layer's autograd node still computes the gradient of its own parameter. A layer that finds
+no value here falls back to per-layer computation, as in the recomputation of gradient checkpointing, in another thread,
+or with sharded parameters.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Member:
 
     Attributes:
         v: its parameter.
-        arguments: what `functional.cayley` takes besides.
+        arguments: the other arguments of `functional.cayley`.
         dtype: of its `D`.
-        begin: what a layer does before it uses `v` in a forward (constrained OFT projects it).
-        version: autograd's count of changes of `v` when `d` was made.
-        d: the rotation, once it is made.
+        begin: called before `v` is used in a forward (constrained OFT projects it).
+        version: version counter of `v` when `d` was computed.
+        d: the rotation, once computed.
     """
 
     v: Tensor
@@ -40,26 +40,26 @@ class Member:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What adapters that share a launch have in common."""
+        """The key by which adapters are grouped into a launch."""
         return (self.v.dtype, self.v.device, self.dtype, *self.arguments.values())
 
 
 def can_share(v: Tensor) -> bool:
-    """Whether a parameter is whole and counts its changes: neither a shard, which FSDP gathers layer by layer, nor made
-    in inference mode.
+    """Whether a parameter can be shared: not an FSDP shard, which is gathered layer by layer, and not an inference
+    tensor, which has no version counter.
     """
     return type(v) is nn.Parameter and not v.is_inference() and v.device.type != "meta"
 
 
 class RotationStep:
-    """The rotations of one forward of `owner`; those of a kind are made when the first of them is asked for."""
+    """The rotations of one forward of `owner`; all of a kind are computed on first use of one of them."""
 
     def __init__(self, owner: nn.Module, members: Iterable[Member]) -> None:
         self.owner = owner
         self._members = {member.v: member for member in members}
 
     def rotation(self, v: Tensor) -> Tensor | None:
-        """`D` of a parameter; None if it is no member, or has changed since its `D` was made."""
+        """`D` of a parameter; None if it is not a member, or has changed since its `D` was computed."""
         member = self._members.get(v)
         if member is None:
             return None
@@ -78,7 +78,7 @@ class RotationStep:
             member.version, member.d = member.v._version, d
 
 
-# Per thread, as forwards in several threads may be of different models; innermost last.
+# Per thread, as several threads may run different models; innermost last.
 _steps: ContextVar[tuple[RotationStep, ...]] = ContextVar("hqq_oft_rotation_steps", default=())
 
 
@@ -89,12 +89,12 @@ def current() -> RotationStep | None:
 
 
 def enter(step: RotationStep) -> None:
-    """Make `step` the current one; one of the same owner that an interrupt has left behind is dropped."""
+    """Push `step`; a step of the same owner left over from an interrupted forward is dropped."""
     _steps.set((*(other for other in _steps.get() if other.owner is not step.owner), step))
 
 
 def leave(owner: nn.Module) -> None:
-    """Go back to the step before the current one, if that is one of `owner`: its forward may have failed before it."""
+    """Pop the current step if it belongs to `owner`; the forward may have failed before pushing one."""
     steps = _steps.get()
     if steps and steps[-1].owner is owner:
         _steps.set(steps[:-1])

@@ -1,7 +1,7 @@
-"""Reading and writing safetensors files: no claim of a header is believed, or given memory, before it is checked.
+"""Read and write safetensors files. Headers are validated before anything is allocated.
 
-A file is the length of its header (8 bytes, little-endian), the header, a JSON object of
-`name -> {"dtype", "shape", "data_offsets"}`, and the tensors' bytes
+A file consists of the header length (8 bytes, little-endian), the header (a JSON object that maps each name to
+`{"dtype", "shape", "data_offsets"}`) and the bytes of the tensors
 (https://github.com/huggingface/safetensors#format). Tensors are read and written one at a time.
 """
 
@@ -33,17 +33,17 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 100 << 20  # bytes; the format's own limit
+MAX_HEADER = 100 << 20  # bytes; the limit of the format
 _MAX_DIMENSIONS = 16
 
 
 class CheckpointError(ValueError):
-    """A file of a stored model is damaged, truncated or not what it should be; the message names file and tensor."""
+    """A file of a saved model is damaged, truncated or invalid; the message names the file and the tensor."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a header says of one tensor, checked against the size of its file."""
+    """Header entry of one tensor, validated against the file size."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -52,7 +52,7 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        """Stored size."""
+        """Stored size in bytes."""
         return self.end - self.begin
 
 
@@ -60,11 +60,11 @@ class TensorFile:
     """A safetensors file, open for reading.
 
     Attributes:
-        path: where it is.
-        entries: its tensors by name.
+        path: path of the file.
+        entries: header entries by tensor name.
 
     Raises:
-        CheckpointError: the file is truncated, or its header is not one of a whole file of this size.
+        CheckpointError: the file is truncated, or its header is invalid for a file of this size.
         OSError: the file can't be read.
     """
 
@@ -91,16 +91,16 @@ class TensorFile:
         self._file.close()
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that name, in host memory of its own.
+        """Read a tensor into newly allocated host memory.
 
         Raises:
-            CheckpointError: the file has become shorter.
+            CheckpointError: the file was truncated after it was opened.
         """
         entry = self.entries[name]
         data = torch.empty(entry.bytes, dtype=torch.uint8)
         self._file.seek(self._start + entry.begin)
         if self._file.readinto(_bytes(data)) != entry.bytes:
-            raise self._error(name, "the file ends before the tensor does")
+            raise self._error(name, "the file ends before the end of the tensor")
         return data.view(entry.dtype).reshape(entry.shape)
 
     def _error(self, name: str | None, why: str) -> CheckpointError:
@@ -110,13 +110,13 @@ class TensorFile:
         prefix = self._file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > size - 8:
-            raise self._error(None, f"truncated, or no safetensors file: {size} bytes don't hold its header")
+            raise self._error(None, f"truncated, or not a safetensors file: the header does not fit in {size} bytes")
         if length > MAX_HEADER:
-            raise self._error(None, f"the header claims {length} bytes; at most {MAX_HEADER} are accepted")
+            raise self._error(None, f"the header length is {length} bytes; at most {MAX_HEADER} are accepted")
         try:
             header = json.loads(self._file.read(length).decode(), object_pairs_hook=_without_duplicates)
         except (ValueError, RecursionError) as error:
-            raise self._error(None, f"the header is not the JSON it should be ({error})") from None
+            raise self._error(None, f"the header is not valid JSON ({error})") from None
         if not isinstance(header, dict):
             raise self._error(None, "the header is not a JSON object")
         header.pop("__metadata__", None)
@@ -133,23 +133,23 @@ class TensorFile:
         if not _are_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= available:
             raise self._error(
                 name,
-                f"data_offsets {str(offsets)[:80]} aren't in the {available} bytes of data: truncated or damaged",
+                f"data_offsets {str(offsets)[:80]} are outside the {available} bytes of data: truncated or damaged",
             )
         dtype, (begin, end) = DTYPES[value["dtype"]], offsets
         needed = math.prod(shape) * dtype.itemsize
         if end - begin != needed:
-            raise self._error(name, f"{end - begin} bytes are stored, but {value['dtype']} {shape} takes {needed}")
+            raise self._error(name, f"{end - begin} bytes are stored, but {value['dtype']} {shape} requires {needed}")
         return Entry(dtype, tuple(shape), begin, end)
 
     def _check_layout(self, available: int) -> None:
-        """The tensors must fill the data end to end: no overlap, in which one would be read as another, and no gap."""
+        """Check that the tensors cover the data section exactly, without overlaps or gaps."""
         reached = 0
         for name, entry in sorted(self.entries.items(), key=lambda item: (item[1].begin, item[1].end)):
             if entry.begin != reached:
-                raise self._error(name, f"it begins at byte {entry.begin}, where {reached} was due")
+                raise self._error(name, f"it begins at byte {entry.begin}, expected {reached}")
             reached = entry.end
         if reached != available:
-            raise self._error(None, f"the header describes {reached} of {available} bytes of data")
+            raise self._error(None, f"the header covers {reached} of {available} bytes of data")
 
 
 def _are_sizes(value: Any) -> bool:
@@ -159,12 +159,12 @@ def _are_sizes(value: Any) -> bool:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        raise ValueError("a key occurs twice")
+        raise ValueError("duplicate key")
     return result
 
 
 def crc32(tensor: Tensor) -> int:
-    """Checksum of the tensor's bytes in row-major order; the tensor is in host memory."""
+    """CRC-32 of the tensor's bytes in row-major order; the tensor must be in host memory."""
     return zlib.crc32(_bytes(tensor))
 
 
@@ -172,20 +172,20 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Write a new safetensors file.
 
     Args:
-        path: of the file, which must not exist.
-        tensors: by name; on any device, strided as they may be, and sharing memory if they like: each is written whole.
+        path: path of the file, which must not exist.
+        tensors: tensors by name, on any device. They may be non-contiguous or share storage; each is written in full.
 
     Returns:
-        `crc32` of each tensor.
+        The `crc32` of each tensor.
 
     Raises:
-        TypeError: safetensors has no name for a dtype.
+        TypeError: safetensors does not support the dtype of a tensor.
         OSError: the file exists, or can't be written.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPE_NAMES:
-            raise TypeError(f"tensor {name!r}: safetensors files can't hold {tensor.dtype}.")
-    # Wide elements first: then every tensor begins at a multiple of its element's size.
+            raise TypeError(f"tensor {name!r}: safetensors does not support {tensor.dtype}.")
+    # Sort by decreasing element size, so that every tensor is aligned to its element size.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -210,5 +210,5 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _bytes(tensor: Tensor) -> Any:
-    """The memory of a tensor, as a buffer; of a copy, if it is strided."""
+    """The bytes of a tensor as a buffer; a copy if the tensor is not contiguous."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()

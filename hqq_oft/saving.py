@@ -1,4 +1,4 @@
-"""`save_quantized`: a model with HQQ layers as a directory of safetensors and JSON files."""
+"""`save_quantized` writes a model with HQQ layers to a directory of safetensors and JSON files."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ def save_quantized(
     overwrite: bool = False,
     extra_files: Iterable[str | os.PathLike[str]] = (),
 ) -> None:
-    """Write a model with HQQ layers, which `load_quantized` reads again bit for bit.
+    """Save a model with HQQ layers, so that `load_quantized` restores it bit for bit.
 
-    The directory holds `config.json`, safetensors files in the form of HQQ's own state dict, `generation_config.json`
+    The directory contains `config.json`, safetensors files in the format of HQQ's state dict, `generation_config.json`
     if the model has one, and `hqq_oft.json` with a checksum of each tensor. transformers 4.57 loads it with
-    `from_pretrained`. Tensors are written one at a time; the directory appears when all of it is on disk, or not at
+    `from_pretrained`. Tensors are written one at a time. The save is atomic: the directory appears complete or not at
     all.
 
     Args:
         model: a transformers model, from `quantize_model`, `load_quantized`, `merge_and_unload`, or transformers 4.57
             with an `HqqConfig`.
-        directory: to be made.
-        max_shard_size: of one file's tensors: bytes, or a text such as `"500MB"`.
-        overwrite: replace a model that is there already.
-        extra_files: files to copy into the directory, such as a tokenizer's.
+        directory: the directory to create.
+        max_shard_size: maximum size of the tensors in one file: bytes, or a string such as `"500MB"`.
+        overwrite: replace an existing model.
+        extra_files: files to copy into the directory, such as tokenizer files.
 
     Raises:
-        FileExistsError: the directory is there and not empty, and `overwrite` is False or it holds no model.
-        TypeError: the model is not one of transformers, or has adapters on it, or no HQQ layer.
-        ValueError: `max_shard_size` is not understood; a tensor is on the meta device.
-        OSError: a file can't be read or written. In each case nothing has changed on disk.
+        FileExistsError: the directory exists and is not empty, and `overwrite` is False or it contains no model.
+        TypeError: the model is not a transformers model, has adapters, or has no HQQ layer.
+        ValueError: `max_shard_size` is invalid; a tensor is on the meta device.
+        OSError: a file can't be read or written. On any of these errors nothing on disk has changed.
     """
     shard_bytes = parse_size(max_shard_size)
     _check_model(model)
@@ -66,16 +66,16 @@ def save_quantized(
 
 
 def copy_into(directory: Path, files: Iterable[str | os.PathLike[str]]) -> None:
-    """Copy files into a directory, under their own names."""
+    """Copy files into a directory and keep their names."""
     for file in files:
         shutil.copyfile(file, directory / Path(file).name)
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes from a number or a text such as `"500MB"` (powers of ten) or `"2GiB"` (of two).
+    """Convert a number or a string such as `"500MB"` (powers of ten) or `"2GiB"` (powers of two) to bytes.
 
     Raises:
-        ValueError: it is not understood.
+        ValueError: `size` is not a valid size.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     if not found or found[2].upper() not in _UNITS or float(found[1]) <= 0:
@@ -86,7 +86,7 @@ def parse_size(size: int | str) -> int:
 def _check_model(model: nn.Module) -> None:
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise TypeError(
-            "the model has adapters on it: merge them with model.merge_and_unload(), or take them off with "
+            "the model has adapters: merge them with model.merge_and_unload(), or remove them with "
             "model.unload() and save them with model.save_pretrained()."
         )
     if not hasattr(getattr(model, "config", None), "to_json_string"):
@@ -96,7 +96,7 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Everything to store, in the order of the modules; of tensors with several names, the first."""
+    """All tensors to store, in module order; tied tensors are stored once, under their first name."""
     tensors: dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
         own = {
@@ -114,14 +114,14 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _config(model: Any) -> dict[str, Any]:
-    """`config.json`, with what transformers 4.57 asks of a model that HQQ quantized."""
+    """Contents of `config.json`, with the fields that transformers 4.57 requires for HQQ models."""
     config = json.loads(model.config.to_json_string())
     layers = {name: module for name, module in model.named_modules() if isinstance(module, HQQLinear)}
     first = next(iter(layers.values()))
     config["architectures"] = [type(model).__name__]
     config["quantization_config"] = {
         "quant_method": "hqq",
-        # of one layer; each layer's own settings are stored with its weight
+        # of the first layer; each layer's settings are stored with its weight
         "quant_config": {**merging.quantization_settings(first), "offload_meta": False},
         "skip_modules": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
     }

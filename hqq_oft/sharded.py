@@ -1,4 +1,4 @@
-"""Adapters of models whose parameters FSDP shards."""
+"""Adapters of models with FSDP-sharded parameters."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from torch.distributed.tensor import DTensor
 
 
 def full_adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
-    """The parameters of one adapter, whole and in host memory, whether `fully_shard` has sharded them or not.
+    """The full parameters of one adapter in host memory, whether or not `fully_shard` has sharded them.
 
-    Every process must call it, and gets all of them. One process then writes a checkpoint like any other:
-    `model.save_pretrained(folder, state_dict=state)`. PyTorch's own `get_model_state_dict` can't serve a model with
-    HQQ layers, whose state dicts hold more than parameters and buffers.
+    A collective: every process must call it, and gets all parameters. One process then writes an ordinary checkpoint:
+    `model.save_pretrained(folder, state_dict=state)`. PyTorch's own `get_model_state_dict` does not work with HQQ
+    layers, whose state dicts contain more than parameters and buffers.
 
     Args:
         model: a `PeftModel`.
         adapter_name: which adapter.
 
     Returns:
-        Name in `model.state_dict()` -> tensor; with it, what PEFT saves along (`modules_to_save`).
+        Name in `model.state_dict()` -> tensor, including the modules that PEFT saves too (`modules_to_save`).
 
     Raises:
         ValueError: the model has no adapter of that name.

@@ -12,7 +12,7 @@ from .layer import HqqOFTLinear
 
 
 class SharedRotations:
-    """Returned by `share_rotations`: `remove()` takes it back, as the end of a `with` block does."""
+    """Handle returned by `share_rotations`: `remove()`, or the end of a `with` block, stops sharing."""
 
     def __init__(self, model: nn.Module) -> None:
         self._handles = [
@@ -27,7 +27,7 @@ class SharedRotations:
         self.remove()
 
     def remove(self) -> None:
-        """Let every layer compute its own rotations again."""
+        """Stop sharing: every layer computes its own rotations again."""
         for handle in self._handles:
             handle.remove()
 
@@ -47,16 +47,16 @@ def _leave(model: nn.Module, args: Any, output: Any) -> None:
 def share_rotations(model: nn.Module) -> SharedRotations:
     """Compute the rotations of all adapters of a model in one launch per training forward.
 
-    Without it every layer computes its own, in forward and again in backward. With it `functional.cayley_many` computes
-    those of one block size, series and dtype together and they are kept until backward: K x b elements per layer more
-    memory, for two launches per layer less. Outputs and gradients are the same bit for bit. It pays where launches are
-    what a step waits for: on GPUs with short batches, and for small layers.
+    By default every layer computes its own, in forward and again in backward. With sharing, `functional.cayley_many`
+    computes those of the same block size, series and dtype together and they are kept until backward: K x b elements
+    more memory and two launches less per layer. Outputs and gradients are bitwise identical. This helps if training is
+    bound by launch overhead: on GPUs with small batches, and for small layers.
 
-    Layers compute their own where the rotations can't be shared: adapters with module dropout, parameters that FSDP
-    shards, compiled layers, the second forward of gradient checkpointing.
+    Layers fall back to computing their own if rotations cannot be shared: adapters with module dropout, parameters
+    sharded by FSDP, compiled layers, the recomputation of gradient checkpointing.
 
     Args:
-        model: whose `HqqOFTLinear` layers share; its own forward is what starts a step.
+        model: the model whose `HqqOFTLinear` layers share; each of its forwards starts a step.
 
     Returns:
         A handle with `remove()`, which can be used in a `with` statement.

@@ -1,4 +1,4 @@
-"""A directory that is there complete or not at all."""
+"""Atomic creation and replacement of directories."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pathlib import Path
 
 @contextmanager
 def staged_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A new, empty directory beside `target` that takes its place when the block ends, after its files are on disk.
+    """Yield a new, empty sibling of `target` that is synced to disk and renamed to `target` when the block ends.
 
-    If the block raises, what it wrote is removed and `target` is as it was. A process that is killed meanwhile leaves
-    `target` alone and a hidden sibling `.<name>.partial-...`, which can be deleted; one killed in the instant in which
-    an old `target` is exchanged leaves that as `.<name>.replaced-...`.
+    If the block raises, the new directory is removed and `target` is unchanged. If the process is killed, `target` is
+    unchanged and a hidden sibling `.<name>.partial-...` remains, which can be deleted. If it is killed between the two
+    renames that replace an old `target`, the old directory remains as `.<name>.replaced-...`.
 
     Args:
-        target: the directory to make; missing parents are made too.
-        overwrite: whether `target` may be a model's directory, which is replaced: one that holds a `config.json`.
+        target: the directory to create; missing parents are created too.
+        overwrite: whether to replace `target` if it is a model directory, that is, contains a `config.json`.
 
     Yields:
         The directory to write into.
 
     Raises:
-        FileExistsError: `target` is there and must not be replaced; nothing was written.
-        OSError: of the first write that failed, with `target` in its message.
+        FileExistsError: `target` exists and must not be replaced; nothing was written.
+        OSError: a write failed; the message names `target`.
     """
     target = target.resolve()
     check_replaceable(target, overwrite)
@@ -42,13 +42,13 @@ def staged_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError) and error.errno is not None:
-            raise OSError(error.errno, f"{error.strerror}: writing {target}, where nothing was changed") from error
+            raise OSError(error.errno, f"{error.strerror}: writing {target}; nothing was changed") from error
         raise
     _flush(target.parent)
 
 
 def check_replaceable(target: Path, overwrite: bool) -> None:
-    """Raise FileExistsError unless `staged_directory` may put a directory at `target`."""
+    """Raise FileExistsError unless `staged_directory` may create or replace `target`."""
     if not target.exists() and not target.is_symlink():
         return
     if not target.is_dir():
@@ -56,9 +56,9 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
     if not any(target.iterdir()):
         return
     if not overwrite:
-        raise FileExistsError(f"{target} exists; choose another name, or replace it: overwrite=True, --force.")
+        raise FileExistsError(f"{target} exists; choose another name, or replace it with overwrite=True (--force).")
     if not (target / "config.json").is_file():
-        raise FileExistsError(f"{target} holds no config.json, so it is no model's directory: it is not overwritten.")
+        raise FileExistsError(f"{target} contains no config.json; only model directories are overwritten.")
 
 
 def _sibling(target: Path, role: str) -> Path:
@@ -66,7 +66,7 @@ def _sibling(target: Path, role: str) -> Path:
 
 
 def _flush(path: Path) -> None:
-    """Have the disk hold a file, or the names in a directory."""
+    """Sync a file or a directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -76,7 +76,7 @@ def _flush(path: Path) -> None:
 
 def _install(staging: Path, target: Path, overwrite: bool) -> None:
     if not overwrite or not target.exists():
-        staging.rename(target)  # fails where another has put something meanwhile
+        staging.rename(target)  # fails if another process has created a non-empty target
         return
     replaced = _sibling(target, "replaced")
     target.rename(replaced)
@@ -85,4 +85,4 @@ def _install(staging: Path, target: Path, overwrite: bool) -> None:
     except BaseException:
         replaced.rename(target)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)  # the new one is in place: what can't be removed is no failure
+    shutil.rmtree(replaced, ignore_errors=True)  # the replacement is complete; leftovers are harmless

@@ -1,7 +1,7 @@
-"""One HQQ layer as named tensors: the form of `HQQLinear.state_dict`, in which transformers 4.57 stores models too.
+"""One HQQ layer as named tensors, in the format of `HQQLinear.state_dict`, which transformers 4.57 also uses.
 
-Settings are tensors there: numbers as scalars, names as ASCII bytes. HQQ decodes them with `eval`; here each is checked
-against a list, and the sizes of the weight follow from them before anything of that size is read.
+Settings are stored as tensors: numbers as scalars, names as ASCII bytes. HQQ decodes them with `eval`; here they are
+compared with the accepted values. The weight's size is computed from them and validated before the weight is read.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from .checkpoint import Checkpoint
 from .weight import LEVELS_PER_ELEMENT, PACKING_BITS, QuantizedWeight
 
 _DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
-_MAX_SETTING = 64  # bytes; the longest, a dtype's name, takes 14
+_MAX_SETTING = 64  # bytes; the longest setting, a dtype name, has 14
 
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """Settings of an HQQ layer, as a checkpoint holds them.
+    """Settings of an HQQ layer as stored in a checkpoint.
 
     Attributes:
         shape: `(out_features, in_features)`.
-        nbits: bits that were asked for: 8, 6, 5, 4, 3, 2, 1.58 or 1.
-        group_size: levels that share a scale; that of a whole row or column if `channel_wise` is False.
+        nbits: requested bits per weight: 8, 6, 5, 4, 3, 2, 1.58 or 1.
+        group_size: levels per scale; that of a whole row or column if `channel_wise` is False.
         axis: 0 or 1.
-        packing: HQQ's name of it.
-        channel_wise: False for one scale for the whole weight.
-        optimize, round_zero: how it was quantized, and a merged weight will be.
-        view_as_float: whether the packed bytes pass for numbers of the compute dtype.
-        compute_dtype: of the layer, its scale and its zero.
+        packing: HQQ's name of the packing format.
+        channel_wise: False if one scale is used for the whole weight.
+        optimize, round_zero: quantizer options, used again when a merged weight is quantized.
+        view_as_float: whether the packed bytes are viewed as the compute dtype.
+        compute_dtype: dtype of the layer, its scale and its zero.
     """
 
     shape: tuple[int, int]
@@ -52,11 +52,11 @@ class StoredLayer:
 
     @classmethod
     def read(cls, checkpoint: Checkpoint, name: str, linear: nn.Linear) -> StoredLayer:
-        """The settings of the layer `name`, which stands for `linear`; nothing of the weight's size is read.
+        """Read the settings of the layer `name`, which replaces `linear`; the weight itself is not read.
 
         Raises:
-            CheckpointError: a setting is missing or not one of HQQ's, or a tensor does not have the dtype and shape
-                that go with the settings and with `linear`.
+            CheckpointError: a setting is missing or invalid, or the dtype or shape of a tensor does not match the
+                settings and `linear`.
         """
 
         def setting(field: str, decode: Callable[[Tensor], Any], accepted: Any = None) -> Any:
@@ -74,18 +74,18 @@ class StoredLayer:
 
         for field in ("quant_scale", "quant_zero", "offload_meta"):
             if setting(field, _number, (0, 1)):
-                raise checkpoint.error(f"{name}.{field}", "HQQ's deprecated form with it set can't be loaded")
+                raise checkpoint.error(f"{name}.{field}", "must be 0; HQQ's deprecated formats are not supported")
         shape = tuple(setting("shape", lambda tensor: tensor.flatten().tolist()))
         if shape != (linear.out_features, linear.in_features):
             raise checkpoint.error(
-                f"{name}.shape", f"{shape}, where config.json has {(linear.out_features, linear.in_features)}"
+                f"{name}.shape", f"{shape}, but config.json has {(linear.out_features, linear.in_features)}"
             )
         packing = setting("packing", _text, PACKING_BITS)
         nbits = setting("nbits", _number, (8, 6, 5, 4, 3, 2, 1.58, 1))
         if nbits == 1 and packing == "2bit_u8":
-            nbits = 1.58  # HQQ keeps whole numbers alone
+            nbits = 1.58  # HQQ truncates nbits in its state dicts
         if Quantizer.bit_to_packing[nbits] != packing:
-            raise checkpoint.error(f"{name}.packing", f"{packing} does not go with {nbits} bits")
+            raise checkpoint.error(f"{name}.packing", f"{packing} does not match {nbits} bits")
         stored = cls(
             shape=shape,
             nbits=nbits,
@@ -120,7 +120,7 @@ class StoredLayer:
             checkpoint.expect(f"{name}.bias", (self.shape[0],), tuple(_DTYPES.values()))
 
     def load(self, checkpoint: Checkpoint, name: str, has_bias: bool, device: torch.device) -> HQQLinear:
-        """The layer, on `device`.
+        """Load the layer onto `device`.
 
         Raises:
             CheckpointError: a tensor is damaged.
@@ -130,7 +130,7 @@ class StoredLayer:
         for field in ("scale", "zero"):
             parts[field] = checkpoint.read(f"{name}.{field}")
             if not parts[field].isfinite().all():
-                raise checkpoint.error(f"{name}.{field}", "NaN or infinity in it")
+                raise checkpoint.error(f"{name}.{field}", "contains NaN or infinity")
         meta = {
             "nbits": self.nbits,
             "group_size": self.group_size,
@@ -173,21 +173,21 @@ FIELDS = (
     *("channel_wise", "optimize", "round_zero", "view_as_float"),
     *("quant_scale", "quant_zero", "offload_meta", "encoded_state_dict", "stores_quant_config"),
 )
-"""Every name that a stored layer uses."""
+"""Every field name of a stored layer."""
 
 
 def tensors_of(layer: HQQLinear) -> dict[str, Tensor]:
-    """What is stored of `layer`, by field. Scale and zero that HQQ holds quantized or stacked are stored plainly.
+    """Tensors to store for `layer`, by field. Quantized or stacked scales and zeros are stored as plain tensors.
 
     Raises:
-        ValueError: the layer is not initialised.
+        ValueError: the layer is not initialized.
     """
     weight = QuantizedWeight.from_hqq(layer)
     settings, meta = merging.quantization_settings(layer)["weight_quant_params"], layer.meta
     plain = not (meta.get("quant_scale") or meta.get("quant_zero") or "zero_scale" in meta)
     per_group = (-1, 1) if weight.axis == 1 else (1, -1)
     tensors = {
-        # Not packed at all is as good as packed one level to a byte.
+        # An unpacked weight is stored in the 8-bit packing, one level per byte.
         "W_q": layer.W_q.detach() if meta["packing"] else weight.packed,
         "scale": meta["scale"] if plain else weight.scale.reshape(per_group),
         "zero": meta["zero"] if plain else weight.zero.reshape(per_group),
@@ -230,7 +230,7 @@ def _number(tensor: Tensor) -> int | float | None:
     value = tensor.item() if tensor.numel() == 1 else math.nan
     if not math.isfinite(value):
         return None
-    return round(value, 2) if value % 1 else int(value)  # 1.58 is no exact float32
+    return round(value, 2) if value % 1 else int(value)  # 1.58 is not exactly representable in float32
 
 
 def _text(tensor: Tensor) -> str:

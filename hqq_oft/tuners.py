@@ -1,4 +1,4 @@
-"""The tuner of a model with our layers: unloading HQQ layers, merging all layers or none, mixing adapters."""
+"""Tuners for models with `HqqOFTLinear` layers: unloading HQQ layers, atomic merging, mixed-adapter batches."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ logger = logging.getLogger("hqq_oft")
 
 
 class HqqOFTModel(OFTModel):
-    """An `OFTModel` that can unload HQQ layers, merges all layers or none, and mixes adapters in a batch.
+    """An `OFTModel` that can unload HQQ layers, merges all layers or none, and supports mixed-adapter batches.
 
-    The tuner of a model becomes one when the first of our layers is put into it.
+    A model's tuner is changed to this class when its first `HqqOFTLinear` is inserted.
     """
 
-    _unloaded_errors: Mapping[str, float] = {}  # a tuner that becomes one runs no __init__
+    _unloaded_errors: Mapping[str, float] = {}  # `adopt` changes the class of a tuner without running __init__
 
     def merge_errors(self) -> dict[str, float]:
-        """How far storing has moved the weight of each merged HQQ layer: name -> |W'_q - W'| / |W'|.
+        """Quantization or rounding error of each merged HQQ layer: name -> |W'_q - W'| / |W'|.
 
-        After `merge_and_unload`, which leaves no layers to ask, those of the layers that it merged.
+        After `merge_and_unload`, the errors of the layers that it merged and removed.
         """
         layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, HqqOFTLinear)]
         merged = {name: layer.merge_error for name, layer in layers if layer.merge_error is not None}
@@ -46,7 +46,7 @@ class HqqOFTModel(OFTModel):
         replace_module(super()._replace_module, parent, child_name, new_module, child)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As PEFT's, for all layers or none: if one fails, those merged before it are put back."""
+        """As in PEFT, but atomic: if one layer fails, the layers merged before it are restored."""
         self._merge_all(tqdm_disable=None, safe_merge=safe_merge, adapter_names=adapter_names)
 
     def merge_and_unload(
@@ -56,20 +56,20 @@ class HqqOFTModel(OFTModel):
         adapter_names: list[str] | None = None,
         into: MergeInto = None,
     ) -> nn.Module:
-        """As PEFT's, for all layers or none; `hqq_oft.merge_report` measures beforehand what each choice loses.
+        """As in PEFT, but atomic: all layers or none. `hqq_oft.merge_report` measures the error of each choice.
 
         Args:
-            progressbar: show a bar.
+            progressbar: show a progress bar.
             safe_merge: check for NaN and infinity.
             adapter_names: the adapters to merge, by default the active ones.
             into: what the HQQ layers that adapters are merged into become: HQQ layers with their own settings (None) or
-                with that many bits, or `"dense"` linear layers in their compute dtype, which lose nothing but rounding.
+                with that many bits, or `"dense"` linear layers in their compute dtype, whose only error is rounding.
 
         Returns:
             The model without adapters.
 
         Raises:
-            ValueError: `into` is none of these; a layer can't be merged. The model is as it was then.
+            ValueError: `into` is not one of these, or a layer cannot be merged; the model is unchanged.
         """
         check_into(into)
         return self._unload_and_optionally_merge(
@@ -79,17 +79,17 @@ class HqqOFTModel(OFTModel):
     def _merge_all(
         self, tqdm_disable: bool | None, safe_merge: bool, adapter_names: list[str] | None, into: MergeInto = None
     ) -> tuple[dict[str, float], dict[nn.Module, nn.Linear]]:
-        """Merge every layer; with `into="dense"` ours stay as they are, and what is to replace them is returned.
+        """Merge every layer; with `into="dense"` each `HqqOFTLinear` is unchanged and its replacement is returned.
 
         Returns:
-            The error of each of our layers by name, and the dense layers.
+            The error of each `HqqOFTLinear` by name, and the dense replacements by layer.
         """
         errors: dict[str, float] = {}
         dense: dict[nn.Module, nn.Linear] = {}
         self._check_merge_allowed()
         layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, BaseTunerLayer)]
         with _merge_undone_on_error([layer for _, layer in layers]):
-            # disable=None shows the bar on a terminal alone
+            # disable=None shows the bar only on a terminal
             progress, worst = tqdm(layers, disable=tqdm_disable, desc="Merging OFT layers", unit="layer"), 0.0
             for name, layer in progress:
                 error = None
@@ -121,7 +121,7 @@ class HqqOFTModel(OFTModel):
         )
         if not merge:
             return unload(merge=False, progressbar=progressbar)
-        # First merge every layer, then let PEFT swap them out; it finds them merged.
+        # First merge every layer, then let PEFT replace them; it finds them already merged.
         places = [
             (parent, name, child)
             for parent in self.model.modules()
@@ -155,9 +155,9 @@ class HqqOFTModel(OFTModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names` of one forward or `generate` to every layer, with the checks of PEFT's LoRA.
+        """Pass `adapter_names` of one forward or `generate` to every layer, with the checks of PEFT's LoRA.
 
-        As there, beams are counted from the keyword `num_beams`, not from a `generation_config`.
+        As in PEFT, the number of beams is read from the keyword `num_beams`, not from a `generation_config`.
         """
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
@@ -182,13 +182,13 @@ class HqqOFTModel(OFTModel):
         foreign = sorted({type(layer).__name__ for layer in layers if not isinstance(layer, HqqOFTLinear)})
         if foreign:
             raise ValueError(
-                "`adapter_names` needs every OFT layer to be an HqqOFTLinear, but the model also adapts layers that "
-                f"are not HQQ-quantized ({', '.join(foreign)}), where PEFT ignores it. Target HQQ layers alone."
+                "`adapter_names` requires every OFT layer to be an HqqOFTLinear, but the model also adapts layers that "
+                f"are not HQQ-quantized ({', '.join(foreign)}), where PEFT ignores it. Target only HQQ layers."
             )
         unexpected = set(adapter_names) - {name for layer in layers for name in layer.oft_R} - {"__base__"}
         if unexpected:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unexpected))}")
-        # Beam search repeats each sample; an encoder still sees the samples as they were given.
+        # Beam search repeats each sample, but only for the decoder; an encoder gets the original samples.
         repeated = [name for name in adapter_names for _ in range(beams if isinstance(beams, int) else 1)]
         in_encoder: set[nn.Module] = set()
         if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
@@ -206,9 +206,9 @@ def _add_adapter_names(module: nn.Module, args: Any, kwargs: Any, *, adapter_nam
 
 @contextmanager
 def _merge_undone_on_error(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
-    """If the block raises, put the weights and the lists of merged adapters of all layers back.
+    """Restore the weights and the lists of merged adapters of all layers if the block raises.
 
-    PEFT's own layers merge into their weight in place, so a copy of it is kept meanwhile.
+    PEFT's own layers merge into their weight in place, so a copy of it is kept inside the block.
     """
     ours = [(layer, layer.merge_state()) for layer in layers if isinstance(layer, HqqOFTLinear)]
     others = [
@@ -224,7 +224,7 @@ def _merge_undone_on_error(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
             layer.restore_merge_state(state)
         for layer, weight, before, merged in others:
             weight.data = before
-            layer.get_base_layer().weight = weight  # PEFT may have put another in its place
+            layer.get_base_layer().weight = weight  # PEFT may have replaced the parameter
             layer.merged_adapters[:] = merged
         raise
 
@@ -241,12 +241,12 @@ _PEFT_TUNERS = {ours: theirs for theirs, ours in _OUR_TUNERS.items()}
 
 
 def adopt(tuner: nn.Module) -> None:
-    """Make a tuner of PEFT's ours, in place."""
+    """Change a PEFT tuner to this package's subclass, in place."""
     tuner.__class__ = _OUR_TUNERS.get(type(tuner), type(tuner))
 
 
 def match_tuners(model: nn.Module) -> None:
-    """Make each tuner in `model` ours or PEFT's, by whether there are layers of ours in it."""
+    """Change each tuner in `model` to this package's class if it contains an `HqqOFTLinear`, else to PEFT's."""
     for tuner in [module for module in model.modules() if type(module) in {*_OUR_TUNERS, *_PEFT_TUNERS}]:
         if any(isinstance(module, HqqOFTLinear) for module in tuner.modules()):
             adopt(tuner)
@@ -257,14 +257,14 @@ def match_tuners(model: nn.Module) -> None:
 def replace_module(
     original: Callable[..., None], parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
 ) -> None:
-    """PEFT's `_replace_module`, for HQQ layers too.
+    """PEFT's `_replace_module`, extended to HQQ layers.
 
     Args:
-        original: PEFT's own.
+        original: PEFT's `_replace_module`.
         parent, child_name, new_module, child: its arguments.
     """
     if isinstance(new_module, HQQLinear):
-        # PEFT would copy `.weight`, which an HQQ layer does not have; the layer comes back whole as it is.
+        # PEFT would copy `.weight`, which an HQQ layer does not have; the layer itself is put back instead.
         setattr(parent, child_name, new_module)
     else:
         original(parent, child_name, new_module, child)

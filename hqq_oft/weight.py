@@ -1,6 +1,6 @@
-"""`QuantizedWeight`: an HQQ-quantized weight as one immutable value, whatever form HQQ stored it in.
+"""`QuantizedWeight`: an HQQ-quantized weight as one immutable value, independent of HQQ's storage format.
 
-Nothing below `hqq_oft.ops` knows HQQ's classes; this module is the only one that reads their attributes.
+Nothing below `hqq_oft.ops` depends on HQQ's classes; this module is the only one that reads their attributes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# HQQ's name of a packing -> width of one stored level in bits. 5- and 6-bit levels are stored as 8, 1.58-bit as 2.
+# HQQ's packing name -> width of one stored level in bits. 5- and 6-bit levels are stored as 8, 1.58-bit as 2.
 PACKING_BITS = {"8bit_u8": 8, "4bit_u8": 4, "3bit_32": 3, "2bit_u8": 2, "1bit_u8": 1}
 # Levels in one packed element: a byte, or for 3 bits an int32 word of ten.
 LEVELS_PER_ELEMENT = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
@@ -22,9 +22,9 @@ LEVELS_PER_ELEMENT = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
 class QuantizedWeight:
     """A weight `W` of shape `[out_features, in_features]`, stored as `W = (level - zero) * scale`.
 
-    HQQ cuts `W`, read row by row, into groups of `group_size` levels that share one scale and one zero, and lays them
-    out as a matrix of levels: `[groups, group_size]` for `axis=1`, `[group_size, groups]` for `axis=0`. The rows of
-    that matrix are cut into `f` equal bands and one packed element holds one level of each band, the first band in the
+    HQQ splits `W` in row-major order into groups of `group_size` levels that share one scale and one zero, and stores
+    them as a matrix of levels: `[groups, group_size]` for `axis=1`, `[group_size, groups]` for `axis=0`. The rows of
+    that matrix are split into `f` equal bands, and a packed element holds one level of each band, the first band in the
     highest bits.
 
     Attributes:
@@ -39,7 +39,7 @@ class QuantizedWeight:
         axis: 0 or 1.
 
     Raises:
-        ValueError: the parts do not fit together; the message says which and what would.
+        ValueError: the parts do not match; the message says which and what is accepted.
     """
 
     packed: Tensor
@@ -126,8 +126,8 @@ class QuantizedWeight:
         quantized or stacked (HQQ's deprecated `quant_scale`, `quant_zero` and `offload_meta`).
 
         Raises:
-            TypeError: `layer` holds no HQQ weight at all.
-            ValueError: the layer is not quantized yet, or its parts do not fit together.
+            TypeError: `layer` has no HQQ weight.
+            ValueError: the layer is not quantized yet, or its parts do not match.
         """
         if not hasattr(layer, "W_q") or not hasattr(layer, "meta"):
             raise TypeError(
@@ -146,7 +146,7 @@ class QuantizedWeight:
         """As `from_hqq`, from HQQ's packed tensor `W_q` and its `meta` dictionary.
 
         Raises:
-            ValueError: the parts do not fit together, or `packed` is sharded.
+            ValueError: the parts do not match, or `packed` is sharded.
         """
         require_whole("the packed weight", packed)
         packed = packed.detach()
@@ -155,8 +155,8 @@ class QuantizedWeight:
         scale, zero = _scale_and_zero(meta, packed.device)
         group_size = meta["group_size"]
         if scale.dim() == 0 or group_size is None:
-            # One scale for the whole tensor (channel_wise=False) or for each row or column: HQQ does not regroup then,
-            # so the matrix of levels is W itself.
+            # One scale for the whole tensor (channel_wise=False) or per row or column: HQQ does not regroup in these
+            # cases, so the matrix of levels is W itself.
             group_size = in_features if axis == 1 else out_features
         groups = out_features * in_features // int(group_size)
 
@@ -181,15 +181,15 @@ class QuantizedWeight:
 
 
 def require_whole(name: str, value: Tensor) -> None:
-    """Refuse a shard.
+    """Raise if a tensor is sharded.
 
     Raises:
-        ValueError: `value` is a `DTensor`; the message says where it is whole.
+        ValueError: `value` is a `DTensor`; the message says where the full tensor is available.
     """
     if hasattr(value, "full_tensor"):
         raise ValueError(
-            f"{name} is sharded over processes (a DTensor). It is whole inside a forward of the module that "
-            "`fully_shard` was called on, and only there; to merge, load the adapter that `full_adapter_state_dict` "
+            f"{name} is sharded across processes (a DTensor). It is only whole inside a forward of the module that "
+            "`fully_shard` was called on; to merge, load the adapter that `full_adapter_state_dict` "
             "gathers into a model that is not sharded."
         )
 
@@ -199,7 +199,7 @@ def _per_group(value: Tensor, groups: int) -> Tensor:
 
 
 def _scale_and_zero(meta: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Scale and zero in whichever of HQQ's forms they are: plain, stacked in host memory, or quantized themselves."""
+    """Scale and zero from any of HQQ's formats: plain, stacked in host memory, or themselves quantized."""
     parts = meta
     if "zero_scale" in parts:
         stacked = parts["zero_scale"].to(device)
@@ -218,7 +218,7 @@ def _scale_and_zero(meta: Mapping[str, Any], device: torch.device) -> tuple[Tens
 
 
 def _dequantize_inner(packed: Tensor, meta: Mapping[str, Any]) -> Tensor:
-    """Scale or zero that HQQ quantized in turn: a small matrix, decoded by the reference path."""
+    """Dequantize a scale or zero that is itself quantized: a small matrix, decoded by the reference path."""
     from . import reference
 
     shape = tuple(meta["shape"])

@@ -1,9 +1,10 @@
-"""The measuring suites: every case called once, bookkeeping, refusals, targets, tuning; nothing here is about speed."""
+"""The benchmark suites: runs every case once; bookkeeping, refusals, targets, tuning. Does not measure speed."""
 
 from __future__ import annotations
 
 import csv
 import json
+import signal
 import subprocess
 import sys
 import tarfile
@@ -96,7 +97,7 @@ def test_gpu_cases_cover_the_layers_of_both_models_and_all_settings():
         "fp16",
     ):
         assert any(text in name for name in names), text
-    # what is cut off last is of the most value
+    # cases are in order of value
     assert names[0] == f"4096x4096 M=1 {Setting().label}"
 
 
@@ -131,7 +132,7 @@ def case_of(call, name="a case", operations=("linear",)):
     return Case("ops", name, 0, frozenset(operations), {"M": 1}, job)
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path):
+def test_a_killed_run_resumes(tmp_path):
     some = ["--profile", "dry", "--suite", "ops", "--match", "cayley"]
     assert dry(tmp_path, *some, "--seconds", "0") == 0
     assert report.read_rows(tmp_path / "raw.jsonl") == []
@@ -148,7 +149,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert len(rows) == len(lines)
 
 
-def test_a_failed_case_is_reported_and_tried_again(tmp_path, capsys):
+def test_a_failed_case_is_reported_and_retried(tmp_path, capsys):
     measuring = Session(CPU, LIMITS, budget=0.001, identity={"device": "here"})
 
     def broken(number):
@@ -164,7 +165,7 @@ def test_a_failed_case_is_reported_and_tried_again(tmp_path, capsys):
     assert run.finished(raw, {"device": "elsewhere"}) == set()
 
 
-def test_a_baseline_that_fails_costs_its_own_row_alone(tmp_path):
+def test_a_failing_baseline_loses_only_its_own_row(tmp_path):
     def broken(number):
         raise TypeError("its interface has changed")
 
@@ -179,11 +180,11 @@ def test_a_baseline_that_fails_costs_its_own_row_alone(tmp_path):
         "PEFT OFT": "failed: TypeError: its interface has changed",
         "hqq_oft": "measured",
     }
-    # it would fail again
+    # not retried: it would fail again
     assert run.finished(raw, {"device": "here"}) == {("ops", "a case")}
 
 
-def test_a_contender_that_cannot_be_built_costs_its_own_row_alone():
+def test_a_contender_that_cannot_be_built_loses_only_its_own_row():
     def broken(problem):
         raise ImportError("no such module")
 
@@ -193,7 +194,7 @@ def test_a_contender_that_cannot_be_built_costs_its_own_row_alone():
     assert [job.columns["status"] for job in absent] == ["failed: ImportError: no such module"]
 
 
-def test_no_rotation_is_made_anew_while_a_layer_is_timed(monkeypatch):
+def test_rotations_are_not_recomputed_while_a_layer_is_timed(monkeypatch):
     problem = Problem(64, 64, Setting(dtype="fp32", group=32, block=16), CPU)
     ((ours,), _) = layer.build_all(problem, (contenders.ours,))
     x = problem.inputs(3)[0]
@@ -203,7 +204,7 @@ def test_no_rotation_is_made_anew_while_a_layer_is_timed(monkeypatch):
         ours.layers[0](x)
 
 
-def test_changed_sources_are_measured_anew(tmp_path, monkeypatch):
+def test_changed_sources_are_measured_again(tmp_path, monkeypatch):
     (tmp_path / "bench" / "results").mkdir(parents=True)
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     code, table = tmp_path / "bench" / "run.py", tmp_path / "bench" / "results" / "results.json"
@@ -215,7 +216,7 @@ def test_changed_sources_are_measured_anew(tmp_path, monkeypatch):
     assert environment.sources() != first
 
 
-def test_red_operations_are_refused(tmp_path):
+def test_operations_with_failing_tests_are_not_measured(tmp_path):
     report_file = tmp_path / "junit.xml"
 
     def red(*cases):
@@ -237,7 +238,7 @@ def test_red_operations_are_refused(tmp_path):
     assert "p50_us" not in row
 
 
-def test_a_row_holds_its_time_against_the_prediction():
+def test_a_row_compares_its_time_with_the_prediction():
     measuring = Session(CPU, LIMITS, budget=0.01, identity={"commit": "abc"})
     (row,) = measuring.run(case_of(lambda _: sum(range(20000))))
     assert row["status"] == "measured"
@@ -248,7 +249,7 @@ def test_a_row_holds_its_time_against_the_prediction():
     assert row["commit"] == "abc"
 
 
-def test_alternatives_take_turns_with_all_their_buffers():
+def test_alternatives_are_timed_in_turn_with_all_their_buffers():
     seen = []
     clock = timing.Clock(CPU, budget=1e-5, most=6)
     found = clock.take_turns({"a": (lambda i: seen.append(("a", i)), 2), "b": (lambda i: seen.append(("b", i)), 1)})
@@ -258,7 +259,7 @@ def test_alternatives_take_turns_with_all_their_buffers():
     assert {i for name, i in timed if name == "a"} == {0, 1}
 
 
-def test_memory_kept_for_backward_is_counted_once_and_without_what_stays_anyway():
+def test_memory_saved_for_backward_is_counted_once_and_without_parameters():
     x, w = torch.randn(10, 100, requires_grad=True), torch.randn(100, 100, requires_grad=True)
     assert timing.kept_bytes(lambda: x @ w, [x, w]) == 0
     assert timing.kept_bytes(lambda: (x @ w).exp().square(), [x, w]) == 10 * 100 * 4
@@ -338,7 +339,7 @@ def test_a_gpu_is_timed_with_events_and_graphs(cuda):
 
 def test_all_of_a_phase_are_replayed_where_one_is_short_and_a_failed_capture_is_one_row(cuda, monkeypatch):
     def slow(number):
-        Event.now += 500  # launches alone: the device needs far less
+        Event.now += 500  # time of the launches only: the device needs far less
 
     def uncapturable(number):
         if Event.capturing:
@@ -418,8 +419,8 @@ def test_a_part_that_runs_too_long_is_stopped_and_its_output_kept(tmp_path, caps
     assert gpu.run([gpu.sys.executable, "-c", "raise SystemExit(3)"], 30, log) == 3
 
 
-def test_nothing_that_a_stopped_part_has_started_runs_on(tmp_path):
-    """Workers of a test run that were left behind would share the GPU with what is timed next."""
+def test_stopping_a_part_kills_its_child_processes(tmp_path):
+    """Remaining workers of a test run would compete for the GPU with the next measurement."""
     child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     parent = (
         f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); "
@@ -428,14 +429,32 @@ def test_nothing_that_a_stopped_part_has_started_runs_on(tmp_path):
     log, calls = tmp_path / "log", []
     assert gpu.run([gpu.sys.executable, "-c", parent], 4, log, lambda: calls.append(1)) == 124
     status = Path(f"/proc/{int(log.read_text().split()[0])}/status")
-    end = time.monotonic() + 10  # a killed process takes a moment to go
+    end = time.monotonic() + 10  # a killed process takes a moment to exit
     while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < end:
         time.sleep(0.1)
     assert time.monotonic() < end
     assert calls
 
 
-def test_an_interrupted_test_run_still_reports(tmp_path):
+@pytest.fixture
+def sigint():
+    """Sets the SIGINT handler of this process until the end of the test."""
+    before = signal.getsignal(signal.SIGINT)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_part_can_be_interrupted_if_the_runner_was_started_with_sigint_ignored(tmp_path, sigint):
+    sigint(signal.SIG_IGN)
+    code = (
+        "import time\ntry: print('started', flush=True); time.sleep(60)\nexcept KeyboardInterrupt: print('interrupted')"
+    )
+    assert gpu.run([gpu.sys.executable, "-c", code], 3, tmp_path / "log") == 124
+    assert (tmp_path / "log").read_text() == "started\ninterrupted\n"
+
+
+def test_an_interrupted_test_run_still_reports(tmp_path, sigint):
+    sigint(signal.default_int_handler)  # a child of a process that ignores SIGINT would ignore it too
     slow = (
         "import pathlib, time\ndef test_linear(): pass\ndef test_rotate(): pathlib.Path({!r}).touch(); time.sleep(60)\n"
     )
@@ -451,7 +470,7 @@ def test_an_interrupted_test_run_still_reports(tmp_path):
     assert 'name="test_linear"' in junit.read_text()
 
 
-def test_results_leave_in_one_archive(tmp_path):
+def test_results_are_packed_in_one_archive(tmp_path):
     for name in ("results", "logs"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "raw.jsonl").write_text(name)
@@ -460,7 +479,7 @@ def test_results_leave_in_one_archive(tmp_path):
         assert sorted(tar.getnames()) == ["logs/raw.jsonl", "results/raw.jsonl"]
 
 
-def test_packing_refuses_what_cannot_be_carried(tmp_path, monkeypatch):
+def test_packing_refuses_missing_and_platform_specific_wheels(tmp_path, monkeypatch):
     def wheels(*names):
         def pip(*arguments):
             for name in names:

@@ -46,7 +46,7 @@ def test_the_whole_job(tmp_path):
     assert again.returncode == 0, again.stderr[-2000:]
     assert "train on prose" not in again.stderr
     assert "dense model: from the cache" in again.stdout
-    assert losses(tmp_path) == results  # and the job repeats itself
+    assert losses(tmp_path) == results  # the job is reproducible
 
 
 def test_an_adapter_smaller_than_a_quantization_step(tmp_path, monkeypatch, capsys):
@@ -59,7 +59,7 @@ def test_an_adapter_smaller_than_a_quantization_step(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("fault", ["unmerge", "merge", "forward"])
-def test_it_fails_loudly(tmp_path, monkeypatch, fault):
+def test_the_demo_exits_with_an_error_if_a_number_is_wrong(tmp_path, monkeypatch, fault):
     monkeypatch.setattr(sys, "argv", ["demo", *FEW, "--out", str(tmp_path)])
     if fault == "unmerge":
 
@@ -101,7 +101,7 @@ def test_it_fails_loudly(tmp_path, monkeypatch, fault):
         ["--device", "nonsense"],
     ],
 )
-def test_options_out_of_range(options, monkeypatch, capsys):
+def test_options_out_of_range_exit_with_a_message(options, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["demo", *options])
     with pytest.raises(SystemExit) as stopped:
         demo.arguments()

@@ -1,4 +1,4 @@
-"""What the README shows, run as it stands."""
+"""Runs the examples of the README unchanged."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def documents():
     return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def test_the_pages_of_public_names_are_those_of_their_docstrings():
+def test_the_api_pages_match_the_docstrings():
     spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
     make_api = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_api)

@@ -1,4 +1,4 @@
-"""Compiled kernels (csrc/), the table of operations that they serve, and which of them suits a call."""
+"""Compiled kernels (csrc/), the table of operations that they implement, and the choice among them per call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REASON = ""
 
 if not LIBRARY.exists():
     REASON = (
-        "hqq_oft was installed without its native kernels, for want of a C++17 compiler or of PyTorch to build with; "
+        "hqq_oft was installed without its native kernels: no C++17 compiler, or no PyTorch, at build time; "
         "`pip install --no-build-isolation .` in a checkout builds them"
     )
 else:

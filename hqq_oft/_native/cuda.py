@@ -1,8 +1,8 @@
-"""`linear` of the native CUDA decode kernel (csrc/cuda): up to 16 tokens, one launch, HQQ's own bytes.
+"""`linear` of the native CUDA decode kernel (csrc/cuda): up to 16 tokens, one launch, HQQ's own layout.
 
-Under `auto` it serves only what a measurement on the device at hand says it does faster than the Triton kernel: the
-entry `native_decode` of `kernels/configs/<device>.json`, which maps bits to the largest number of tokens for which that
-holds. Asked for by name it serves all that it can.
+With `auto` it is only used where it was measured to be faster than the Triton kernel on the current device: the entry
+`native_decode` of `kernels/configs/<device>.json` maps bits to the largest number of tokens for which that holds. If
+selected by name it runs every call that it supports.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ALIGNMENT = 16  # bytes of one copy of packed levels
 
 @functools.lru_cache
 def measured_tokens(device: str, bits: int) -> int:
-    """The largest M at which this kernel was measured to beat Triton's on a device; 0 where nothing says so.
+    """The largest M at which this kernel was measured to be faster than Triton's on a device; 0 if not measured.
 
     Args:
         device: name of the device's table, for example `nvidia_h100_80gb_hbm3`.
@@ -35,7 +35,7 @@ def measured_tokens(device: str, bits: int) -> int:
 
 @functools.lru_cache
 def _device(index: int) -> tuple[str, tuple[int, int]]:
-    """A device's name, as its table is named, and its compute capability."""
+    """The name of a device's table, and its compute capability."""
     return table_name(torch.cuda.get_device_name(index)), torch.cuda.get_device_capability(index)
 
 
@@ -46,17 +46,17 @@ def has_kernels() -> bool:
 
 
 def check_device(x: Tensor, bits: int) -> None:
-    """Raise `Unsupported` where the kernel does not run, or under `auto` is not known to be worth it."""
+    """Raise `Unsupported` if the kernel does not run on this device, or with `auto` was not measured to be faster."""
     if not x.is_cuda or torch.version.hip is not None:
         raise Unsupported(f"the native decode kernel runs on CUDA devices, and the tensor is on {x.device}")
     if not has_kernels():
-        raise Unsupported("this build of hqq_oft has no CUDA kernels: install it where there is an `nvcc`")
+        raise Unsupported("this build of hqq_oft has no CUDA kernels: install it with `nvcc` available")
     name, capability = _device(x.device.index)
     if capability < (8, 0):
-        raise Unsupported("the native decode kernel needs compute capability 8.0 (Ampere) or later")
+        raise Unsupported("the native decode kernel requires compute capability 8.0 (Ampere) or later")
     if selected_backend() == "auto" and x.shape[0] > measured_tokens(name, bits):
         raise Unsupported(
-            f"no measurement on this device says that the native decode kernel is faster at {bits} bits and "
+            f"the native decode kernel was not measured to be faster on this device at {bits} bits and "
             f"{x.shape[0]} tokens"
         )
 
@@ -65,7 +65,7 @@ def check_call(
     x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int,
     bits: int, group_size: int, axis: int,
 ) -> None:  # fmt: skip
-    """Raise `Unsupported` with the reason why the kernel cannot serve these arguments of `linear`, if there is one."""
+    """Raise `Unsupported` with the reason if the kernel does not support these arguments of `linear`."""
     if x.dtype not in (torch.float16, torch.bfloat16):
         raise Unsupported(f"the native decode kernel takes float16 and bfloat16, and x is {x.dtype}")
     if x.shape[0] > _MOST_TOKENS[bits]:
@@ -74,23 +74,23 @@ def check_call(
         if tensor is not None and tensor.dtype != x.dtype:
             raise Unsupported(f"the native decode kernel takes one dtype; x is {x.dtype} and {name} {tensor.dtype}")
     if axis != 1:
-        raise Unsupported("the native decode kernel needs axis=1: with axis=0 every input has a scale of its own")
+        raise Unsupported("the native decode kernel requires axis=1: with axis=0 every input has its own scale")
     fields = LEVELS_PER_ELEMENT[bits]
     if out_features % fields:
         raise Unsupported(
-            f"the {out_features} outputs are no multiple of {fields}, so packed elements straddle rows of the weight"
+            f"the {out_features} outputs are not a multiple of {fields}, so packed elements straddle rows of the weight"
         )
     if in_features % group_size or group_size % _GROUP_UNIT:
         raise Unsupported(
-            f"the native decode kernel needs groups of a multiple of {_GROUP_UNIT} that divide the {in_features} "
-            f"inputs, and group_size is {group_size}"
+            f"the native decode kernel requires a group_size that is a multiple of {_GROUP_UNIT} and divides the "
+            f"{in_features} inputs, and group_size is {group_size}"
         )
     if d is not None and d.shape[-1] % _BLOCK_UNIT:
         raise Unsupported(
-            f"the native decode kernel needs rotations of a multiple of {_BLOCK_UNIT}, and these are of {d.shape[-1]}"
+            f"the native decode kernel requires a block size that is a multiple of {_BLOCK_UNIT}, got {d.shape[-1]}"
         )
     if not packed.is_contiguous() or packed.data_ptr() % _ALIGNMENT:
-        raise Unsupported(f"the packed weight must be contiguous, from an address that {_ALIGNMENT} divides")
+        raise Unsupported(f"the packed weight must be contiguous and aligned to {_ALIGNMENT} bytes")
 
 
 def linear(
@@ -98,7 +98,7 @@ def linear(
     bits: int, group_size: int, axis: int, bias: Tensor | None, adapter_index: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """`hqq_oft.reference.linear` for up to 16 tokens on a CUDA device."""
-    # First the reasons that most calls with many tokens meet, and that do not tell one number of them from another.
+    # First the check whose messages do not depend on the number of tokens: each distinct reason is logged once.
     check_call(x, d, packed, scale, zero, out_features, in_features, bits, group_size, axis)
     check_device(x, bits)
     if bias is not None:

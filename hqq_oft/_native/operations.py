@@ -1,9 +1,9 @@
 """The operations of `hqq_oft.reference` on compiled kernels.
 
-The product has two ways on the CPU. Few rows, and with the bfloat16 dot product any number of them, meet the packed
-weight in registers (`linear` and `linear_transposed` of the library). Otherwise W is decoded into a bounded scratch,
-chunk by chunk, and multiplied by the vendor's GEMM; a CPU pays for arithmetic, so that then rotates whichever of
-x [M, K] and W [N, K] has fewer rows.
+On the CPU the product has two paths. For few rows, and with the bfloat16 dot product for any number, the packed weight
+is decoded in registers (`linear` and `linear_transposed` of the library). Otherwise W is decoded into a bounded scratch
+buffer, chunk by chunk, and multiplied by the vendor's GEMM; as a CPU is bound by arithmetic, this path rotates
+whichever of x [M, K] and W [N, K] has fewer rows.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from hqq_oft.backends import Unsupported
 
 _lib: Any = torch.ops.hqq_oft_native
 _CPU_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
-# Most rows of x that meet packed weights in float32: beyond, decoding the weight into a scratch once costs less.
+# Largest M for decoding in registers in float32: above it, decoding the weight once into a scratch buffer is faster.
 _FEW_ROWS = 16
-# Larger chunks of decoded weights gain nothing from the GEMM; they leave the last-level cache, and the C library gives
-# them back to the system when they are freed, so that the next one costs a page fault for every 4 KiB.
+# Larger chunks do not make the GEMM faster. They exceed the last-level cache, and the allocator returns them to the
+# system when freed, so that the next one causes a page fault per 4 KiB.
 _CHUNK_BYTES = 8 * 2**20
 
 
 def load(library: Path) -> None:
-    """Load the shared object and choose the instruction set that `HQQ_OFT_CPU_ISA` names.
+    """Load the shared library and select the instruction set named by `HQQ_OFT_CPU_ISA`.
 
     Raises:
-        ValueError: this processor, or this build, has no such instruction set.
+        ValueError: this processor or this build does not support that instruction set.
     """
     torch.ops.load_library(str(library))
     wanted = cpu_instruction_set()
@@ -40,30 +40,30 @@ def load(library: Path) -> None:
 
 
 def use_instruction_set(name: str) -> None:
-    """Run the CPU kernels of one instruction set from now on.
+    """Select the instruction set of the CPU kernels.
 
     Raises:
-        ValueError: there are none of that name here; the message lists those there are.
+        ValueError: this machine has no kernels for it; the message lists the available ones.
     """
     if not _lib.select_instruction_set(name):
         raise ValueError(
             f"this machine has no CPU kernels for {name!r}; it has {_lib.instruction_sets()}. Unset HQQ_OFT_CPU_ISA to "
-            "take the last."
+            "use the last."
         )
 
 
 def instruction_sets() -> list[str]:
-    """Names of the instruction sets that this machine has kernels for, the fastest last."""
+    """Names of the instruction sets available on this machine, fastest last."""
     return str(_lib.instruction_sets()).split(", ")
 
 
 def instruction_set() -> str:
-    """Name of the instruction set whose kernels run."""
+    """Name of the selected instruction set."""
     return str(_lib.instruction_set())
 
 
 def _check(*tensors: Tensor | None) -> None:
-    """Raise `Unsupported` unless all are on the CPU, in a dtype that the kernels compute with."""
+    """Raise `Unsupported` unless all tensors are on the CPU and of a supported dtype."""
     for tensor in tensors:
         if tensor is None or (tensor.is_cpu and tensor.dtype in _CPU_DTYPES):
             continue
@@ -74,17 +74,17 @@ def _check(*tensors: Tensor | None) -> None:
 
 def _check_result(dtype: torch.dtype) -> None:
     if dtype not in _CPU_DTYPES:
-        raise Unsupported(f"the native CPU kernels compute in float32, and the result is to be {dtype}")
+        raise Unsupported(f"the native CPU kernels compute in float32, and the requested dtype is {dtype}")
 
 
 def _chunk(total: int, bytes_each: int) -> int:
-    """How many rows or columns of W, of so many bytes each, are decoded at a time: a multiple of 64 where it can be."""
+    """Number of rows or columns of W (`bytes_each` bytes) decoded at a time: a multiple of 64 if possible."""
     fit = max(1, min(scratch_bytes(), _CHUNK_BYTES) // bytes_each)
     return min(total, fit // 64 * 64 or fit)
 
 
 def _operand(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a product: PyTorch's float16 products on a CPU take up to a thousand times as long as float32's."""
+    """The dtype of a product: on a CPU PyTorch's float16 matmul can be a thousand times slower than float32."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -152,7 +152,7 @@ def linear(
     x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int,
     bits: int, group_size: int, axis: int, bias: Tensor | None, adapter_index: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """`hqq_oft.reference.linear`, the way that M asks for; on a GPU by the decode kernel."""
+    """`hqq_oft.reference.linear`; the path is selected by M, on a GPU it is the decode kernel."""
     if x.is_cuda:
         return cuda.linear(
             x, d, packed, scale, zero, out_features, in_features, bits, group_size, axis, bias, adapter_index
@@ -185,7 +185,7 @@ def _through_scratch(
     grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int, bits: int,
     group_size: int, axis: int,
 ) -> Tensor:  # fmt: skip
-    """`dy * W`, chunk by chunk of decoded columns: each is a whole product, and nothing is summed in half precision."""
+    """`dy * W` by chunks of decoded columns: chunks are never summed, so no partial sums are in half precision."""
     dy = grad.to(_operand(grad.dtype))
     g = dy.new_empty(dy.shape[0], in_features)
     columns = _chunk(in_features, out_features * dy.element_size())
@@ -204,7 +204,7 @@ def linear_backward(
     grad: Tensor, x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int,
     in_features: int, bits: int, group_size: int, axis: int, adapter_index: Tensor | None, need_x: bool, need_d: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`hqq_oft.reference.linear_backward`: `g = dy * W`, then the gradients of the rotation, dx in place of g."""
+    """`hqq_oft.reference.linear_backward`: `g = dy * W`, then the gradients of the rotation; dx overwrites g."""
     _check(grad, x, d, scale, zero)
     weight = (packed, scale, zero, out_features, in_features, bits, group_size, axis)
     product = _lib.linear_transposed if _lib.multiplies_packed(grad, *weight[3:]) else _through_scratch

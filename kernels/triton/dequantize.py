@@ -21,7 +21,7 @@ from ._launch import check_device, empty, on_device, operand, product_precision,
 from ._pieces import dot, narrow, rotation_tile, tile_rows, weight_tile
 from .rotate import holds_slices, rotate, slice_width
 
-_TILES = 4  # tiles of rows that share a tile of D
+_TILES = 4  # tiles of rows per tile of D
 
 
 @triton.jit(do_not_specialize=["first_row", "rows"])
@@ -32,14 +32,14 @@ def dequantize_kernel(
     SHARED: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`W`, or `W + W * blockdiag(D)^T`, of a range of rows and columns into `out`, WIDTH columns a program.
+    """`W`, or `W + W * blockdiag(D)^T`, for a range of rows and columns into `out`, WIDTH columns per program.
 
-    A program goes through TILES tiles of BN rows with one tile of D, which else would be read as often as W is written.
+    A program loads one tile of D for TILES tiles of BN rows; otherwise D would be reloaded for every tile of W.
 
-    In the banded layout the range counts packed rows, and `out` holds the bands' rows one band after the other:
-    [FIELDS * rows, columns]; elsewhere it is [rows, columns].
+    In the banded layout the range counts packed rows, and `out` holds the rows of one band after another:
+    [FIELDS * rows, columns]; otherwise it is [rows, columns].
 
-    Grid: (TILES tiles of rows each, slices of columns).
+    Grid: (groups of TILES row tiles, slices of columns).
     """
     i_slice = tl.program_id(1)
     TILE_ROWS: tl.constexpr = BN // FIELDS if BANDED else BN
@@ -58,7 +58,7 @@ def dequantize_kernel(
             BITS, FIELDS, GROUP, AXIS, BANDED, ALIGNED, GROUPS, BN, BK, ACC,
         )  # fmt: skip
         if ROTATED:
-            # columns outside the slice hold decoded rubbish, which must not meet the rotation: 0 * NaN is NaN
+            # padding columns may decode to NaN; zero them before the dot, where 0 * NaN would be NaN
             w = dot(narrow(tl.where(m_k[None, :], w, 0.0), OPERAND), d, w, PRECISION)
         if BANDED:
             o_out = (o_n // band_rows) * rows + o_n % band_rows - first_row
@@ -70,7 +70,7 @@ def dequantize_kernel(
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantized weight as the kernels see it; the fields are those of `hqq_oft.QuantizedWeight`."""
+    """A quantized weight as passed to the kernels; fields as in `hqq_oft.QuantizedWeight`."""
 
     packed: Tensor
     scale: Tensor
@@ -85,7 +85,7 @@ class Packed:
     def of(
         cls, packed: Tensor, scale: Tensor, zero: Tensor, N: int, K: int, bits: int, group: int, axis: int
     ) -> Packed:
-        """From an operator's arguments, with all tensors contiguous."""
+        """From an operator's arguments; makes all tensors contiguous."""
         return cls(packed.contiguous(), scale.contiguous(), zero.contiguous(), N, K, bits, group, axis)
 
     @property
@@ -95,7 +95,7 @@ class Packed:
 
     @property
     def banded(self) -> bool:
-        """Whether the bands of levels are whole rows."""
+        """Whether each band of levels consists of whole rows."""
         return self.bits != 3 and self.N % self.fields == 0
 
     @property
@@ -104,9 +104,9 @@ class Packed:
         return self.N // self.fields if self.banded else self.N
 
     def fit_rows(self, bn: int, groups: int) -> int:
-        """`bn` made smaller where decoding takes more registers than at 4 bits, with whole `groups` in a row.
+        """`bn`, reduced where dequantization needs more registers than for 4 bits with whole `groups` in a row.
 
-        Scales, or packed elements, that are fetched one for each level take as many registers as the levels.
+        Scales or packed elements that are loaded per level take as many registers as the levels.
         """
         if groups == 0:
             bn //= 4
@@ -117,7 +117,7 @@ class Packed:
         return max(bn, 2 * self.fields if self.banded else 16)
 
     def tile_rows(self, bn: int) -> int:
-        """Packed rows, or rows where not banded, in a tile of `bn` rows of the weight."""
+        """Packed rows (rows if not banded) in a tile of `bn` rows of the weight."""
         return bn // self.fields if self.banded else bn
 
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -125,7 +125,7 @@ class Packed:
         return self.N, self.K, self.band_rows, self.packed.numel(), self.N * self.K // self.group
 
     def constants(self, bk: int) -> dict[str, Any]:
-        """The kernels' constants for tiles that step through the columns by `bk`."""
+        """The kernels' constexpr arguments for tiles of `bk` columns."""
         aligned = (self.K if self.axis == 1 else self.N) % self.group == 0
         return {
             "BITS": self.bits,
@@ -139,7 +139,7 @@ class Packed:
 
 
 def _groups_per_row(group: int, bk: int) -> int:
-    """Groups in `bk` columns, 1 for part of one, 0 if they do not fit together."""
+    """Groups in `bk` columns: 1 if they lie within a group, 0 if neither divides the other."""
     if group % bk == 0:
         return 1
     return bk // group if bk % group == 0 else 0
@@ -153,14 +153,14 @@ def dequantize_into(
     rows: tuple[int, int] | None = None,
     columns: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Write `W`, or `W * R^T`, of a range of rows and columns into `out`, contiguous, in its dtype.
+    """Write `W`, or `W * R^T`, for a range of rows and columns into the contiguous `out`, in its dtype.
 
     Args:
         out: `[rows, columns]`; for a banded weight `[fields * rows, columns]`.
         weight: the weight.
-        d: `[B or 1, b, b]` whose slices a tile holds (`holds_slices`), or None; with it the range takes all columns.
-        rows: first and past the last row, of the packed rows if the weight is banded; by default all.
-        columns: first and past the last column, the first a multiple of 128; by default all.
+        d: `[B or 1, b, b]` whose slices fit a tile (`holds_slices`), or None; requires all columns.
+        rows: half-open range of rows, of packed rows if the weight is banded; by default all.
+        columns: half-open range of columns that starts at a multiple of 128; by default all.
 
     Returns:
         `out`.
@@ -178,7 +178,7 @@ def dequantize_into(
     operands = operand(out.dtype) if halves else wide(accumulator)
     constants = weight.constants(bk)
     if width != bk:
-        constants["GROUPS"] = 0  # a slice that is padded begins anywhere in a group
+        constants["GROUPS"] = 0  # a padded slice may start within a group
     bn = weight.fit_rows(tile.bn if d is None or halves else tile.bn // 2, constants["GROUPS"])
     n_tiles = triton.cdiv(end_row - first_row, weight.tile_rows(bn))
     tiles = 1 if d is None else min(_TILES, triton.next_power_of_2(n_tiles))
@@ -207,7 +207,7 @@ def dequantize_rotate(
     packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int, bits: int, group_size: int,
     axis: int, d: Tensor, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """`hqq_oft.reference.dequantize_rotate`; blocks that no tile holds are rotated in a second pass."""
+    """`hqq_oft.reference.dequantize_rotate`; blocks too large for a tile are rotated in a second pass."""
     check_device(packed)
     weight = Packed.of(packed, scale, zero, out_features, in_features, bits, group_size, axis)
     if holds_slices(dtype, d, in_features):

@@ -1,15 +1,15 @@
 """`y = x * blockdiag(R) * W^T + bias` from packed bytes.
 
-Three ways, by M (`regimes` of the tile tables):
+M selects one of two paths (`regimes` of the tile tables):
 
-- decode and the middle: one launch. A program rotates a slice of x once and multiplies it with a wide band of decoded
-  outputs; where the grid is short, K is split, and the last program to arrive adds the parts in their order. Rotating
-  again for every band reads D `N / BN` times, so bands are wide. Bytes: the packed weight once, bits / 8 + 4 / group
-  per weight with 16-bit scales.
-- training and prefill: `W * R^T` is decoded and rotated in one pass into a bounded scratch, chunk by chunk, each
-  multiplied by the vendor's GEMM. Rotating W is free in a pass bound by memory; rotating x would be one more pass.
+- Small M (decoding): one fused launch. A program rotates a slice of x and multiplies it by a wide tile of dequantized
+  rows of W. If the grid is too small to fill the device, K is split, and the last program to arrive adds the partial
+  sums in split order. Every tile of outputs rotates x again and so reads D `N / BN` times; hence the wide tiles. Bytes:
+  the packed weight once, bits / 8 + 4 / group per weight with 16-bit scales.
+- Large M (training, prefill): `W * R^T` is dequantized and rotated in one pass into bounded scratch, chunk by chunk;
+  the vendor's GEMM multiplies each chunk. Rotating W is free in a memory-bound pass; rotating x would add a pass.
 
-Rotations that no tile holds (blocks over 64, or that do not divide it) are applied to x by a launch of their own.
+Rotations that do not fit a tile (blocks over 64, or that do not divide it) are applied to x by a separate launch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def linear_fwd_kernel(
     SHARED: tl.constexpr, BIASED: tl.constexpr, B: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BM, BN] of y over one of SPLITS parts of K. The rotated x is rounded to its dtype, as W is.
+    """One tile [BM, BN] of y over one of SPLITS parts of K. Rotated x and W are rounded to the dtype of x.
 
     Grid: (tiles of rows, tiles of outputs, SPLITS).
     """
@@ -103,18 +103,18 @@ def linear_fwd_kernel(
 # --- Launchers -------------------------------------------------------------------------------------------------------
 
 
-_ROWS = 128  # chunks of the scratch begin at multiples of it where they can: the vendor's GEMM wants aligned outputs
+_ROWS = 128  # scratch chunks start at multiples of this if possible: the vendor's GEMM prefers aligned outputs
 
 
 def rotates_in_tile(d: Tensor, bk: int) -> bool:
-    """Whether whole blocks fill the tile's columns."""
+    """Whether the tile's columns are a whole number of blocks."""
     return bk % d.shape[-1] == 0
 
 
 def fused_linear(
     x: Tensor, d: Tensor | None, weight: Packed, bias: Tensor | None, adapter_index: Tensor | None
 ) -> Tensor:
-    """The product in one launch, two where no tile holds the rotation."""
+    """The product in one launch, or two if the rotation does not fit a tile."""
     M, K = x.shape
     tile = _tiles.choose(x, "linear_rotated", M)
     if d is not None and not rotates_in_tile(d, tile.bk):
@@ -147,7 +147,7 @@ def fused_linear(
 
 @torch.no_grad()
 def scratch_linear(x: Tensor, d: Tensor | None, weight: Packed, bias: Tensor | None) -> Tensor:
-    """The product by the vendor's GEMM with `W * R^T` decoded into a scratch, a chunk of outputs at a time."""
+    """The product by the vendor's GEMM, with `W * R^T` dequantized into scratch one chunk of outputs at a time."""
     M, K = x.shape
     if d is not None and not holds_slices(x.dtype, d, K):
         x, d = rotate(x, d, None, False), None
@@ -161,7 +161,7 @@ def scratch_linear(x: Tensor, d: Tensor | None, weight: Packed, bias: Tensor | N
     for first in range(0, weight.band_rows, chunk):
         rows = min(chunk, weight.band_rows - first)
         dense = dequantize_into(scratch[: bands * rows], weight, d, rows=(first, first + rows))
-        if rows == weight.band_rows:  # all bands, whole: the rows are in their own order
+        if rows == weight.band_rows:  # all bands in full: the rows are in their original order
             _multiply(x, dense, bias, y)
             continue
         for band in range(bands):
@@ -179,7 +179,7 @@ def _multiply(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 
 def takes_one_launch(x: Tensor) -> bool:
-    """Whether the product with so many rows is fused; float32 on a GPU never is: Triton's float32 products spill."""
+    """Whether the product is fused for this many rows; never for float32 on a GPU: Triton's float32 products spill."""
     return x.shape[0] < _tiles.regime(x, "scratch_from_m") and not (x.is_cuda and x.element_size() > 2)
 
 
@@ -187,7 +187,7 @@ def linear(
     x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int,
     bits: int, group_size: int, axis: int, bias: Tensor | None, adapter_index: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """`hqq_oft.reference.linear`, the way that M asks for."""
+    """`hqq_oft.reference.linear`; M selects the path."""
     check_device(x)
     weight = Packed.of(packed, scale, zero, out_features, in_features, bits, group_size, axis)
     M = x.shape[0]

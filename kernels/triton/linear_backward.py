@@ -1,7 +1,7 @@
 """`g = dy * W` from the same packed bytes, then `dx = g + g * D^T` and `dD_i = x_i^T g_i` in one pass over (x, g).
 
-As in the forward: one launch where M is small, else W in a bounded scratch and the vendor's GEMM. The scratch takes
-chunks of columns here, so that each is a whole product and nothing is summed in half precision.
+As in the forward: one launch for small M, else W in bounded scratch and the vendor's GEMM. Here a scratch chunk is a
+range of columns, so that each GEMM is complete and no partial sums are added in half precision.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .dequantize import Packed, dequantize_into
 from .linear import takes_one_launch
 from .rotate import holds_slices, rotate, rotation_gradient
 
-_COLUMNS = 128  # chunks of the scratch begin at multiples of it
+_COLUMNS = 128  # scratch chunks start at multiples of this
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -90,7 +90,7 @@ def fused_input_gradient(grad: Tensor, weight: Packed) -> Tensor:
 
 @torch.no_grad()
 def scratch_input_gradient(grad: Tensor, weight: Packed) -> Tensor:
-    """`dy * W` by the vendor's GEMM with W decoded into a scratch, a chunk of columns at a time."""
+    """`dy * W` by the vendor's GEMM, with W dequantized into scratch one chunk of columns at a time."""
     g = empty(grad, (grad.shape[0], weight.K))
     fit = scratch_bytes() // (weight.N * grad.element_size())
     chunk = min(weight.K, max(_COLUMNS, fit // _COLUMNS * _COLUMNS))
@@ -106,7 +106,7 @@ def linear_backward(
     grad: Tensor, x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int,
     in_features: int, bits: int, group_size: int, axis: int, adapter_index: Tensor | None, need_x: bool, need_d: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`hqq_oft.reference.linear_backward`, the way that M asks for."""
+    """`hqq_oft.reference.linear_backward`; M selects the path."""
     check_device(grad)
     weight = Packed.of(packed, scale, zero, out_features, in_features, bits, group_size, axis)
     M = grad.shape[0]
@@ -124,7 +124,7 @@ def linear_backward(
     if not need_x:
         return g.new_empty(0), rotation_gradient(g, x, d, adapter_index, False, None)
     if adapter_index is None and holds_slices(x.dtype, d, in_features):
-        return g, rotation_gradient(g, x, d, None, False, g)  # in place: g is ours
+        return g, rotation_gradient(g, x, d, None, False, g)  # in place: g was allocated here
     dd = rotation_gradient(g, x, d, adapter_index, False, None)
     return rotate(g, d, adapter_index, True), dd
 

@@ -1,6 +1,6 @@
 """Block rotation of rows: `x + x * blockdiag(D)`, its transpose, and its gradients in one pass over (x, g).
 
-Bytes, forward: x in and out, 2 M K elements; D, b K elements, once per tile of rows. Operations: 2 M K b.
+Forward: reads x and writes y, 2 M K elements, and reads D, b K elements, once per tile of rows; 2 M K b operations.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def rotate_fwd_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`y = x + x * blockdiag(D)` for BM rows and BN columns of one slice of WIDTH columns, whole blocks.
+    """`y = x + x * blockdiag(D)` for BM rows and BN columns of one slice of WIDTH columns (whole blocks).
 
-    Grid: (tiles of rows, slices, tiles of columns of a slice). Products in OPERAND, sums in ACC, rounded once.
+    Grid: (tiles of rows, slices, tiles of columns of a slice). Products in OPERAND, sums in ACC, one rounding.
     """
     i_m, i_slice = tl.program_id(0), tl.program_id(1)
     o_m = i_m * BM + tl.arange(0, BM)
@@ -68,8 +68,8 @@ def rotate_bwd_kernel(
 ):  # fmt: skip
     """`dD_i = x_i^T g_i` over one split of the rows, [BI, BJ] of one slice; with NEED_X also `dx = g + g * D^T`.
 
-    With TRANSPOSE the rotation was by D^T: `dD_i = g_i^T x_i`, `dx = g + g * D`. NEED_X takes a tile that is the whole
-    slice, so that the rows of `g` are read once; `dx` may be `g` itself.
+    With TRANSPOSE the rotation was by D^T: `dD_i = g_i^T x_i`, `dx = g + g * D`. NEED_X requires a tile of the whole
+    slice, so that the rows of `g` are read once; `dx` may alias `g`.
 
     Grid: (splits, slices * TILES * TILES, adapters). `part_ptr`: [splits, adapters, K / B, B, B].
     """
@@ -111,12 +111,12 @@ def rotate_bwd_kernel(
 
 
 def slice_width(block_size: int, features: int) -> int:
-    """Columns that one program rotates: whole blocks, at least 32 columns where there are as many."""
+    """Columns that one program rotates: whole blocks, at least 32 columns if x has that many."""
     return block_size * max(1, min(_NARROWEST_SLICE, features) // block_size)
 
 
 def holds_slices(dtype: torch.dtype, d: Tensor, features: int) -> bool:
-    """Whether one tile holds a slice of rows of `dtype` and its rotation; wider blocks are cut into tiles."""
+    """Whether a slice of rows of `dtype` and its rotation fit one tile; wider blocks are split into tiles."""
     halves = dtype == d.dtype and dtype.itemsize == 2
     return slice_width(d.shape[-1], features) <= (128 if halves else 64)
 
@@ -169,9 +169,9 @@ def rotate_backward(
 def rotation_gradient(
     grad: Tensor, x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool, dx: Tensor | None
 ) -> Tensor:
-    """`dD`, shaped as `d`, in float32 or wider; in the same pass also `dx`, into the buffer given, or none.
+    """`dD`, shaped as `d`, in float32 or wider; the same pass also writes `dx` if given.
 
-    `dx` may be `grad`; it takes a tile that holds whole slices (`holds_slices`) and no `adapter_index`.
+    `dx` may alias `grad`; it requires slices that fit one tile (`holds_slices`) and no `adapter_index`.
     """
     M, K = x.shape
     b, width = d.shape[-1], slice_width(d.shape[-1], K)
@@ -200,7 +200,7 @@ def rotation_gradient(
         )  # fmt: skip
     if d.shape[-3] == 1:
         part = part.sum(dim=2, keepdim=True)
-    dd = part.sum(dim=0) if splits > 1 else part[0]  # in a fixed order
+    dd = part.sum(dim=0) if splits > 1 else part[0]  # fixed summation order: deterministic
     return dd if adapter_index is not None else dd[0]
 
 

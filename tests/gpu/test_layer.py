@@ -39,7 +39,7 @@ def oft_layer(device, dtype=torch.bfloat16, nbits=4, adapters=("a",), **settings
 
 
 def dense(layer):
-    """The layer's present weight by the oracle, float64 on the CPU."""
+    """The layer's current weight by the oracle, float64 on the CPU."""
     w = QuantizedWeight.from_hqq(layer.get_base_layer())
     return oracle.weight(w.packed.cpu(), w.scale.cpu(), w.zero.cpu(), w.shape, w.bits, w.group_size, w.axis)
 
@@ -135,7 +135,7 @@ def test_the_merged_weight_is_the_rotated_one(device):
     assert relative_error(dense(layer), expected) <= 2e-2
 
 
-def test_auto_takes_triton(device):
+def test_auto_selects_triton(device):
     layer = oft_layer(device).eval()
     x = torch.randn(7, K, device=device, dtype=torch.bfloat16)
     with torch.no_grad():

@@ -149,7 +149,7 @@ def test_two_streams_at_once(m, device):
         assert all(torch.equal(out, once) for out in result)
 
 
-def test_what_is_not_served_is_refused(device):
+def test_unsupported_calls_are_refused(device):
     for args in (
         linear(17, 64, 128, 32, device, torch.bfloat16),
         linear(1, 64, 128, 32, device, torch.float32),

@@ -24,7 +24,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def instruction_set(request):
-    """The tests that ask for it run on the kernels of each instruction set that the machine has."""
+    """Run a test that uses this fixture on the kernels of every instruction set that the CPU supports."""
     before = _native.operations.instruction_set()
     _native.operations.use_instruction_set(request.param)
     yield request.param

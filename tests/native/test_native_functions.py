@@ -37,7 +37,7 @@ def test_compile_without_graph_breaks_forward_and_backward(m):
         assert relative_error(compiled, eager) <= 1e-6
 
 
-def test_auto_takes_it_on_the_cpu(monkeypatch):
+def test_auto_selects_the_native_backend_on_the_cpu(monkeypatch):
     calls = []
     real = _native.OPERATIONS["rotate"]
     table = {**_native.OPERATIONS, "rotate": lambda *args: calls.append(args) or real(*args)}
@@ -48,13 +48,13 @@ def test_auto_takes_it_on_the_cpu(monkeypatch):
     assert len(calls) == 1
 
 
-def test_what_is_refused():
+def test_unsupported_calls_are_refused():
     x, d = torch.randn(3, 8, dtype=torch.float64), torch.randn(2, 4, 4, dtype=torch.float64)
     with pytest.raises(
-        BackendError, match=r"cannot serve rotate: .* compute in float32, and a tensor is torch.float64"
+        BackendError, match=r"does not support rotate: .* compute in float32, and a tensor is torch.float64"
     ):
         functional.rotate(x, d)
-    with pytest.raises(BackendError, match=r"the result is to be torch.float64"):
+    with pytest.raises(BackendError, match=r"the requested dtype is torch.float64"):
         functional.cayley(torch.randn(2, 6), 4, dtype=torch.float64)
     with pytest.raises(Unsupported, match=r"run on the CPU, and a tensor is on meta"):
         _native.OPERATIONS["rotate"](torch.empty(3, 8, device="meta"), torch.empty(2, 4, 4), None, False)
@@ -62,7 +62,7 @@ def test_what_is_refused():
         assert functional.rotate(x, d).dtype == torch.float64
 
 
-def test_tensors_that_do_not_fit_are_errors_not_reads_beyond_them():
+def test_mismatched_shapes_raise_instead_of_reading_out_of_bounds():
     lib = torch.ops.hqq_oft_native
     x, d = torch.randn(3, 8), torch.randn(2, 4, 4)
     for args in ((x, d[:, :, :3], None, False), (x, d.repeat(2, 1, 1), None, False),

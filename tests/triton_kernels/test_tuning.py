@@ -1,4 +1,4 @@
-"""`bench.tune` in the interpreter: it writes a valid table, goes on where it was, and leaves out what is wrong."""
+"""`bench.tune` in the interpreter: it writes a valid table, resumes, and leaves out wrong tiles."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_tuning_writes_a_table_and_resumes(tmp_path):
     assert log.read_text().splitlines() == trials
 
 
-def test_a_wrong_tile_is_left_out(tmp_path, monkeypatch, capsys):
+def test_a_tile_with_wrong_results_is_left_out(tmp_path, monkeypatch, capsys):
     fused = linear.fused_linear
 
     def broken(*args):
