@@ -26,7 +26,7 @@ $(STAMP): constraints.txt pyproject.toml setup.py csrc/build.py
 	touch $@
 
 native: $(STAMP) ## rebuild the native kernels after a change in csrc/
-	$(BIN)/python csrc/build.py hqq_oft/_native/hqq_oft_native.so
+	$(BIN)/python csrc/build.py hqq_oft/ops/native/hqq_oft_native.so
 
 check: $(STAMP) ## check lint, formatting and types
 	$(BIN)/ruff check .
@@ -50,7 +50,7 @@ test-asan: $(STAMP) ## run the native tests under AddressSanitizer and Undefined
 	rm -rf $(SANITIZED)
 	mkdir -p $(SANITIZED)
 	cp -r hqq_oft $(SANITIZED)/hqq_oft
-	HQQ_OFT_BUILD=cpu $(BIN)/python csrc/build.py $(SANITIZED)/hqq_oft/_native/hqq_oft_native.so --sanitize
+	HQQ_OFT_BUILD=cpu $(BIN)/python csrc/build.py $(SANITIZED)/hqq_oft/ops/native/hqq_oft_native.so --sanitize
 	PYTHONPATH=$(SANITIZED):. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 		$(BIN)/pytest -n 2 -p no:cacheprovider tests/native -k "not compile and not environment" $(PYTEST_ARGS)

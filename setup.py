@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
@@ -11,7 +11,7 @@ import build as native
 
 
 class BuildNative(build_ext):
-    """Compiles the native kernels to `hqq_oft/_native/hqq_oft_native.so`, independent of the Python version."""
+    """Compiles the native kernels to `hqq_oft/ops/native/hqq_oft_native.so`, independent of the Python version."""
 
     def get_ext_filename(self, fullname):
         """File name without the interpreter tag."""
@@ -26,7 +26,7 @@ class BuildNative(build_ext):
 PARTS = native.parts()
 
 setup(
-    packages=["hqq_oft", "hqq_oft._native", "hqq_oft.triton_kernels", "hqq_oft.kernel_configs"],
+    packages=[*find_packages(include=["hqq_oft", "hqq_oft.*"]), "hqq_oft.triton_kernels", "hqq_oft.kernel_configs"],
     # kernels/ has no __init__.py: in a checkout it would shadow the `kernels` package from Hugging Face.
     package_dir={
         "hqq_oft": "hqq_oft",
@@ -34,7 +34,7 @@ setup(
         "hqq_oft.kernel_configs": "kernels/configs",
     },
     package_data={"hqq_oft": ["py.typed"], "hqq_oft.kernel_configs": ["*.json"]},
-    ext_modules=[Extension("hqq_oft._native.hqq_oft_native", sources=[])] if PARTS else [],
+    ext_modules=[Extension("hqq_oft.ops.native.hqq_oft_native", sources=[])] if PARTS else [],
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if PARTS else {},
 )

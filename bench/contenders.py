@@ -22,7 +22,8 @@ from peft import LoraConfig, OFTConfig, get_peft_model
 from torch import Tensor, nn
 
 import hqq_oft
-from hqq_oft import ops, reference
+from hqq_oft.ops import reference
+from hqq_oft.ops import table as ops
 
 from . import model
 from .limits import Limits
@@ -122,7 +123,7 @@ def native_decode(problem: Problem) -> Contender:
     """This package's fused product by the native backend, where the automatic choice takes another."""
     if problem.device.type != "cuda":
         raise Unavailable("elsewhere than on a GPU it is what hqq_oft is")
-    reason = hqq_oft.backends.registry()["native"].why_not("linear")
+    reason = hqq_oft.ops.backends.registry()["native"].why_not("linear")
     if reason is not None:
         raise Unavailable(reason)
 

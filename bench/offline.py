@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from hqq_oft.device_tables import CONFIGS
+from hqq_oft.ops.device_tables import CONFIGS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

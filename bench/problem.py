@@ -16,8 +16,9 @@ import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from torch import Tensor, nn
 
-from hqq_oft import QuantizedWeight, reference
-from hqq_oft.weight import LEVELS_PER_ELEMENT
+from hqq_oft import QuantizedWeight
+from hqq_oft.ops import reference
+from hqq_oft.ops.weight import LEVELS_PER_ELEMENT
 
 from . import model
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hqq_oft
-from hqq_oft import reference
+from hqq_oft.ops import reference
 
 from .environment import ROOT
 from .problem import Problem, Setting, relative_error

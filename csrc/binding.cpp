@@ -2,7 +2,7 @@
 // threads.
 //
 // Uses only PyTorch's stable ABI, so that one build supports every PyTorch >= 2.10. Arguments and results are those of
-// the functions of the same name in hqq_oft/reference.py.
+// the functions of the same name in hqq_oft/ops/reference.py.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -402,7 +402,7 @@ bool select_instruction_set(std::string name) { return select(name); }
   "Tensor packed, Tensor scale, Tensor zero, SymInt out_features, SymInt in_features, int bits, SymInt group_size, " \
   "int axis"
 
-// The schemas of hqq_oft/ops.py, and additional operators of this library.
+// The schemas of hqq_oft/ops/table.py, and additional operators of this library.
 STABLE_TORCH_LIBRARY(hqq_oft_native, m) {
   m.def("cayley(Tensor v, int block_size, int? terms, Tensor? keep, float? max_norm, ScalarType dtype) -> Tensor");
   m.def("cayley_backward(Tensor grad, Tensor v, int block_size, int? terms, Tensor? keep, float? max_norm) -> Tensor");

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from hqq.core.quantize import HQQLinear, Quantizer
 
-from .checkpoint import CONFIG
-from .saving import copy_into, save_quantized
-from .staging import check_replaceable, staged_directory
+from .checkpoint.atomic_directory import check_replaceable, staged_directory
+from .checkpoint.files import CONFIG
+from .checkpoint.save import copy_into, save_quantized
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Files that belong to a model but are not written when it is saved: tokenizers, processors, templates, licences.

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from . import __version__, _native
+from . import __version__
 from ._config import cpu_instruction_set, keep_pristine_from_environment
-from .backends import OPERATIONS, Unsupported, registry, selected_backend
+from .ops import native as _native
+from .ops.backends import OPERATIONS, Unsupported, registry, selected_backend
 
 _PACKAGES = ("torch", "peft", "hqq", "transformers", "accelerate", "triton", "numpy", "safetensors")
 
@@ -105,8 +106,8 @@ def _instruction_sets() -> str:
     """Instruction sets that the native CPU kernels were compiled for and this processor supports."""
     if _native.REASON:
         return ""
-    names = _native.operations.instruction_sets()
-    return f" (native CPU kernels here: {', '.join(names)}; in use: {_native.operations.instruction_set()})"
+    names = _native.cpu.instruction_sets()
+    return f" (native CPU kernels here: {', '.join(names)}; in use: {_native.cpu.instruction_set()})"
 
 
 def report() -> str:

@@ -1,6 +1,6 @@
 """Differentiable operations on rotations and quantized weights; arguments are validated here.
 
-`hqq_oft._autograd` defines the gradients and what is saved, `hqq_oft.ops` computes. Symbols: tokens M,
+`hqq_oft.ops.autograd` defines the gradients and what is saved, `hqq_oft.ops.table` computes. Symbols: tokens M,
 in-features K, out-features N, block size b, blocks B = K / b, stored blocks S (B, or 1 if all positions share one
 block), adapters A.
 """
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from . import ops
-from ._autograd import Cayley, DequantizeRotate, Linear, OFTLinear, OFTRotate, Rotate
-from .weight import QuantizedWeight
+from .ops import table as ops
+from .ops.autograd import Cayley, DequantizeRotate, Linear, OFTLinear, OFTRotate, Rotate
+from .ops.weight import QuantizedWeight
 
 # --- Checks ----------------------------------------------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ from hqq.core.quantize import HQQLinear
 from peft.tuners.oft.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from .layer import HqqOFTLinear
-from .quantizing import QuantizationSettings
+from .quant.model import QuantizationSettings
+from .tuner.layer import HqqOFTLinear
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from bench.model import Cost
 from bench.problem import Problem, Setting
 from bench.session import Case, Job, Session
 from bench.suites import PROFILES, cases, layer
-from hqq_oft.backends import OPERATIONS
+from hqq_oft.ops.backends import OPERATIONS
 
 LIMITS = Limits(bandwidth=1e10, rate=1e11)
 CPU, META = torch.device("cpu"), torch.device("meta")

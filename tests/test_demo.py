@@ -14,7 +14,8 @@ import torch
 import hqq_oft
 from bench.demo import __main__ as demo
 from bench.demo import corpus
-from hqq_oft import HqqOFTLinear, merging
+from hqq_oft import HqqOFTLinear
+from hqq_oft.tuner import fold
 
 ROOT = Path(__file__).parents[1]
 FEW = ["--steps", "3", "--pretrain-steps", "3", "--evaluation-batches", "1"]
@@ -70,12 +71,12 @@ def test_the_demo_exits_with_an_error_if_a_number_is_wrong(tmp_path, monkeypatch
         monkeypatch.setattr(HqqOFTLinear, "unmerge", unmerge)
         message = "FAILED: the unmerged model gives the same logits bit for bit"
     elif fault == "merge":
-        original = merging.rotate_weight
+        original = fold.rotate_weight
 
         def transposed(weight, rotations, check):
             return original(weight, [(name, d.transpose(1, 2) * 4) for name, d in rotations], check)
 
-        monkeypatch.setattr(merging, "rotate_weight", transposed)
+        monkeypatch.setattr(fold, "rotate_weight", transposed)
         message = "FAILED: the merged model is what quantizing the adapted weights gives"
     else:
         original = HqqOFTLinear.forward

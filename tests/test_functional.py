@@ -10,8 +10,9 @@ import torch
 from helpers import COMPILE_BACKEND, TOLERANCE, hqq_layer, relative_error
 from torch.autograd import forward_ad
 
-import hqq_oft.ops  # noqa: F401  (registers the operators)
-from hqq_oft import QuantizedWeight, functional, reference
+import hqq_oft.ops.table  # noqa: F401  (registers the operators)
+from hqq_oft import QuantizedWeight, functional
+from hqq_oft.ops import reference
 
 TERMS = [1, 2, 3, 4, 5, 6, 7, 8, None]
 HALF = [torch.float16, torch.bfloat16]

@@ -25,7 +25,8 @@ from peft import OFTConfig
 from peft.tuners.oft.layer import OFTLayer
 from torch import nn
 
-from hqq_oft import HqqOFTLinear, QuantizedWeight, dispatch_hqq, frozen_rotations, functional, ops
+from hqq_oft import HqqOFTLinear, QuantizedWeight, dispatch_hqq, frozen_rotations, functional
+from hqq_oft.ops import table as ops
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 

@@ -12,7 +12,9 @@ from helpers import add_adapter, hqq_layer, oft_layer, packed_bytes, relative_er
 from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear, Quantizer
 from torch import nn
 
-from hqq_oft import HqqOFTLinear, QuantizedWeight, functional, merging
+from hqq_oft import HqqOFTLinear, QuantizedWeight, functional
+from hqq_oft.quant import hqq_layer as quant_layer
+from hqq_oft.tuner import fold
 
 
 def two_adapters(base=None, **settings):
@@ -235,8 +237,8 @@ def test_unmerging_is_bit_exact_after_any_number_of_cycles(keep):
 @pytest.mark.parametrize(("keep", "moves"), [("device", []), ("host", ["cpu"]), ("none", [])])
 def test_the_pristine_weight_is_kept_in_the_selected_place(monkeypatch, keep, moves):
     layer, moved = oft_layer(), []
-    state = merging.PackedState.of(layer.base_layer)
-    monkeypatch.setattr(merging.PackedState, "to", lambda self, device: moved.append(device) or self)
+    state = quant_layer.PackedState.of(layer.base_layer)
+    monkeypatch.setattr(quant_layer.PackedState, "to", lambda self, device: moved.append(device) or self)
     layer.keep_pristine = keep
     assert layer._kept(state) is (None if keep == "none" else state)
     assert moved == moves
@@ -399,14 +401,14 @@ def test_a_failed_second_merge_keeps_the_first():
 def test_safe_merge_checks_the_quantized_weight(monkeypatch):
     layer = two_adapters()
     state = state_of(layer)
-    original = merging.requantize
+    original = quant_layer.requantize
 
     def overflowing(base, dense, into):
         made = original(base, dense, into)
         made.meta["scale"] = made.meta["scale"] * float("inf")
         return made
 
-    monkeypatch.setattr(merging, "requantize", overflowing)
+    monkeypatch.setattr(quant_layer, "requantize", overflowing)
     with pytest.raises(ValueError, match=r"after quantizing the weight merged with \['a', 'b'\]"):
         layer.merge(safe_merge=True)
     assert_state(layer, state)
@@ -432,7 +434,7 @@ def test_an_interrupt_anywhere_changes_nothing(monkeypatch, error, where, action
         layer.drop_pristine()  # so that it computes and quantizes too
     state, x = state_of(layer), torch.randn(2, 96)
     expected = layer(x)
-    install = merging.PackedState.install
+    install = quant_layer.PackedState.install
     failures = iter([error])
 
     def fail(*args, **kwargs):
@@ -451,10 +453,10 @@ def test_an_interrupt_anywhere_changes_nothing(monkeypatch, error, where, action
         if where == "quantizer":
             patch.setattr(Quantizer, "quantize", fail)
         elif where == "rotation":
-            patch.setattr(merging.ops, "dequantize_rotate" if action != "unmerge" else "dequantize", fail)
-            patch.setattr(merging.ops, "rotate", fail)
+            patch.setattr(fold.ops, "dequantize_rotate" if action != "unmerge" else "dequantize", fail)
+            patch.setattr(fold.ops, "rotate", fail)
         else:
-            patch.setattr(merging.PackedState, "install", failing_install)
+            patch.setattr(quant_layer.PackedState, "install", failing_install)
         with pytest.raises(error if isinstance(error, type) else type(error)):
             layer.unmerge() if action == "unmerge" else layer.merge()
     assert_state(layer, state)

@@ -14,7 +14,9 @@ from small_llama import VOCABULARY, quantized_llama
 from torch import nn
 
 import hqq_oft
-from hqq_oft import HqqOFTLinear, merge_report, merging
+from hqq_oft import HqqOFTLinear, merge_report
+from hqq_oft.quant import hqq_layer
+from hqq_oft.tuner import fold
 
 TOKENS = torch.arange(12).reshape(2, 6) % VOCABULARY
 TARGETS = ["q_proj", "down_proj"]
@@ -178,7 +180,7 @@ def test_into_more_bits_loses_less_whether_merged_before_or_not(first):
         model.merge_adapter()
     merged = model.merge_and_unload(into=8)
     assert merged.model.layers[0].mlp.down_proj.meta["nbits"] == 8
-    settings = merging.quantization_settings(merged.model.layers[0].mlp.down_proj)["weight_quant_params"]
+    settings = hqq_layer.quantization_settings(merged.model.layers[0].mlp.down_proj)["weight_quant_params"]
     assert (settings["nbits"], settings["round_zero"]) == (8, False)
     assert merged.model.layers[0].mlp.up_proj.meta["nbits"] == 2
     assert relative_error(logits(merged), expected) < relative_error(logits(plain.merge_and_unload()), expected) / 10
@@ -215,8 +217,8 @@ def test_a_merge_interrupted_at_any_layer_changes_nothing(monkeypatch, error, nt
     model = adapted()
     expected, layers, done = logits(model), layers_of(model), []
     bytes_before = {name: packed_bytes(layer.get_base_layer()) for name, layer in layers.items()}
-    function = "rotate_weight" if into == "dense" else "requantize"
-    original = getattr(merging, function)
+    module, function = (fold, "rotate_weight") if into == "dense" else (hqq_layer, "requantize")
+    original = getattr(module, function)
 
     def failing(*args):
         done.append(args)
@@ -225,7 +227,7 @@ def test_a_merge_interrupted_at_any_layer_changes_nothing(monkeypatch, error, nt
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(merging, function, failing)
+        patch.setattr(module, function, failing)
         with pytest.raises(error):
             model.merge_and_unload(into=into)
     assert layers_of(model) == layers

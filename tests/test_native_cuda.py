@@ -8,8 +8,9 @@ import pytest
 import torch
 from gpu.cases import operations
 
-from hqq_oft import Unsupported, backend, device_tables
-from hqq_oft._native import cuda
+from hqq_oft import Unsupported, backend
+from hqq_oft.ops import device_tables
+from hqq_oft.ops.native import cuda
 
 
 def call(m=4, n=64, k=128, b=32, dtype=torch.bfloat16, **settings):

@@ -24,7 +24,8 @@ from small_llama import VOCABULARY, quantize, quantized_llama, small_llama
 from torch import nn
 
 import hqq_oft
-from hqq_oft import HqqOFTLinear, merging
+from hqq_oft import HqqOFTLinear
+from hqq_oft.quant import hqq_layer
 
 # Up to 0.20 PEFT has a layer of its own for HQQ, which raises in forward.
 PEFT_RUNS = packaging.version.parse(peft.__version__).release >= (0, 21)
@@ -260,7 +261,7 @@ def test_unload(tokens):
 def test_merging_a_model_is_atomic(tokens, monkeypatch, error, action):
     model = adapted()
     expected, done = logits(model, tokens), []
-    original = merging.requantize
+    original = hqq_layer.requantize
 
     def fail_at_the_third(base, dense, into):
         done.append(base)
@@ -269,7 +270,7 @@ def test_merging_a_model_is_atomic(tokens, monkeypatch, error, action):
         return original(base, dense, into)
 
     with monkeypatch.context() as patch:
-        patch.setattr(merging, "requantize", fail_at_the_third)
+        patch.setattr(hqq_layer, "requantize", fail_at_the_third)
         with pytest.raises(error):
             getattr(model, action)()
     assert len(done) == 3

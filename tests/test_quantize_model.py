@@ -14,7 +14,8 @@ from small_llama import VOCABULARY, small_llama
 from torch import nn
 
 import hqq_oft
-from hqq_oft import quantize_model, quantizing
+from hqq_oft import quantize_model
+from hqq_oft.quant import model as quantizing
 
 TOKENS = torch.arange(12).reshape(2, 6) % VOCABULARY
 SETTINGS = {"group_size": 16, "progress": False}

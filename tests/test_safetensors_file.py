@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from hqq_oft import CheckpointError
-from hqq_oft.safetensors_file import DTYPES, TensorFile, crc32, write
+from hqq_oft.checkpoint.safetensors_file import DTYPES, TensorFile, crc32, write
 
 
 def tensors():

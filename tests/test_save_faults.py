@@ -13,8 +13,9 @@ import pytest
 import torch
 from small_llama import VOCABULARY, small_llama
 
-from hqq_oft import checkpoint, load_quantized, quantize_model, save_quantized
-from hqq_oft.staging import staged_directory
+from hqq_oft import load_quantized, quantize_model, save_quantized
+from hqq_oft.checkpoint import files as checkpoint
+from hqq_oft.checkpoint.atomic_directory import staged_directory
 
 TOKENS = torch.arange(6)[None] % VOCABULARY
 
@@ -44,7 +45,7 @@ import os, sys, time
 sys.path.insert(0, sys.argv[2])
 from small_llama import small_llama
 import hqq_oft
-from hqq_oft import checkpoint
+from hqq_oft.checkpoint import files as checkpoint
 
 model = small_llama(seed=1)
 hqq_oft.quantize_model(model, group_size=16, progress=False)

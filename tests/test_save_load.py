@@ -19,10 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hqq_oft
 from hqq_oft import CheckpointError, load_quantized, quantize_model, save_quantized
-from hqq_oft.checkpoint import Checkpoint
-from hqq_oft.safetensors_file import TensorFile, crc32, write
-from hqq_oft.saving import parse_size
-from hqq_oft.stored_layer import FIELDS, StoredLayer, tensors_of
+from hqq_oft.checkpoint.files import Checkpoint
+from hqq_oft.checkpoint.layer_format import FIELDS, StoredLayer, tensors_of
+from hqq_oft.checkpoint.safetensors_file import TensorFile, crc32, write
+from hqq_oft.checkpoint.save import parse_size
 
 TOKENS = torch.arange(12).reshape(2, 6) % VOCABULARY
 
@@ -96,7 +96,9 @@ def test_every_loaded_layer_is_bitwise_equal_with_its_settings(tmp_path, nbits, 
         assert crc32(loaded.W_q) == crc32(layer.W_q)  # compare bytes: as floats, some values may be NaN
         assert torch.equal(loaded.dequantize(), layer.dequantize())
         assert loaded.bias is layer.bias or torch.equal(loaded.bias, layer.bias)
-        was, now = (hqq_oft.merging.quantization_settings(one)["weight_quant_params"] for one in (layer, loaded))
+        was, now = (
+            hqq_oft.quant.hqq_layer.quantization_settings(one)["weight_quant_params"] for one in (layer, loaded)
+        )
         assert was == now
         assert now["nbits"] == nbits
 
@@ -149,7 +151,7 @@ def test_adapters_trained_before_saving_fit_the_loaded_model(tmp_path):
 
 PEAK = """
 import re, sys, torch, hqq_oft
-from hqq_oft.quantizing import stored_bytes
+from hqq_oft.quant.model import stored_bytes
 
 def status(field):
     return int(re.search(rf"{field}:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024

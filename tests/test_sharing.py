@@ -14,7 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hqq_oft
-from hqq_oft import functional, ops, rotation_step, share_rotations
+from hqq_oft import functional, share_rotations
+from hqq_oft.ops import table as ops
+from hqq_oft.tuner import rotation_batch as rotation_step
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAYERS = 14

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import add_adapter, hqq_layer, oft_layer, packed_bytes, same_bytes
 
-from hqq_oft.state_lock import StateLock
+from hqq_oft.tuner.state_lock import StateLock
 
 SECONDS = 2.0
 

@@ -8,7 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hqq_oft import functional, merging
+from hqq_oft import functional
+from hqq_oft.quant import hqq_layer
+from hqq_oft.tuner import fold
 
 from .. import contenders, model
 from ..problem import Problem
@@ -37,13 +39,13 @@ def _layer(n: int, k: int, session: Session) -> list[Job]:
     layer = problem.layer
     ours = contenders.ours(problem).layers[0]
     rotation = [("default", ours._rotation("default"))]
-    dense = merging.rotate_weight(problem.weights[0], rotation, check=False)
+    dense = fold.rotate_weight(problem.weights[0], rotation, check=False)
     wide = model.Cost(layer.weight_bytes + 4 * n * k + 4 * k * MAIN.block, 2 * n * k * (1 + MAIN.block))
     copy = problem.dense.clone()
 
     def rotate(number: int) -> Tensor:
         d = [("default", ours._rotation("default"))]
-        return merging.rotate_weight(problem.weights[0], d, check=False)
+        return fold.rotate_weight(problem.weights[0], d, check=False)
 
     jobs = [
         Job("hqq_oft", "rotate", rotate, (wide,)),
@@ -53,7 +55,7 @@ def _layer(n: int, k: int, session: Session) -> list[Job]:
         Job("copy, new memory", "rotate without requantizing", lambda _: problem.dense.clone(), (model.copy(layer),)),
     ]
     if session.device.type != "meta":  # HQQ's quantizer reads values
-        jobs.append(Job("HQQ", "requantize", lambda _: merging.requantize(ours.get_base_layer(), dense)))
+        jobs.append(Job("HQQ", "requantize", lambda _: hqq_layer.requantize(ours.get_base_layer(), dense)))
         jobs.append(Job("hqq_oft", "whole", _merge_and_unmerge(ours)))
     if 4 * k * k <= DENSE_ROTATION_LIMIT:
         jobs.append(Job("PEFT", "rotate", _peft(problem), (wide,)))

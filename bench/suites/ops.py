@@ -10,7 +10,9 @@ import torch
 from peft.tuners.oft.layer import OFTRotationModule
 from torch import Tensor, nn
 
-from hqq_oft import functional, ops, reference
+from hqq_oft import functional
+from hqq_oft.ops import reference
+from hqq_oft.ops import table as ops
 
 from .. import model
 from ..problem import TOLERANCE, Problem, Setting, hqq_layer, relative_error, skew_parameters

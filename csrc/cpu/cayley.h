@@ -1,4 +1,4 @@
-// D = R - I from skew parameters, and its gradient, one block at a time; formulas as in hqq_oft/reference.py.
+// D = R - I from skew parameters, and its gradient, one block at a time; formulas as in hqq_oft/ops/reference.py.
 #pragma once
 
 #include "types.h"

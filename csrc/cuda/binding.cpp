@@ -1,6 +1,6 @@
 // The operator `linear` of `hqq_oft_native` for CUDA tensors: check, allocate, get the stream, launch.
 //
-// Uses only PyTorch's stable ABI. hqq_oft/_native/cuda.py rejects unsupported calls with messages for users; the checks
+// Uses only PyTorch's stable ABI. hqq_oft/ops/native/cuda.py rejects unsupported calls with messages for users; the checks
 // here prevent out-of-bounds access by invalid calls.
 
 #include <torch/csrc/stable/accelerator.h>

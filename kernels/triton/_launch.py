@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hqq_oft import backends
-from hqq_oft.backends import Unsupported
-from hqq_oft.device_tables import table_name
+from hqq_oft.ops import backends
+from hqq_oft.ops.backends import Unsupported
+from hqq_oft.ops.device_tables import table_name
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Assumed under the interpreter, which has no multiprocessors, so that it splits sums as a GPU would.

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hqq_oft.device_tables import own_table
+from hqq_oft.ops.device_tables import own_table
 
 from ._launch import device_name
 

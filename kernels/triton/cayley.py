@@ -3,7 +3,7 @@
 Series, with c_k the coefficient of Q^k: `D = c_1 Q + Q (c_2 Q + Q (... + Q c_n Q))`; each step is a product of Q with
 a panel of columns. Its gradient, with A = Q^T, is `dQ = sum_ij c_(i+j+1) A^i G A^j`. The gradient of `v` is dQ - dQ^T;
 since A^T = -A, it is the same sum over `G - G^T` for even i + j and over `G + G^T` for odd i + j. Both factors of each
-term are computed by Horner's rule, also in panels of columns. See `hqq_oft.reference.cayley` for the definitions.
+term are computed by Horner's rule, also in panels of columns. See `hqq_oft.ops.reference.cayley` for the definitions.
 
 Blocks up to 128 take one launch, which builds Q from `v` in registers. Larger blocks and the exact map use dense Q with
 PyTorch's batched products and batched solve. The linear term, which dominates D, is exact.
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hqq_oft.reference import series_coefficients
+from hqq_oft.ops.reference import series_coefficients
 
 from ._launch import check_device, empty, float32_precision, on_device, wide
 from ._pieces import dot, narrow
@@ -40,7 +40,7 @@ def skew_tile(p_v, o_i, o_j, factor, B: tl.constexpr, ACC: tl.constexpr, BOUNDED
 
 @triton.jit
 def bound_factor(p_v, max_norm, B: tl.constexpr, ACC: tl.constexpr):
-    """Factor that scales a block to Frobenius norm `max_norm`, 1 if within; float64, as `hqq_oft.reference.project`.
+    """Factor that scales a block to Frobenius norm `max_norm`, 1 if within; float64, as the reference's `project`.
 
     The norm may exceed the bound by the rounding error of ACC, so that the projection is idempotent.
     """
@@ -243,7 +243,7 @@ def _coefficients(terms: int) -> tuple[int, int]:
 def cayley(
     v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None, dtype: torch.dtype
 ) -> Tensor:
-    """`hqq_oft.reference.cayley`; one launch for blocks up to 128 and a series, see the top of the file."""
+    """`hqq_oft.ops.reference.cayley`; one launch for blocks up to 128 and a series, see the top of the file."""
     check_device(v)
     blocks = v.shape[0] if keep is None else keep.shape[0]
     d = empty(v, (blocks, block_size, block_size), dtype)
@@ -266,7 +266,7 @@ def cayley(
 def cayley_backward(
     grad: Tensor, v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None
 ) -> Tensor:
-    """`hqq_oft.reference.cayley_backward`; one launch for blocks up to 128 and a series."""
+    """`hqq_oft.ops.reference.cayley_backward`; one launch for blocks up to 128 and a series."""
     check_device(v)
     dv = empty(v, tuple(v.shape))
     powers, last = _coefficients(terms) if terms is not None else (1, 1)

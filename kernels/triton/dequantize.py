@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hqq_oft.weight import LEVELS_PER_ELEMENT
+from hqq_oft.ops.weight import LEVELS_PER_ELEMENT
 
 from . import _tiles
 from ._launch import check_device, empty, on_device, operand, product_precision, wide
@@ -197,7 +197,7 @@ def dequantize(
     packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int, bits: int, group_size: int,
     axis: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """`hqq_oft.reference.dequantize`."""
+    """`hqq_oft.ops.reference.dequantize`."""
     check_device(packed)
     weight = Packed.of(packed, scale, zero, out_features, in_features, bits, group_size, axis)
     return dequantize_into(empty(packed, (out_features, in_features), dtype), weight)
@@ -207,7 +207,7 @@ def dequantize_rotate(
     packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int, bits: int, group_size: int,
     axis: int, d: Tensor, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """`hqq_oft.reference.dequantize_rotate`; blocks too large for a tile are rotated in a second pass."""
+    """`hqq_oft.ops.reference.dequantize_rotate`; blocks too large for a tile are rotated in a second pass."""
     check_device(packed)
     weight = Packed.of(packed, scale, zero, out_features, in_features, bits, group_size, axis)
     if holds_slices(dtype, d, in_features):

@@ -187,7 +187,7 @@ def linear(
     x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int,
     bits: int, group_size: int, axis: int, bias: Tensor | None, adapter_index: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """`hqq_oft.reference.linear`; M selects the path."""
+    """`hqq_oft.ops.reference.linear`; M selects the path."""
     check_device(x)
     weight = Packed.of(packed, scale, zero, out_features, in_features, bits, group_size, axis)
     M = x.shape[0]

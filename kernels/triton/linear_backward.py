@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hqq_oft._config import scratch_bytes
-from hqq_oft.reference import wide_dtype
+from hqq_oft.ops.reference import wide_dtype
 
 from . import _tiles
 from ._launch import check_device, empty, on_device, product_precision, rows_contiguous, split_buffers, splits_for, wide
@@ -106,7 +106,7 @@ def linear_backward(
     grad: Tensor, x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int,
     in_features: int, bits: int, group_size: int, axis: int, adapter_index: Tensor | None, need_x: bool, need_d: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`hqq_oft.reference.linear_backward`; M selects the path."""
+    """`hqq_oft.ops.reference.linear_backward`; M selects the path."""
     check_device(grad)
     weight = Packed.of(packed, scale, zero, out_features, in_features, bits, group_size, axis)
     M = grad.shape[0]

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hqq_oft.reference import wide_dtype
+from hqq_oft.ops.reference import wide_dtype
 
 from . import _tiles
 from ._launch import check_device, empty, on_device, operand, product_precision, rows_contiguous, splits_for, wide
@@ -122,7 +122,7 @@ def holds_slices(dtype: torch.dtype, d: Tensor, features: int) -> bool:
 
 
 def rotate(x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) -> Tensor:
-    """`hqq_oft.reference.rotate`."""
+    """`hqq_oft.ops.reference.rotate`."""
     check_device(x)
     M, K = x.shape
     y = empty(x, (M, K))
@@ -152,7 +152,7 @@ def rotate(x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) 
 def rotate_backward(
     grad: Tensor, x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool, need_x: bool, need_d: bool
 ) -> tuple[Tensor, Tensor]:
-    """`hqq_oft.reference.rotate_backward`."""
+    """`hqq_oft.ops.reference.rotate_backward`."""
     check_device(grad)
     dx = grad.new_empty(0)
     if not need_d:

@@ -7,7 +7,7 @@ import torch
 from gpu.cases import operations, widened
 from helpers import TOLERANCE, relative_error
 
-from hqq_oft import reference
+from hqq_oft.ops import reference
 
 from . import emulation
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from bench.problem import quantized_weight, skew_parameters
-from hqq_oft import backend, ops, reference
+from hqq_oft import backend
+from hqq_oft.ops import reference
+from hqq_oft.ops import table as ops
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 # Tolerance for the summation order of float32 products, added to twice the error of the reference.

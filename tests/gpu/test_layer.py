@@ -10,7 +10,7 @@ import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from torch import nn
 
-import hqq_oft.ops
+import hqq_oft.ops.table
 from hqq_oft import HqqOFTLinear, QuantizedWeight, backend
 
 from .cases import TOLERANCE, relative_error
@@ -146,13 +146,13 @@ def test_auto_selects_triton(device):
 
 def test_rotations_are_computed_once_in_inference(device, monkeypatch):
     calls = Counter()
-    dispatch = hqq_oft.ops.dispatch
+    dispatch = hqq_oft.ops.table.dispatch
 
     def counted(operation, *args):
         calls[operation] += 1
         return dispatch(operation, *args)
 
-    monkeypatch.setattr(hqq_oft.ops, "dispatch", counted)
+    monkeypatch.setattr(hqq_oft.ops.table, "dispatch", counted)
     layer = oft_layer(device).eval()
     x = torch.randn(1, K, device=device, dtype=torch.bfloat16)
     with torch.no_grad():

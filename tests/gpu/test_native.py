@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hqq_oft import backend, ops, reference
-from hqq_oft._native import cuda
-from hqq_oft.backends import BackendError, registry
+from hqq_oft import backend
+from hqq_oft.ops import reference
+from hqq_oft.ops import table as ops
+from hqq_oft.ops.backends import BackendError, registry
+from hqq_oft.ops.native import cuda
 
 from .cases import ORDER_OF_SUMS, TOLERANCE, operations, relative_error, widened
 

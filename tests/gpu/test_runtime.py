@@ -7,7 +7,8 @@ import gc
 import pytest
 import torch
 
-from hqq_oft import backend, functional, ops
+from hqq_oft import backend, functional
+from hqq_oft.ops import table as ops
 
 from .cases import TOLERANCE, check, operations, quantized_weight, relative_error, run, skew_parameters
 

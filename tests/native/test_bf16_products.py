@@ -7,7 +7,8 @@ import pytest
 import torch
 from gpu.cases import check, operations, quantized_weight, relative_error
 
-from hqq_oft import _native, ops
+from hqq_oft.ops import native as _native
+from hqq_oft.ops import table as ops
 
 BF16 = torch.bfloat16
 # out-features, in-features, group size. Bands of 40, 20 and 10 rows: the last tile of 16 is short. A single row in each
@@ -101,7 +102,7 @@ def test_nan_affects_only_its_own_row(m):
 
 
 def test_packed_products_do_not_materialize_the_dense_weight(instruction_set, monkeypatch):
-    lib = _native.operations._lib
+    lib = _native.cpu._lib
     decoded = []
 
     class Spied:
@@ -112,7 +113,7 @@ def test_packed_products_do_not_materialize_the_dense_weight(instruction_set, mo
                 else lambda *args: decoded.append(lib.dequantize_into(*args))
             )
 
-    monkeypatch.setattr(_native.operations, "_lib", Spied())
+    monkeypatch.setattr(_native.cpu, "_lib", Spied())
     for m in (17, 100):
         args = operations(m, 64, 128, 32, "cpu", BF16)
         for name in ("linear", "linear_backward"):

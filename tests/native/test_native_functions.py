@@ -11,7 +11,9 @@ import torch
 from helpers import COMPILE_BACKEND, oft_layer, relative_error
 from test_functional import operator_arguments
 
-from hqq_oft import BackendError, Unsupported, _native, backend, backends, functional
+from hqq_oft import BackendError, Unsupported, backend, functional
+from hqq_oft.ops import backends
+from hqq_oft.ops import native as _native
 
 
 @pytest.mark.parametrize("case", range(20))
@@ -92,16 +94,16 @@ def test_mismatched_shapes_raise_instead_of_reading_out_of_bounds():
 
 
 def test_an_instruction_set_by_name():
-    available = _native.operations.instruction_sets()
+    available = _native.cpu.instruction_sets()
     assert available[0] == "portable"
     with pytest.raises(ValueError, match=rf"no CPU kernels for 'sse9'; it has {', '.join(available)}"):
-        _native.operations.use_instruction_set("sse9")
+        _native.cpu.use_instruction_set("sse9")
 
 
 @pytest.mark.parametrize("wanted", ["portable", "AVX512_BF16", "sse9"])
 def test_the_environment_chooses_the_instruction_set(wanted):
-    available = _native.operations.instruction_sets()
-    program = "from hqq_oft import _native; print(_native.operations.instruction_set())"
+    available = _native.cpu.instruction_sets()
+    program = "from hqq_oft import _native; print(_native.cpu.instruction_set())"
     environment = {**os.environ, "HQQ_OFT_CPU_ISA": wanted}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     if wanted.lower() in available:

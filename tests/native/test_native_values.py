@@ -10,7 +10,9 @@ import torch
 from gpu import cases
 from gpu.cases import operations, quantized_weight, relative_error, skew_parameters
 
-from hqq_oft import _native, ops, reference
+from hqq_oft.ops import native as _native
+from hqq_oft.ops import reference
+from hqq_oft.ops import table as ops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCKS = (1, 2, 3, 8, 16, 24, 31, 32, 48, 96, 256)
@@ -127,7 +129,7 @@ def test_scale_and_zero_of_other_dtypes():
 @pytest.mark.parametrize("b", [8, 96])
 def test_a_scratch_in_chunks(bits, b, monkeypatch):
     for size in (1, 9000, 40000):
-        monkeypatch.setattr(_native.operations, "_CHUNK_BYTES", size)
+        monkeypatch.setattr(_native.cpu, "_CHUNK_BYTES", size)
         for m in (30, 200):
             cases_of = operations(m, 80, 192, b, "cpu", torch.float32, bits=bits)
             for name in ("linear", "linear_backward"):

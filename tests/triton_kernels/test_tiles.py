@@ -12,7 +12,8 @@ import pytest
 import torch
 from hqq_oft.triton_kernels import _launch, _tiles
 
-from hqq_oft import BackendError, Unsupported, backend, device_tables, functional
+from hqq_oft import BackendError, Unsupported, backend, functional
+from hqq_oft.ops import device_tables
 
 
 @pytest.fixture

@@ -8,7 +8,9 @@ import pytest
 import torch
 from helpers import TOLERANCE, hqq_layer, relative_error
 
-from hqq_oft import QuantizedWeight, ops, reference, triton_kernels
+from hqq_oft import QuantizedWeight, triton_kernels
+from hqq_oft.ops import reference
+from hqq_oft.ops import table as ops
 
 BLOCKS = (1, 2, 3, 8, 16, 32, 64, 96, 112, 128, 130)
 HALF = (torch.float16, torch.bfloat16)

@@ -1,6 +1,6 @@
 """Backend dispatch: which backend runs an operation, and why others were skipped.
 
-A backend is a table from an operation's name to a function with the contract of `hqq_oft.reference`. A function that
+A backend maps an operation's name to a function with the contract of `hqq_oft.ops.reference`. A function that
 does not support a call raises `Unsupported` with a reason, before any side effect; every other exception is a bug and
 propagates. With `auto`, dispatch then tries the next backend and logs the reason once; a backend selected by name has
 no fallback.
@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, get_args
 
+from .._config import BackendName, backend_from_environment
 from . import reference
-from ._config import BackendName, backend_from_environment
 
 logger = logging.getLogger("hqq_oft")
 
@@ -48,7 +48,7 @@ class Backend:
 
     Attributes:
         name: `triton`, `native` or `reference`.
-        operations: operation name -> function with the contract of `hqq_oft.reference`.
+        operations: operation name -> function with the contract of `hqq_oft.ops.reference`.
         reason: why operations missing from the table are not supported.
     """
 
@@ -79,7 +79,7 @@ def load_backends() -> dict[str, Backend]:
     """All backends by name, in the order in which `auto` tries them."""
     # On a GPU with both, the native kernels reject calls for which they were not measured to be faster.
     return {
-        "native": _from_package("native", "hqq_oft._native", "this installation of hqq_oft has no native kernels"),
+        "native": _from_package("native", "hqq_oft.ops.native", "this installation of hqq_oft has no native kernels"),
         "triton": _from_package(
             "triton", "hqq_oft.triton_kernels", "this installation of hqq_oft has no Triton kernels"
         ),

@@ -19,8 +19,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from tqdm import tqdm
 
+from ..quant.hqq_layer import forget_quantization, quantization_settings
+from .fold import MergeInto, check_into
 from .layer import HqqOFTLinear
-from .merging import MergeInto, check_into, forget_quantization, quantization_settings
 
 logger = logging.getLogger("hqq_oft")
 

@@ -1,7 +1,7 @@
 """`HqqOFTLinear`: PEFT's OFT on an HQQ-quantized linear layer.
 
 This module decides which adapters are applied and in which dtype. The computation is in `hqq_oft.functional`, merging
-in `hqq_oft.mergeable`.
+in `hqq_oft.tuner.merge`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from peft.tuners.oft.layer import MultiplicativeDropoutLayer, OFTLayer, OFTRotat
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from . import functional, merging, rotation_step
-from ._autocast import without_autocast
-from ._config import KeepPristine, keep_pristine_from_environment
-from .adapter_settings import AdapterSettings
-from .mergeable import MergeableLayer
-from .merging import PackedState
-from .reference import project
+from .. import functional
+from .._config import KeepPristine, keep_pristine_from_environment
+from ..ops.autocast import without_autocast
+from ..ops.reference import project
+from ..ops.weight import QuantizedWeight, require_whole
+from ..quant import hqq_layer
+from ..quant.hqq_layer import PackedState
+from . import rotation_batch as rotation_step
+from .merge import MergeableLayer
 from .rotation_cache import RotationCache
+from .settings import AdapterSettings
 from .state_lock import StateLock, alone
-from .weight import QuantizedWeight, require_whole
 
 
 class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
@@ -136,7 +138,7 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         self.merge_error: float | None = vars(self).get("merge_error")
         self._rotations: RotationCache = vars(self).get("_rotations", RotationCache())
         self._lock: StateLock = vars(self).get("_lock", StateLock())
-        merging.mend(self.get_base_layer())
+        hqq_layer.detach_tensors(self.get_base_layer())
         if _after_load not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_after_load)
 
@@ -500,7 +502,7 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
                 base.W_q = nn.Parameter(base.W_q.detach().view(view), requires_grad=False)
         device = base.W_q.device
         if base.device is None or torch.device(base.device) != device:  # None: quantized on its linear layer's device
-            base.meta = merging.move_meta(base.meta, device)
+            base.meta = hqq_layer.move_meta(base.meta, device)
             if base.bias is not None and not isinstance(base.bias, nn.Parameter):
                 base.bias = base.bias.to(device)
             base.device = str(device)
@@ -540,4 +542,4 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
 
 
 def _after_load(layer: HqqOFTLinear, incompatible_keys: Any) -> None:
-    merging.mend(layer.get_base_layer())
+    hqq_layer.detach_tensors(layer.get_base_layer())

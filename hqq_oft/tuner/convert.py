@@ -11,8 +11,8 @@ from peft.tuners.oft.layer import OFTLayer
 from torch import nn
 
 from .layer import HqqOFTLinear
-from .peft_integration import peft_hqq_module
-from .tuners import match_tuners
+from .model import match_tuners
+from .patch import peft_hqq_module
 
 _PeftHqqLayer: type[OFTLayer] = PeftLinear if peft_hqq_module is None else peft_hqq_module.HqqOFTLinear
 

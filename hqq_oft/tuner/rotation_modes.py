@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import rotation_step
+from . import rotation_batch as rotation_step
 from .layer import HqqOFTLinear
 
 

@@ -14,8 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm import tqdm
 
-from . import merging
-from .weight import LEVELS_PER_ELEMENT, PACKING_BITS
+from ..ops.weight import LEVELS_PER_ELEMENT, PACKING_BITS
+from . import hqq_layer
 
 logger = logging.getLogger("hqq_oft")
 
@@ -258,7 +258,7 @@ def _quantize_layer(
         compute_dtype=compute_dtype or linear.weight.dtype,
         device=str(device or linear.weight.device),
     )  # HQQLinear has removed the parameters of `linear`
-    merging.mend(layer)
+    hqq_layer.detach_tensors(layer)
     if layer.bias is not None:
         layer.bias = nn.Parameter(layer.bias, requires_grad=False)  # a parameter, so that it moves with the model
     layer.train(linear.training)
@@ -275,7 +275,7 @@ def _place_rest(model: nn.Module, dtype: torch.dtype | None, device: torch.devic
     for module in model.modules():
         if isinstance(module, HQQLinear):
             if device is not None:
-                merging.move_layer(module, device)
+                hqq_layer.move_layer(module, device)
             continue
         for parameter in module._parameters.values():
             if parameter is not None:

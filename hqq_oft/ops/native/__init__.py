@@ -16,7 +16,7 @@ if not LIBRARY.exists():
         "`pip install --no-build-isolation .` in a checkout builds them"
     )
 else:
-    from . import operations
+    from . import cpu
 
-    operations.load(LIBRARY)
-    OPERATIONS.update(operations.OPERATIONS)
+    cpu.load(LIBRARY)
+    OPERATIONS.update(cpu.OPERATIONS)

@@ -1,4 +1,4 @@
-"""Autograd functions over `hqq_oft.ops`: the gradients, and what is saved for backward.
+"""Autograd functions over `hqq_oft.ops.table`: the gradients, and what is saved for backward.
 
 Only inputs are saved, in their own dtype: never a dense weight.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from . import ops
+from . import table as ops
 
 
 class Cayley(Function):

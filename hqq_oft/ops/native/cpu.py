@@ -1,4 +1,4 @@
-"""The operations of `hqq_oft.reference` on compiled kernels.
+"""The operations of `hqq_oft.ops.reference` on compiled kernels.
 
 On the CPU the product has two paths. For few rows, and with the bfloat16 dot product for any number, the packed weight
 is decoded in registers (`linear` and `linear_transposed` of the library). Otherwise W is decoded into a bounded scratch
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from hqq_oft._config import cpu_instruction_set, scratch_bytes
-from hqq_oft._native import cuda
-from hqq_oft.backends import Unsupported
+from hqq_oft.ops.backends import Unsupported
+from hqq_oft.ops.native import cuda
 
 _lib: Any = torch.ops.hqq_oft_native
 _CPU_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
@@ -94,7 +94,7 @@ def _operand(dtype: torch.dtype) -> torch.dtype:
 def cayley(
     v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None, dtype: torch.dtype
 ) -> Tensor:
-    """`hqq_oft.reference.cayley`."""
+    """`hqq_oft.ops.reference.cayley`."""
     _check(v)
     _check_result(dtype)
     return _lib.cayley(v, block_size, terms, keep, max_norm, dtype)
@@ -103,13 +103,13 @@ def cayley(
 def cayley_backward(
     grad: Tensor, v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None
 ) -> Tensor:
-    """`hqq_oft.reference.cayley_backward`."""
+    """`hqq_oft.ops.reference.cayley_backward`."""
     _check(grad, v)
     return _lib.cayley_backward(grad, v, block_size, terms, keep, max_norm)
 
 
 def rotate(x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) -> Tensor:
-    """`hqq_oft.reference.rotate`."""
+    """`hqq_oft.ops.reference.rotate`."""
     _check(x, d)
     return _lib.rotate(x, d, adapter_index, transpose)
 
@@ -117,7 +117,7 @@ def rotate(x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) 
 def rotate_backward(
     grad: Tensor, x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool, need_x: bool, need_d: bool
 ) -> tuple[Tensor, Tensor]:
-    """`hqq_oft.reference.rotate_backward`."""
+    """`hqq_oft.ops.reference.rotate_backward`."""
     _check(grad, x, d)
     return _lib.rotate_backward(grad, x, d, adapter_index, transpose, need_x, need_d)
 
@@ -129,7 +129,7 @@ def dequantize(
     packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int, bits: int, group_size: int,
     axis: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """`hqq_oft.reference.dequantize`."""
+    """`hqq_oft.ops.reference.dequantize`."""
     _check(scale, zero)
     _check_result(dtype)
     return _lib.dequantize(packed, scale, zero, out_features, in_features, bits, group_size, axis, dtype)
@@ -139,7 +139,7 @@ def dequantize_rotate(
     packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int, bits: int, group_size: int,
     axis: int, d: Tensor, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """`hqq_oft.reference.dequantize_rotate`."""
+    """`hqq_oft.ops.reference.dequantize_rotate`."""
     _check(scale, zero, d)
     _check_result(dtype)
     return _lib.dequantize_rotate(packed, scale, zero, out_features, in_features, bits, group_size, axis, d, dtype)
@@ -152,7 +152,7 @@ def linear(
     x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int,
     bits: int, group_size: int, axis: int, bias: Tensor | None, adapter_index: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """`hqq_oft.reference.linear`; the path is selected by M, on a GPU it is the decode kernel."""
+    """`hqq_oft.ops.reference.linear`; the path is selected by M, on a GPU it is the decode kernel."""
     if x.is_cuda:
         return cuda.linear(
             x, d, packed, scale, zero, out_features, in_features, bits, group_size, axis, bias, adapter_index
@@ -204,7 +204,7 @@ def linear_backward(
     grad: Tensor, x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int,
     in_features: int, bits: int, group_size: int, axis: int, adapter_index: Tensor | None, need_x: bool, need_d: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`hqq_oft.reference.linear_backward`: `g = dy * W`, then the gradients of the rotation; dx overwrites g."""
+    """`hqq_oft.ops.reference.linear_backward`: `g = dy * W`, then the gradients of the rotation; dx overwrites g."""
     _check(grad, x, d, scale, zero)
     weight = (packed, scale, zero, out_features, in_features, bits, group_size, axis)
     product = _lib.linear_transposed if _lib.multiplies_packed(grad, *weight[3:]) else _through_scratch

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import merging, ops
+from ..ops import table as ops
+from ..ops.weight import QuantizedWeight
+from ..quant import hqq_layer
+from ..quant.hqq_layer import PackedState
+from ..quant.model import size_text
+from . import fold
+from .fold import MergeInto, check_into
 from .layer import HqqOFTLinear
-from .merging import MergeInto, PackedState, check_into
-from .quantizing import size_text
-from .weight import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -185,10 +188,8 @@ def _measure(
 
     def effect(weight: Tensor) -> Effect:
         if rows is None or output is None:
-            return Effect(merging.relative_distance(weight, exact), None)
-        return Effect(
-            merging.relative_distance(weight, exact), merging.relative_distance(rows @ weight.to(exact).T, output)
-        )
+            return Effect(fold.relative_distance(weight, exact), None)
+        return Effect(fold.relative_distance(weight, exact), fold.relative_distance(rows @ weight.to(exact).T, output))
 
     merged: dict[MergeInto, Effect] = {}
     size: dict[MergeInto, int] = {}
@@ -197,11 +198,11 @@ def _measure(
             stored = exact.to(base.compute_dtype)
             merged[into], size[into] = effect(stored), stored.numel() * stored.element_size()
         else:
-            state = merging.requantize(base, exact, into)
+            state = hqq_layer.requantize(base, exact, into)
             merged[into] = effect(ops.dequantize(*state.weight().arguments(), exact.dtype))
             size[into] = _bytes(state)
     adapter = effect(ops.dequantize(*pristine.arguments(), exact.dtype))
-    bits = merging.quantization_settings(base)["weight_quant_params"]["nbits"]
+    bits = hqq_layer.quantization_settings(base)["weight_quant_params"]["nbits"]
     return LayerReport(bits, adapter, merged, size)
 
 

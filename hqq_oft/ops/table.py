@@ -1,8 +1,8 @@
 """The package's operators: one schema per operation, registered with `torch.library`.
 
-Each operator is opaque to autograd (`hqq_oft._autograd` has the derivatives) and to `torch.compile`, which traces it
-through its fake implementation. At run time `hqq_oft.backends` selects the kernel. Arguments and results are those of
-the functions of the same name in `hqq_oft.reference`.
+Each operator is opaque to autograd (`hqq_oft.ops.autograd` has the derivatives) and to `torch.compile`, which traces it
+through its fake implementation. At run time `hqq_oft.ops.backends` selects the kernel. Arguments and results are
+those of the functions of the same name in `hqq_oft.ops.reference`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autocast import without_autocast
+from .autocast import without_autocast
 from .backends import dispatch
 from .reference import wide_dtype
 

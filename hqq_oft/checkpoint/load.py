@@ -16,9 +16,9 @@ from accelerate import init_empty_weights
 from torch import nn
 from tqdm import tqdm
 
-from .checkpoint import CONFIG, Checkpoint, read_json
+from .files import CONFIG, Checkpoint, read_json
+from .layer_format import FIELDS, StoredLayer
 from .safetensors_file import CheckpointError
-from .stored_layer import FIELDS, StoredLayer
 
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Sizes of non-persistent buffers depend only on config.json, so they are limited. Real ones are tables of a few MiB.

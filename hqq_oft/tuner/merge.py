@@ -1,6 +1,6 @@
 """Merging adapters into a layer's packed weight, and unmerging them.
 
-The arithmetic is in `hqq_oft.merging`.
+The arithmetic is in `hqq_oft.quant.hqq_layer`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from hqq.core.quantize import HQQLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from . import merging
-from ._config import KeepPristine
-from .merging import PackedState
+from .._config import KeepPristine
+from ..ops.weight import QuantizedWeight
+from ..quant import hqq_layer
+from ..quant.hqq_layer import PackedState
+from . import fold
 from .state_lock import StateLock, alone
-from .weight import QuantizedWeight
 
 
 class MergeableLayer:
@@ -65,8 +66,8 @@ class MergeableLayer:
         base = self.base_layer
         pristine = self._pristine if self.merged else PackedState.of(base)
         dense = self._rotated_weight(order, check=safe_merge)
-        merged = merging.requantize(base, dense, into)
-        error = merging.relative_error(merged.weight(), dense)
+        merged = hqq_layer.requantize(base, dense, into)
+        error = fold.relative_error(merged.weight(), dense)
         if safe_merge and not math.isfinite(error):
             raise ValueError(f"NaN or infinity after quantizing the weight merged with {order}. Nothing was merged.")
         with self._unchanged_on_error():
@@ -106,7 +107,7 @@ class MergeableLayer:
         linear.weight = nn.Parameter(exact.to(base.compute_dtype), requires_grad=False)
         if base.bias is not None:
             linear.bias = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
-        return linear.train(base.training), merging.relative_distance(linear.weight, exact)
+        return linear.train(base.training), fold.relative_distance(linear.weight, exact)
 
     def _adapters_after_merge(self, adapter_names: list[str] | None, again: bool = False) -> list[str]:
         """The adapters that are merged after `merge(adapter_names)`, in the order in which they are applied.
@@ -131,9 +132,9 @@ class MergeableLayer:
         base = self.base_layer
         pristine = self._pristine if self.merged else PackedState.of(base)
         if pristine is not None:
-            return merging.rotate_weight(pristine.to(base.W_q.device).weight(), rotations, check)
+            return fold.rotate_weight(pristine.to(base.W_q.device).weight(), rotations, check)
         dense = self._estimate_pristine(action="Merging more adapters", stacklevel=5)
-        return merging.rotate_dense(dense, rotations, check)
+        return fold.rotate_dense(dense, rotations, check)
 
     def _merge_order(self, names: list[str]) -> list[str]:
         active = self.active_adapters
@@ -148,7 +149,7 @@ class MergeableLayer:
             stacklevel=stacklevel,
         )
         rotations = [(name, self._rotation(name)) for name in self.merged_adapters]
-        return merging.unrotate_weight(QuantizedWeight.from_hqq(self.get_base_layer()), rotations)
+        return fold.unrotate_weight(QuantizedWeight.from_hqq(self.get_base_layer()), rotations)
 
     def _kept(self, pristine: PackedState | None) -> PackedState | None:
         if pristine is None or self.keep_pristine == "none":
@@ -169,7 +170,7 @@ class MergeableLayer:
         if self._pristine is not None:
             state = self._pristine.to(base.W_q.device)
         else:
-            state = merging.requantize(base, self._estimate_pristine(action="Unmerging", stacklevel=4))
+            state = hqq_layer.requantize(base, self._estimate_pristine(action="Unmerging", stacklevel=4))
         with self._unchanged_on_error():
             state.install(base)
             self._pristine, self.merged_adapters, self.merge_error = None, [], None

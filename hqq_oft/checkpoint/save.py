@@ -15,10 +15,10 @@ from hqq.core.quantize import HQQLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from . import merging
-from .checkpoint import CONFIG, write_checkpoint
-from .staging import staged_directory
-from .stored_layer import tensors_of
+from ..quant import hqq_layer
+from .atomic_directory import staged_directory
+from .files import CONFIG, write_checkpoint
+from .layer_format import tensors_of
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -122,7 +122,7 @@ def _config(model: Any) -> dict[str, Any]:
     config["quantization_config"] = {
         "quant_method": "hqq",
         # of the first layer; each layer's settings are stored with its weight
-        "quant_config": {**merging.quantization_settings(first), "offload_meta": False},
+        "quant_config": {**hqq_layer.quantization_settings(first), "offload_meta": False},
         "skip_modules": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
     }
     return config

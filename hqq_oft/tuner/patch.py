@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .layer import HqqOFTLinear
-from .tuners import adopt, replace_module
+from .model import adopt, replace_module
 
 _HQQ_MODULE = "peft.tuners.oft.hqq"
 # PEFT up to 0.20 has a separate module for HQQ layers; from 0.21 its Linear supports them.

@@ -1,6 +1,6 @@
 """`QuantizedWeight`: an HQQ-quantized weight as one immutable value, independent of HQQ's storage format.
 
-Nothing below `hqq_oft.ops` depends on HQQ's classes; this module is the only one that reads their attributes.
+Nothing below `hqq_oft.ops.table` depends on HQQ's classes; this module is the only one that reads their attributes.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ import functools
 import torch
 from torch import Tensor
 
-from hqq_oft.backends import Unsupported, selected_backend
-from hqq_oft.device_tables import own_table, table_name
-from hqq_oft.weight import LEVELS_PER_ELEMENT
+from hqq_oft.ops.backends import Unsupported, selected_backend
+from hqq_oft.ops.device_tables import own_table, table_name
+from hqq_oft.ops.weight import LEVELS_PER_ELEMENT
 
 _MOST_TOKENS = {8: 16, 4: 16, 3: 8, 2: 16, 1: 16}  # by bits: `max_tokens` of csrc/cuda/layout.h
 _GROUP_UNIT = 32  # of csrc/cuda/layout.h
@@ -97,7 +97,7 @@ def linear(
     x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int,
     bits: int, group_size: int, axis: int, bias: Tensor | None, adapter_index: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """`hqq_oft.reference.linear` for up to 16 tokens on a CUDA device."""
+    """`hqq_oft.ops.reference.linear` for up to 16 tokens on a CUDA device."""
     # First the check whose messages do not depend on the number of tokens: each distinct reason is logged once.
     check_call(x, d, packed, scale, zero, out_features, in_features, bits, group_size, axis)
     check_device(x, bits)

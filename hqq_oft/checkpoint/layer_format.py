@@ -15,9 +15,9 @@ import torch
 from hqq.core.quantize import HQQLinear, Quantizer
 from torch import Tensor, nn
 
-from . import merging
-from .checkpoint import Checkpoint
-from .weight import LEVELS_PER_ELEMENT, PACKING_BITS, QuantizedWeight
+from ..ops.weight import LEVELS_PER_ELEMENT, PACKING_BITS, QuantizedWeight
+from ..quant import hqq_layer
+from .files import Checkpoint
 
 _DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 _MAX_SETTING = 64  # bytes; the longest setting, a dtype name, has 14
@@ -148,8 +148,8 @@ class StoredLayer:
             QuantizedWeight.from_parts(packed, meta)
         except ValueError as error:
             raise checkpoint.error(f"{name}.W_q", str(error).rstrip(".")) from error
-        return merging.make_layer(
-            merging.PackedState(packed, meta).to(device),
+        return hqq_layer.make_layer(
+            hqq_layer.PackedState(packed, meta).to(device),
             bias=checkpoint.read(f"{name}.bias").to(device) if has_bias else None,
             settings={
                 "weight_quant_params": {
@@ -183,7 +183,7 @@ def tensors_of(layer: HQQLinear) -> dict[str, Tensor]:
         ValueError: the layer is not initialized.
     """
     weight = QuantizedWeight.from_hqq(layer)
-    settings, meta = merging.quantization_settings(layer)["weight_quant_params"], layer.meta
+    settings, meta = hqq_layer.quantization_settings(layer)["weight_quant_params"], layer.meta
     plain = not (meta.get("quant_scale") or meta.get("quant_zero") or "zero_scale" in meta)
     per_group = (-1, 1) if weight.axis == 1 else (1, -1)
     tensors = {
