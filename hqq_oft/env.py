@@ -13,7 +13,9 @@ import torch
 from . import __version__
 from ._config import cpu_instruction_set, keep_pristine_from_environment
 from .ops import native as _native
-from .ops.backends import OPERATIONS, Unsupported, registry, selected_backend
+from .ops.backends import Unsupported, registry, selected_backend
+from .ops.table import OPERATIONS
+from .ops.weight import QuantizedWeight
 
 _PACKAGES = ("torch", "peft", "hqq", "transformers", "accelerate", "triton", "numpy", "safetensors")
 
@@ -46,16 +48,16 @@ def _small_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
     x, d = torch.ones(1, 32, dtype=half, device=device), torch.zeros(2, 16, 16, dtype=half, device=device)
     v, per_group = torch.zeros(2, 120, device=device), torch.ones(32, dtype=half, device=device)
     packed = torch.zeros(16, 32, dtype=torch.uint8, device=device)
-    weight = (packed, per_group, per_group, 32, 32, 4, 32, 1)
+    weight = QuantizedWeight(packed, per_group, per_group, 32, 32, 4, 32, 1)
     return {
         "cayley": (v, 16, 5, None, None, half),
         "cayley_backward": (d, v, 16, 5, None, None),
         "rotate": (x, d, None, False),
         "rotate_backward": (x, x, d, None, False, True, True),
-        "dequantize": (*weight, half),
-        "dequantize_rotate": (*weight, d, half),
-        "linear": (x, d, *weight, None, None),
-        "linear_backward": (x, x, d, *weight, None, True, True),
+        "dequantize": (weight, half),
+        "dequantize_rotate": (weight, d, half),
+        "linear": (x, weight, d, None, None),
+        "linear_backward": (x, x, weight, d, None, True, True),
     }
 
 
@@ -69,17 +71,14 @@ def serving(operation: str, device: torch.device) -> tuple[str, dict[str, str]]:
     Returns:
         The backend's name, or `none` if no selected backend supports the call; and the reasons by backend name.
     """
-    selected = selected_backend()
+    selected, args = selected_backend(), _small_calls(device)[operation]
     reasons: dict[str, str] = {}
     for backend in registry().values() if selected == "auto" else (registry()[selected],):
-        reason = backend.why_not(operation)
-        if reason is None:
-            try:
-                backend.operations[operation](*_small_calls(device)[operation])
-                return backend.name, reasons
-            except Unsupported as refusal:
-                reason = str(refusal)
-        reasons[backend.name] = reason
+        try:
+            backend.plan(operation, selected != "auto", args)(*args)
+            return backend.name, reasons
+        except Unsupported as refusal:
+            reasons[backend.name] = str(refusal)
     return "none", reasons
 
 

@@ -15,7 +15,8 @@ import torch
 from hqq.core.quantize import HQQLinear, Quantizer
 from torch import Tensor, nn
 
-from ..ops.weight import LEVELS_PER_ELEMENT, PACKING_BITS, QuantizedWeight
+from ..ops.packing import LEVELS_PER_ELEMENT, PACKING_BITS
+from ..ops.weight import QuantizedWeight
 from ..quant import hqq_layer
 from .files import Checkpoint
 

@@ -13,6 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import table as ops
+from .weight import QuantizedWeight
 
 
 class Cayley(Function):
@@ -90,48 +91,48 @@ class OFTRotate(Function):
 
 class DequantizeRotate(Function):
     @staticmethod
-    def forward(ctx: Any, d: Tensor, dtype: torch.dtype, *weight: Any) -> Any:
+    def forward(ctx: Any, weight: QuantizedWeight, d: Tensor, dtype: torch.dtype) -> Any:
         ctx.save_for_backward(d)
         ctx.weight = weight
-        return ops.dequantize_rotate(*weight, d, dtype)
+        return ops.dequantize_rotate(weight, d, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         (d,) = ctx.saved_tensors
-        weight = ops.dequantize(*ctx.weight, grad.dtype)
+        weight = ops.dequantize(ctx.weight, grad.dtype)
         dd = ops.rotate_backward(grad, weight, d, None, True, False, True)[1]
-        return (dd.to(d.dtype), None, *(None for _ in ctx.weight))
+        return None, dd.to(d.dtype), None
 
 
 class Linear(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, d: Tensor | None, bias: Tensor | None, adapter_index: Tensor | None, *weight: Any
+        ctx: Any,
+        x: Tensor,
+        weight: QuantizedWeight,
+        d: Tensor | None,
+        bias: Tensor | None,
+        adapter_index: Tensor | None,
     ) -> Any:
-        need_x, need_d, need_bias = ctx.needs_input_grad[:3]
+        need_x, _, need_d, need_bias, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_d else None, d if need_x or need_d else None, adapter_index)
         ctx.weight = weight
         ctx.bias_dtype = bias.dtype if need_bias and bias is not None else None
-        return ops.linear(x, d, *weight, bias, adapter_index)
+        return ops.linear(x, weight, d, bias, adapter_index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, d, adapter_index = ctx.saved_tensors
-        need_x, need_d = ctx.needs_input_grad[:2]
+        need_x, _, need_d, _, _ = ctx.needs_input_grad
         dx: Any = None
         dd: Any = None
         if need_x or need_d:
-            # If D needs no gradient, x is neither saved nor read: grad is passed as a placeholder for it.
-            dx, dd = ops.linear_backward(grad, grad if x is None else x, d, *ctx.weight, adapter_index, need_x, need_d)
-        return (
-            dx if need_x else None,
-            dd.to(d.dtype) if need_d else None,
-            _bias_gradient(grad, ctx.bias_dtype),
-            None,
-            *(None for _ in ctx.weight),
-        )
+            # Where D needs no gradient, x is neither saved nor read; grad is a placeholder for it in the schema.
+            dx, dd = ops.linear_backward(grad, grad if x is None else x, ctx.weight, d, adapter_index, need_x, need_d)
+        dd = dd.to(d.dtype) if need_d else None
+        return dx if need_x else None, None, dd, _bias_gradient(grad, ctx.bias_dtype), None
 
 
 class OFTLinear(Function):
@@ -141,6 +142,7 @@ class OFTLinear(Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        weight: QuantizedWeight,
         v: Tensor,
         bias: Tensor | None,
         keep: Tensor | None,
@@ -148,35 +150,30 @@ class OFTLinear(Function):
         block_size: int,
         terms: Any,
         max_norm: Any,
-        *weight: Any,
     ) -> Any:
-        need_x, need_v, need_bias = ctx.needs_input_grad[:3]
+        need_x, _, need_v, need_bias = ctx.needs_input_grad[:4]
         ctx.save_for_backward(x if need_v else None, v if need_x or need_v else None, keep)
         ctx.spec, ctx.d = (block_size, terms, max_norm), d
         ctx.weight = weight
         ctx.bias_dtype = bias.dtype if need_bias and bias is not None else None
         if d is None:
             d = ops.cayley(v, block_size, terms, keep, max_norm, x.dtype)
-        return ops.linear(x, d, *weight, bias, None)
+        return ops.linear(x, weight, d, bias, None)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, v, keep = ctx.saved_tensors
         block_size, terms, max_norm = ctx.spec
-        need_x, need_v = ctx.needs_input_grad[:2]
+        need_x, _, need_v = ctx.needs_input_grad[:3]
         dx = dv = None
         if need_x or need_v:
             d = ops.cayley(v, block_size, terms, keep, max_norm, grad.dtype) if ctx.d is None else ctx.d
-            dx, dd = ops.linear_backward(grad, grad if x is None else x, d, *ctx.weight, None, need_x, need_v)
+            dx, dd = ops.linear_backward(grad, grad if x is None else x, ctx.weight, d, None, need_x, need_v)
             if need_v:
                 dv = ops.cayley_backward(dd, v, block_size, terms, keep, max_norm)
-        return (
-            dx if need_x else None,
-            dv,
-            _bias_gradient(grad, ctx.bias_dtype),
-            *(None for _ in range(5 + len(ctx.weight))),
-        )
+        dx, dbias = dx if need_x else None, _bias_gradient(grad, ctx.bias_dtype)
+        return dx, None, dv, dbias, None, None, None, None, None
 
 
 def _bias_gradient(grad: Tensor, dtype: torch.dtype | None) -> Tensor | None:

@@ -1,9 +1,9 @@
-"""Backend dispatch: which backend runs an operation, and why others were skipped.
+"""Backend selection: which backend serves an operation, and why another does not.
 
-A backend maps an operation's name to a function with the contract of `hqq_oft.ops.reference`. A function that
-does not support a call raises `Unsupported` with a reason, before any side effect; every other exception is a bug and
-propagates. With `auto`, dispatch then tries the next backend and logs the reason once; a backend selected by name has
-no fallback.
+A backend maps an operation's name to a planner. `planner(by_name, *args)` returns the function that computes every call
+whose arguments have the same dtypes, shapes, strides and devices, or raises `Unsupported` with the reason; `by_name`
+says whether the user selected this backend instead of `auto`. Any other exception is a bug and propagates. `auto` then
+tries the next backend and logs the reason once; a backend selected by name has no fallback.
 """
 
 from __future__ import annotations
@@ -18,24 +18,14 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 from .._config import BackendName, backend_from_environment
-from . import reference
 
 logger = logging.getLogger("hqq_oft")
 
-OPERATIONS = (
-    "cayley",
-    "cayley_backward",
-    "rotate",
-    "rotate_backward",
-    "dequantize",
-    "dequantize_rotate",
-    "linear",
-    "linear_backward",
-)
+Planner = Callable[..., Callable[..., Any]]
 
 
 class Unsupported(NotImplementedError):  # noqa: N818
-    """A backend does not support this call; the message is the reason, written for users."""
+    """A backend does not support this call; the message gives the reason."""
 
 
 class BackendError(RuntimeError):
@@ -44,52 +34,64 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """A named table of operations.
+    """A named table of planners.
 
     Attributes:
         name: `triton`, `native` or `reference`.
-        operations: operation name -> function with the contract of `hqq_oft.ops.reference`.
-        reason: why operations missing from the table are not supported.
+        operations: operation name -> planner.
+        reason: why operations that are not in the table are not supported.
     """
 
     name: str
-    operations: Mapping[str, Callable[..., Any]] = field(default_factory=lambda: MappingProxyType({}))
+    operations: Mapping[str, Planner] = field(default_factory=lambda: MappingProxyType({}))
     reason: str = ""
 
     def why_not(self, operation: str) -> str | None:
-        """The reason why this backend lacks the operation; None if it has it."""
+        """The reason why this backend does not have the operation; None if it has it."""
         if operation in self.operations:
             return None
         return self.reason or f"the {self.name} backend has no kernel for {operation}"
 
+    def plan(self, operation: str, by_name: bool, args: tuple[Any, ...]) -> Callable[..., Any]:
+        """The function that computes such calls.
 
-def _reference() -> Backend:
-    return Backend("reference", MappingProxyType({name: getattr(reference, name) for name in OPERATIONS}))
+        Raises:
+            Unsupported: this backend does not support them.
+        """
+        reason = self.why_not(operation)
+        if reason is not None:
+            raise Unsupported(reason)
+        return self.operations[operation](by_name, *args)
 
 
-def _from_package(name: str, package: str, absent: str) -> Backend:
-    """The backend of `package.OPERATIONS`; one without operations if the package is missing."""
-    if importlib.util.find_spec(package) is None:
-        return Backend(name, reason=absent)
-    module = importlib.import_module(package)
-    return Backend(name, MappingProxyType(dict(module.OPERATIONS)), reason=getattr(module, "REASON", ""))
+# In the order in which `auto` tries them: on a GPU, where both may support a call, the native kernels accept only what
+# was measured to be faster with them.
+_PACKAGES = {
+    "native": ("hqq_oft.ops.native", "this installation of hqq_oft has no native kernels"),
+    "triton": ("hqq_oft.triton_kernels", "this installation of hqq_oft has no Triton kernels"),
+    "reference": ("hqq_oft.ops.reference", ""),
+}
 
 
 def load_backends() -> dict[str, Backend]:
-    """All backends by name, in the order in which `auto` tries them."""
-    # On a GPU with both, the native kernels reject calls for which they were not measured to be faster.
-    return {
-        "native": _from_package("native", "hqq_oft.ops.native", "this installation of hqq_oft has no native kernels"),
-        "triton": _from_package(
-            "triton", "hqq_oft.triton_kernels", "this installation of hqq_oft has no Triton kernels"
-        ),
-        "reference": _reference(),
-    }
+    """All backends by name, in the order in which `auto` tries them.
+
+    A package lists its planners in `OPERATIONS` and says in `REASON` why that table is empty.
+    """
+    backends = {}
+    for name, (package, absent) in _PACKAGES.items():
+        if importlib.util.find_spec(package) is None:
+            backends[name] = Backend(name, reason=absent)
+            continue
+        module = importlib.import_module(package)
+        backends[name] = Backend(name, MappingProxyType(dict(module.OPERATIONS)), getattr(module, "REASON", ""))
+    return backends
 
 
 _registry: dict[str, Backend] | None = None
 _selected: str | None = None
 _logged: set[tuple[str, str, str]] = set()
+_plans: dict[str, dict[tuple[Any, ...], Callable[..., Any]]] = {}
 
 
 def registry() -> dict[str, Backend]:
@@ -101,20 +103,20 @@ def registry() -> dict[str, Backend]:
 
 
 def selected_backend() -> str:
-    """The name of the current selection: the innermost `backend(...)`, else `HQQ_OFT_BACKEND`, else `auto`."""
+    """The name in effect: that of the innermost `backend(...)`, else `HQQ_OFT_BACKEND`, else `auto`."""
     return _selected if _selected is not None else backend_from_environment()
 
 
 @contextmanager
 def backend(name: BackendName) -> Iterator[None]:
-    """Choose the backend of every operation inside the `with` block.
+    """Select the backend of every operation inside the `with` block.
 
-    The choice is process-wide, not per thread: autograd runs the backward of GPU operations in its own threads, which
-    must use the same kernels.
+    The selection applies to the whole process, not to one thread: autograd runs the backward pass of GPU work in its
+    own threads, which must use the same kernels.
 
     Args:
-        name: `auto` uses for each call the first backend that supports it; `triton`, `native` and `reference` use only
-            that backend, and an unsupported call raises `BackendError`.
+        name: `auto` takes for each call the first backend that supports it; `triton`, `native` and `reference` take
+            only that one, and a call it does not support raises `BackendError`.
 
     Raises:
         ValueError: no backend has that name.
@@ -130,32 +132,37 @@ def backend(name: BackendName) -> Iterator[None]:
         _selected = previous
 
 
-def _log_once(backend_name: str, operation: str, reason: str) -> None:
-    key = (backend_name, operation, reason)
-    if key not in _logged:
-        _logged.add(key)
-        logger.info("%s is not supported by the %s backend: %s", operation, backend_name, reason)
+def plans_of(operation: str) -> dict[tuple[Any, ...], Callable[..., Any]]:
+    """The plans kept for an operation, by what they depend on; always the same dictionary."""
+    return _plans.setdefault(operation, {})
 
 
-def dispatch(operation: str, *args: Any) -> Any:
-    """Run an operation on the selected backend.
+def forget_plans() -> None:
+    """Plan every call again: a backend, or what it decides by, has changed."""
+    for plans in _plans.values():
+        plans.clear()
+
+
+def plan(operation: str, selected: str, args: tuple[Any, ...]) -> Callable[..., Any]:
+    """The function that computes such calls on the selected backend.
 
     Raises:
         BackendError: the backend selected by name does not support the call; the message says why and what to do.
     """
-    name = selected_backend()
-    backends = registry()
-    for candidate in backends.values() if name == "auto" else (backends[name],):
-        reason = candidate.why_not(operation)
-        if reason is None:
-            try:
-                return candidate.operations[operation](*args)
-            except Unsupported as refusal:
-                reason = str(refusal)
-        if name != "auto":
+    if selected != "auto":
+        try:
+            return registry()[selected].plan(operation, True, args)
+        except Unsupported as refusal:
             raise BackendError(
-                f"the {name} backend does not support {operation}: {reason}. Choose another backend, or `auto` to use "
-                "the first that does."
-            )
-        _log_once(candidate.name, operation, reason)
-    raise AssertionError(f"the reference backend rejected {operation}")  # it supports every call
+                f"the {selected} backend does not support {operation}: {refusal}. Select another backend, or `auto` to "
+                "take the first that supports the call."
+            ) from refusal
+    for candidate in registry().values():
+        try:
+            return candidate.plan(operation, False, args)
+        except Unsupported as refusal:
+            key = (candidate.name, operation, str(refusal))
+            if key not in _logged:
+                _logged.add(key)
+                logger.info("%s is not supported by the %s backend: %s", operation, candidate.name, refusal)
+    raise AssertionError(f"the reference backend does not support {operation}")  # it supports every call

@@ -7,11 +7,15 @@ in-features K, out-features N, block size b, blocks B = K / b, adapters A.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .weight import LEVELS_PER_ELEMENT
+from .backends import Planner
+from .weight import QuantizedWeight
 
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -189,84 +193,31 @@ def rotate_backward(
 # --- Weights ---------------------------------------------------------------------------------------------------------
 
 
-def unpack(packed: Tensor, bits: int, rows: int) -> Tensor:
-    """Levels `[rows, columns]` from packed elements: one band of rows per field, the first in the highest bits."""
-    fields = LEVELS_PER_ELEMENT[bits]
-    mask = 2**bits - 1
-    bands = [(packed >> (bits * (fields - 1 - field))) & mask for field in range(fields)]
-    return torch.cat(bands)[:rows]
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """`W = (level - zero) * scale`, `[N, K]`, computed wide and rounded once to `dtype`."""
+    return weight.dense(dtype)
 
 
-def dequantize(
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    out_features: int,
-    in_features: int,
-    bits: int,
-    group_size: int,
-    axis: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`W = (level - zero) * scale`, `[N, K]`, computed in float32 or wider and rounded once to `dtype`."""
-    groups = out_features * in_features // group_size
-    levels = unpack(packed, bits, groups if axis == 1 else group_size).to(wide_dtype(scale.dtype, dtype))
-    if axis == 1:
-        scale, zero = scale[:, None], zero[:, None]
-    return ((levels - zero) * scale).reshape(out_features, in_features).to(dtype)
-
-
-def dequantize_rotate(
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    out_features: int,
-    in_features: int,
-    bits: int,
-    group_size: int,
-    axis: int,
-    d: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
+def dequantize_rotate(weight: QuantizedWeight, d: Tensor, dtype: torch.dtype) -> Tensor:
     """`W * R^T = W + W * blockdiag(D)^T`, `[N, K]`: the weight with the rotation of its input folded in."""
-    wide = wide_dtype(scale.dtype, dtype)
-    weight = dequantize(packed, scale, zero, out_features, in_features, bits, group_size, axis, wide)
-    return rotate(weight, d, None, True).to(dtype)
+    dense = weight.dense(wide_dtype(weight.scale.dtype, dtype))
+    return rotate(dense, d, None, True).to(dtype)
 
 
 def linear(
-    x: Tensor,
-    d: Tensor | None,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    out_features: int,
-    in_features: int,
-    bits: int,
-    group_size: int,
-    axis: int,
-    bias: Tensor | None,
-    adapter_index: Tensor | None,
+    x: Tensor, weight: QuantizedWeight, d: Tensor | None, bias: Tensor | None, adapter_index: Tensor | None
 ) -> Tensor:
     """`y = x * blockdiag(R) * W^T + bias`, `[M, N]` in the dtype of `x`; no rotation if `d` is None."""
     if d is not None:
         x = rotate(x, d, adapter_index, False)
-    weight = dequantize(packed, scale, zero, out_features, in_features, bits, group_size, axis, x.dtype)
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return F.linear(x, weight.dense(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def linear_backward(
     grad: Tensor,
     x: Tensor,
+    weight: QuantizedWeight,
     d: Tensor | None,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    out_features: int,
-    in_features: int,
-    bits: int,
-    group_size: int,
-    axis: int,
     adapter_index: Tensor | None,
     need_x: bool,
     need_d: bool,
@@ -274,11 +225,22 @@ def linear_backward(
     """Gradients of `linear`: `g = dy * W`, then those of `rotate` at (x, g).
 
     Returns:
-        dx `[M, K]` in the dtype of `grad`, and dD shaped as `d` in float32 or float64. What is not needed comes back
+        dx `[M, K]` in the dtype of `grad`, and dD shaped as `d` in float32 or float64. Results that are not needed are
         empty.
     """
-    weight = dequantize(packed, scale, zero, out_features, in_features, bits, group_size, axis, grad.dtype)
-    g = grad @ weight
+    g = grad @ weight.dense(grad.dtype)
     if d is None:
         return g, g.new_empty(0)
     return rotate_backward(g, x, d, adapter_index, False, need_x, need_d)
+
+
+def _always(function: Callable[..., Any]) -> Planner:
+    return lambda by_name, *args: function
+
+
+OPERATIONS: dict[str, Planner] = {
+    function.__name__: _always(function)
+    for function in (
+        cayley, cayley_backward, rotate, rotate_backward, dequantize, dequantize_rotate, linear, linear_backward
+    )
+}  # fmt: skip

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# HQQ's packing name -> width of one stored level in bits. 5- and 6-bit levels are stored as 8, 1.58-bit as 2.
-PACKING_BITS = {"8bit_u8": 8, "4bit_u8": 4, "3bit_32": 3, "2bit_u8": 2, "1bit_u8": 1}
-# Levels in one packed element: a byte, or for 3 bits an int32 word of ten.
-LEVELS_PER_ELEMENT = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
+from .packing import LEVELS_PER_ELEMENT, PACKING_BITS, unpack
+
+# What plans depend on, of every weight seen -> one object for it, whose hash is cheap.
+_LAYOUTS: dict[tuple[Any, ...], object] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +107,7 @@ class QuantizedWeight:
         return self.packed.device
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, int, int, int, int, int]:
-        """The fields in the order in which every operator takes them."""
+        """The fields, in the order in which every operator schema lists them."""
         return (
             self.packed,
             self.scale,
@@ -117,6 +118,32 @@ class QuantizedWeight:
             self.group_size,
             self.axis,
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return QuantizedWeight, self.arguments()
+
+    @classmethod
+    def unchecked(cls, *parts: Any) -> QuantizedWeight:
+        """From the fields, in order, which are taken as valid."""
+        weight = object.__new__(cls)
+        vars(weight).update(zip(cls.__dataclass_fields__, parts, strict=True))
+        return weight
+
+    @cached_property
+    def layout(self) -> object | None:
+        """Equal for weights of one shape, format, device and memory layout; None where a part is a tensor subclass."""
+        tensors = (self.packed, self.scale, self.zero)
+        if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
+            return None
+        facts = tuple((t.dtype, t.device, t.shape, t.stride(), t.data_ptr() % 16) for t in tensors)
+        return _LAYOUTS.setdefault((facts, *self.arguments()[3:]), object())
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """`W = (level - zero) * scale`, `[N, K]`, computed in float32 or wider and rounded once to `dtype`."""
+        wide = torch.float64 if torch.float64 in (self.scale.dtype, dtype) else torch.float32
+        levels = unpack(self.packed, self.bits, self.level_shape[0]).to(wide)
+        scale, zero = (self.scale[:, None], self.zero[:, None]) if self.axis == 1 else (self.scale, self.zero)
+        return ((levels - zero) * scale).reshape(self.shape).to(dtype)
 
     @classmethod
     def from_hqq(cls, layer: Any) -> QuantizedWeight:
@@ -218,10 +245,7 @@ def _scale_and_zero(meta: Mapping[str, Any], device: torch.device) -> tuple[Tens
 
 
 def _dequantize_inner(packed: Tensor, meta: Mapping[str, Any]) -> Tensor:
-    """Dequantize a scale or zero that is itself quantized: a small matrix, decoded by the reference path."""
-    from . import reference
-
+    """Dequantize a scale or zero that HQQ quantized itself: a small matrix."""
     shape = tuple(meta["shape"])
-    flat = {**meta, "shape": (shape[0], shape[1] if len(shape) > 1 else 1)}
-    inner = QuantizedWeight.from_parts(packed, flat)
-    return reference.dequantize(*inner.arguments(), dtype=meta.get("compute_dtype") or torch.float16)
+    inner = QuantizedWeight.from_parts(packed, {**meta, "shape": (shape[0], shape[1] if len(shape) > 1 else 1)})
+    return inner.dense(meta.get("compute_dtype") or torch.float16)

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm import tqdm
 
-from ..ops.weight import LEVELS_PER_ELEMENT, PACKING_BITS
+from ..ops.packing import LEVELS_PER_ELEMENT, PACKING_BITS
 from . import hqq_layer
 
 logger = logging.getLogger("hqq_oft")

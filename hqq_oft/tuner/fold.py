@@ -43,7 +43,7 @@ def rotate_weight(weight: QuantizedWeight, rotations: Rotations, check: bool) ->
     """
     # (R_1 ... R_n)^T = R_n^T ... R_1^T: the last rotation is applied to the weight first
     name, d = rotations[-1]
-    dense = ops.dequantize_rotate(*weight.arguments(), d, torch.float32)
+    dense = ops.dequantize_rotate(weight, d, torch.float32)
     if check:
         _check_finite(dense, name)
     return rotate_dense(dense, rotations[:-1], check)
@@ -74,7 +74,7 @@ def unrotate_weight(weight: QuantizedWeight, rotations: Rotations) -> Tensor:
     A Cayley-Neumann series is only approximately orthogonal, so its transpose is not its inverse: each block is
     inverted, in float64.
     """
-    dense = ops.dequantize(*weight.arguments(), torch.float32)
+    dense = ops.dequantize(weight, torch.float32)
     for _, d in rotations:
         wide = d.double()
         identity = torch.eye(d.shape[-1], dtype=torch.float64, device=d.device)
@@ -86,7 +86,7 @@ def unrotate_weight(weight: QuantizedWeight, rotations: Rotations) -> Tensor:
 @torch.no_grad()
 def relative_error(weight: QuantizedWeight, dense: Tensor) -> float:
     """|W_q - W| / |W| between a quantized weight and its dense original; NaN if either is not finite."""
-    return relative_distance(ops.dequantize(*weight.arguments(), dense.dtype), dense)
+    return relative_distance(ops.dequantize(weight, dense.dtype), dense)
 
 
 @torch.no_grad()

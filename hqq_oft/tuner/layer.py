@@ -384,9 +384,9 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         base = self.base_layer
         weight = QuantizedWeight.from_hqq(base)
         if self._keeps_rotation(fused, x):
-            return functional.linear(x, self._kept_rotation(fused, x.dtype), weight, base.bias)
+            return functional.linear(x, weight, base.bias, d=self._kept_rotation(fused, x.dtype))
         v, arguments = self._begin_forward(fused)
-        return functional.oft_linear(x, v, weight, base.bias, d=self._shared_rotation(v), **arguments)
+        return functional.oft_linear(x, weight, base.bias, v=v, d=self._shared_rotation(v), **arguments)
 
     def _shared_rotation(self, v: Tensor) -> Tensor | None:
         """`D` of the parameter from the current shared step (`hqq_oft.share_rotations`), or None."""
@@ -439,7 +439,7 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
             return self.base_layer(x, *args, **kwargs)
         d, index = fused
         base = self.base_layer
-        return functional.linear(x, d, QuantizedWeight.from_hqq(base), base.bias, adapter_index=index)
+        return functional.linear(x, QuantizedWeight.from_hqq(base), base.bias, d=d, adapter_index=index)
 
     def _index(self, names: list[str], adapter_names: list[str], rows_per_sample: int, device: torch.device) -> Tensor:
         """Int64 `[M]`: for each row the index of its adapter in the stack of `names`, -1 for none."""

@@ -199,9 +199,9 @@ def _measure(
             merged[into], size[into] = effect(stored), stored.numel() * stored.element_size()
         else:
             state = hqq_layer.requantize(base, exact, into)
-            merged[into] = effect(ops.dequantize(*state.weight().arguments(), exact.dtype))
+            merged[into] = effect(ops.dequantize(state.weight(), exact.dtype))
             size[into] = _bytes(state)
-    adapter = effect(ops.dequantize(*pristine.arguments(), exact.dtype))
+    adapter = effect(ops.dequantize(pristine, exact.dtype))
     bits = hqq_layer.quantization_settings(base)["weight_quant_params"]["nbits"]
     return LayerReport(bits, adapter, merged, size)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hqq_oft.ops import backends
 from hqq_oft.ops.backends import Unsupported
 from hqq_oft.ops.device_tables import table_name
 
@@ -20,8 +18,13 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 _INTERPRETED_MULTIPROCESSORS = 8
 
 
-def check_device(tensor: Tensor) -> None:
-    """Raise `Unsupported` if Triton cannot run on the tensor's device or in its dtype."""
+def check_device(tensor: Tensor, by_name: bool) -> None:
+    """Raise `Unsupported` if Triton cannot run on the tensor's device or in its dtype.
+
+    Args:
+        tensor: an argument of the call.
+        by_name: whether the user selected Triton, not `auto`.
+    """
     kind = tensor.device.type
     if kind == "cuda":
         if torch.version.hip is None and _properties(tensor.device.index).major < 8:
@@ -35,20 +38,67 @@ def check_device(tensor: Tensor) -> None:
         raise Unsupported(
             "the tensor is on the CPU; Triton needs a GPU (or its interpreter: TRITON_INTERPRET=1 before Python starts)"
         )
-    if backends.selected_backend() == "auto":
+    if not by_name:
         raise Unsupported("on the CPU Triton only interprets its kernels, for tests: select it explicitly")
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Context in which kernels launch on the tensor's device, on its current stream."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return nullcontext()
+class Launch:
+    """One kernel with its grid and constants, compiled at the first call; later ones skip Triton's argument binder.
+
+    All calls must have arguments of the same dtypes, integer values and pointer alignment, which a plan guarantees.
+
+    Args:
+        kernel: a `triton.jit` function whose constants follow its other parameters.
+        grid: number of programs in up to three dimensions.
+        operands: dtype of the operands of its products, whose precision the user may change at any time.
+        **constants: its `tl.constexpr` parameters, and Triton's options.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], operands: Any = None, **constants: Any) -> None:
+        self._kernel, self._grid, self._operands = kernel, grid + (1,) * (3 - len(grid)), operands
+        self._constants = {"enable_fp_fusion": True, **constants}
+        if operands is not None:
+            self._constants["PRECISION"] = product_precision(operands)
+        self._compiled: Any = None
+        self._rest: tuple[Any, ...] = ()
+
+    def __call__(self, *args: Any) -> None:
+        """Launch on the device of the first argument, a tensor, on its current stream."""
+        device = args[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._launch(device.index, args)
+        else:
+            self._launch(device.index, args)
+
+    def _launch(self, device: int | None, args: tuple[Any, ...]) -> None:
+        if self._operands == tl.float32:
+            precision = product_precision(self._operands)
+            if precision != self._constants["PRECISION"]:
+                self._constants["PRECISION"], self._compiled = precision, None
+        if self._compiled is not None:
+            stream = triton.runtime.driver.active.get_current_stream(device or 0)
+            self._compiled(*args, *self._rest, stream=stream)
+            return
+        compiled = self._kernel[self._grid](*args, **self._constants)
+        if compiled is not None:  # not interpreted
+            self._rest = tuple(self._constants[name] for name in self._kernel.arg_names[len(args) :])
+            self._compiled = compiled[self._grid]
 
 
 def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialized output. All outputs are allocated here, so that tests can fill them with NaN."""
     return like.new_empty(shape, dtype=dtype or like.dtype)
+
+
+def optional(tensor: Tensor | None, placeholder: Tensor) -> Tensor:
+    """`tensor`, contiguous, or the pointer that a kernel takes and never reads where there is none."""
+    return placeholder if tensor is None else tensor.contiguous()
+
+
+def adapters(d: Tensor | None, adapter_index: Tensor | None) -> tuple[int, int]:
+    """Stride between the rotations of adapters, and their number; of one rotation for all rows, 0 and 1."""
+    return (0, 1) if d is None or adapter_index is None else (d.stride(0), d.shape[0])
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hqq_oft.ops.backends import forget_plans
 from hqq_oft.ops.device_tables import own_table
 
 from ._launch import device_name
@@ -60,6 +61,7 @@ def using(changes: dict[str, Any]) -> Iterator[None]:
 def _forget() -> None:
     for cached in (table, tiles, _choose):
         cached.cache_clear()
+    forget_plans()
 
 
 @functools.lru_cache

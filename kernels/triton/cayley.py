@@ -11,6 +11,7 @@ PyTorch's batched products and batched solve. The linear term, which dominates D
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hqq_oft.ops.backends import Planner
 from hqq_oft.ops.reference import series_coefficients
 
-from ._launch import check_device, empty, float32_precision, on_device, wide
+from ._launch import Launch, check_device, empty, float32_precision, optional, wide
 from ._pieces import dot, narrow
 
 _LARGEST_BLOCK = 128  # in one launch
@@ -240,65 +242,84 @@ def _coefficients(terms: int) -> tuple[int, int]:
     return len(coefficients), coefficients[-1] if coefficients else 0
 
 
-def cayley(
-    v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None, dtype: torch.dtype
-) -> Tensor:
-    """`hqq_oft.ops.reference.cayley`; one launch for blocks up to 128 and a series, see the top of the file."""
-    check_device(v)
+def plan_cayley(
+    by_name: bool, v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None,
+    dtype: torch.dtype,
+) -> Callable[..., Tensor]:  # fmt: skip
+    """Of `hqq_oft.ops.reference.cayley`; one launch for blocks up to 128 and a series, see the top of the file."""
+    check_device(v, by_name)
     blocks = v.shape[0] if keep is None else keep.shape[0]
-    d = empty(v, (blocks, block_size, block_size), dtype)
+    shape = (blocks, block_size, block_size)
     powers, last = _coefficients(terms) if terms is not None else (1, 1)
     if block_size == 1 or powers == 0 or blocks == 0:
-        return d.zero_()
-    v = v.contiguous()
+        return lambda v, *_: empty(v, shape, dtype).zero_()
     if terms is None or block_size > _LARGEST_BLOCK:
-        return _dense_cayley(v, block_size, terms, keep, max_norm, d)
+        return _dense_cayley
     panels = _panels(block_size)
-    with on_device(v):
-        cayley_fwd_kernel[(blocks, triton.cdiv(block_size, panels["BN"]))](
-            v, d, v if keep is None else keep.contiguous(), _norm(max_norm, v), _scratch(v, blocks, panels),
-            B=block_size, TERMS=powers, LAST=last, ONE_STORED=v.shape[0] == 1, DROPPED=keep is not None,
-            BOUNDED=max_norm is not None, ACC=wide(v.dtype), PRECISION=_precision(v), enable_fp_fusion=True, **panels,
-        )  # fmt: skip
-    return d
+    launch = Launch(
+        cayley_fwd_kernel, (blocks, triton.cdiv(block_size, panels["BN"])), B=block_size, TERMS=powers, LAST=last,
+        ONE_STORED=v.shape[0] == 1, DROPPED=keep is not None, BOUNDED=max_norm is not None, ACC=wide(v.dtype),
+        PRECISION=_precision(v), **panels,
+    )  # fmt: skip
+
+    def cayley(
+        v: Tensor, block_size: int, terms: int, keep: Tensor | None, max_norm: float | None, dtype: Any
+    ) -> Tensor:
+        d, v = empty(v, shape, dtype), v.contiguous()
+        launch(v, d, optional(keep, v), _norm(max_norm, v), _scratch(v, blocks, panels))
+        return d
+
+    return cayley
 
 
-def cayley_backward(
-    grad: Tensor, v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None
-) -> Tensor:
-    """`hqq_oft.ops.reference.cayley_backward`; one launch for blocks up to 128 and a series."""
-    check_device(v)
-    dv = empty(v, tuple(v.shape))
+def plan_cayley_backward(
+    by_name: bool, grad: Tensor, v: Tensor, block_size: int, terms: int | None, keep: Tensor | None,
+    max_norm: float | None,
+) -> Callable[..., Tensor]:  # fmt: skip
+    """Of `hqq_oft.ops.reference.cayley_backward`; one launch for blocks up to 128 and a series."""
+    check_device(v, by_name)
+    stored = v.shape[0]
     powers, last = _coefficients(terms) if terms is not None else (1, 1)
-    if block_size == 1 or powers == 0 or v.shape[0] == 0:
-        return dv.zero_()
-    v = v.contiguous()
-    if grad.shape[0] != v.shape[0]:  # one shared block, expanded to all positions by `keep`
-        if keep is not None:
-            grad = torch.where(keep[:, None, None], grad, torch.zeros_like(grad))
-        grad, keep = grad.sum(dim=0, keepdim=True, dtype=torch.promote_types(grad.dtype, torch.float32)), None
-    grad = grad.contiguous()
+    if block_size == 1 or powers == 0 or stored == 0:
+        return lambda grad, v, *_: empty(v, tuple(v.shape)).zero_()
+    if grad.shape[0] != stored:
+        plan = plan_cayley_backward(by_name, _sum_positions(grad, keep), v, block_size, terms, None, max_norm)
+        return lambda grad, v, block_size, terms, keep, max_norm: plan(
+            _sum_positions(grad, keep), v, block_size, terms, None, max_norm
+        )
     if terms is None or block_size > _LARGEST_BLOCK:
-        return _dense_cayley_backward(grad, v, block_size, terms, keep, max_norm, dv)
+        return _dense_cayley_backward
     panels = _panels(block_size)
-    with on_device(v):
-        cayley_bwd_kernel[(v.shape[0], triton.cdiv(block_size, panels["BN"]))](
-            grad, v, dv, v if keep is None else keep.contiguous(), _norm(max_norm, v),
-            _scratch(v, v.shape[0], panels), B=block_size, TERMS=powers, LAST=last, DROPPED=keep is not None,
-            BOUNDED=max_norm is not None, ACC=wide(v.dtype), PRECISION=_precision(v), enable_fp_fusion=True, **panels,
-        )  # fmt: skip
-    return dv
+    launch = Launch(
+        cayley_bwd_kernel, (stored, triton.cdiv(block_size, panels["BN"])), B=block_size, TERMS=powers, LAST=last,
+        DROPPED=keep is not None, BOUNDED=max_norm is not None, ACC=wide(v.dtype), PRECISION=_precision(v), **panels,
+    )  # fmt: skip
+
+    def cayley_backward(
+        grad: Tensor, v: Tensor, block_size: int, terms: int, keep: Tensor | None, max_norm: float | None
+    ) -> Tensor:
+        dv, v = empty(v, tuple(v.shape)), v.contiguous()
+        launch(grad.contiguous(), v, dv, optional(keep, v), _norm(max_norm, v), _scratch(v, stored, panels))
+        return dv
+
+    return cayley_backward
+
+
+def _sum_positions(grad: Tensor, keep: Tensor | None) -> Tensor:
+    """The gradient of one shared block, expanded to all positions by `keep`."""
+    if keep is not None:
+        grad = torch.where(keep[:, None, None], grad, torch.zeros_like(grad))
+    return grad.sum(dim=0, keepdim=True, dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
 def _dense_skew(v: Tensor, block_size: int, max_norm: float | None) -> Tensor:
     q = empty(v, (v.shape[0], block_size, block_size), torch.promote_types(v.dtype, torch.float32))
     tile = min(64, max(16, triton.next_power_of_2(block_size)))
     tiles = triton.cdiv(block_size, tile)
-    with on_device(v):
-        skew_kernel[(v.shape[0], tiles, tiles)](
-            v, q, _norm(max_norm, v), B=block_size, BT=tile, ACC=wide(v.dtype), BOUNDED=max_norm is not None,
-            enable_fp_fusion=True,
-        )  # fmt: skip
+    launch = Launch(
+        skew_kernel, (v.shape[0], tiles, tiles), B=block_size, BT=tile, ACC=wide(v.dtype), BOUNDED=max_norm is not None
+    )
+    launch(v.contiguous(), q, _norm(max_norm, v))
     return q
 
 
@@ -309,7 +330,7 @@ def _exact(q: Tensor) -> Tensor:
 
 
 def _dense_cayley(
-    v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None, out: Tensor
+    v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None, dtype: torch.dtype
 ) -> Tensor:
     q = _dense_skew(v, block_size, max_norm)
     if terms is None:
@@ -321,12 +342,13 @@ def _dense_cayley(
             d = torch.baddbmm(q, q, d, beta=2)
     if keep is not None:
         d = torch.where(keep[:, None, None], d, torch.zeros_like(d))
-    return out.copy_(d)
+    return empty(v, tuple(d.shape), dtype).copy_(d)
 
 
 def _dense_cayley_backward(
-    grad: Tensor, v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None, dv: Tensor
+    grad: Tensor, v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None
 ) -> Tensor:
+    dv = empty(v, tuple(v.shape))
     q = _dense_skew(v, block_size, max_norm)
     grad = grad.to(q.dtype)
     if keep is not None:
@@ -339,10 +361,8 @@ def _dense_cayley_backward(
         dq = _series_gradient(grad, q, *_coefficients(terms))
     tile = min(64, max(16, triton.next_power_of_2(block_size)))
     tiles = triton.cdiv(block_size, tile)
-    with on_device(v):
-        unskew_kernel[(v.shape[0], tiles, tiles)](
-            dq.contiguous(), dv, B=block_size, BT=tile, ACC=wide(v.dtype), enable_fp_fusion=True
-        )
+    launch = Launch(unskew_kernel, (v.shape[0], tiles, tiles), B=block_size, BT=tile, ACC=wide(v.dtype))
+    launch(dq.contiguous(), dv)
     return dv
 
 
@@ -357,4 +377,4 @@ def _series_gradient(grad: Tensor, q: Tensor, powers: int, last: int) -> Tensor:
     return dq
 
 
-OPERATIONS: dict[str, Any] = {"cayley": cayley, "cayley_backward": cayley_backward}
+OPERATIONS: dict[str, Planner] = {"cayley": plan_cayley, "cayley_backward": plan_cayley_backward}

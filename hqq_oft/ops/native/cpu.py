@@ -8,6 +8,8 @@ whichever of x [M, K] and W [N, K] has fewer rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ import torch
 from torch import Tensor
 
 from hqq_oft._config import cpu_instruction_set, scratch_bytes
-from hqq_oft.ops.backends import Unsupported
+from hqq_oft.ops.backends import Planner, Unsupported, forget_plans
 from hqq_oft.ops.native import cuda
+from hqq_oft.ops.weight import QuantizedWeight
 
 _lib: Any = torch.ops.hqq_oft_native
 _CPU_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
@@ -50,6 +53,7 @@ def use_instruction_set(name: str) -> None:
             f"this machine has no CPU kernels for {name!r}; it has {_lib.instruction_sets()}. Unset HQQ_OFT_CPU_ISA to "
             "use the last."
         )
+    forget_plans()
 
 
 def instruction_sets() -> list[str]:
@@ -88,91 +92,112 @@ def _operand(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-# --- Cayley, rotation ------------------------------------------------------------------------------------------------
+# --- Planners --------------------------------------------------------------------------------------------------------
 
 
-def cayley(
-    v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None, dtype: torch.dtype
-) -> Tensor:
-    """`hqq_oft.ops.reference.cayley`."""
+def plan_cayley(
+    by_name: bool, v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None,
+    dtype: torch.dtype,
+) -> Any:  # fmt: skip
+    """Of `hqq_oft.ops.reference.cayley`."""
     _check(v)
     _check_result(dtype)
-    return _lib.cayley(v, block_size, terms, keep, max_norm, dtype)
+    return _lib.cayley
 
 
-def cayley_backward(
-    grad: Tensor, v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None
-) -> Tensor:
-    """`hqq_oft.ops.reference.cayley_backward`."""
+def plan_cayley_backward(by_name: bool, grad: Tensor, v: Tensor, *settings: Any) -> Any:
+    """Of `hqq_oft.ops.reference.cayley_backward`."""
     _check(grad, v)
-    return _lib.cayley_backward(grad, v, block_size, terms, keep, max_norm)
+    return _lib.cayley_backward
 
 
-def rotate(x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) -> Tensor:
-    """`hqq_oft.ops.reference.rotate`."""
+def plan_rotate(by_name: bool, x: Tensor, d: Tensor, *settings: Any) -> Any:
+    """Of `hqq_oft.ops.reference.rotate`."""
     _check(x, d)
-    return _lib.rotate(x, d, adapter_index, transpose)
+    return _lib.rotate
 
 
-def rotate_backward(
-    grad: Tensor, x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool, need_x: bool, need_d: bool
-) -> tuple[Tensor, Tensor]:
-    """`hqq_oft.ops.reference.rotate_backward`."""
+def plan_rotate_backward(by_name: bool, grad: Tensor, x: Tensor, d: Tensor, *settings: Any) -> Any:
+    """Of `hqq_oft.ops.reference.rotate_backward`."""
     _check(grad, x, d)
-    return _lib.rotate_backward(grad, x, d, adapter_index, transpose, need_x, need_d)
+    return _lib.rotate_backward
+
+
+def plan_dequantize(by_name: bool, weight: QuantizedWeight, dtype: torch.dtype) -> Any:
+    """Of `hqq_oft.ops.reference.dequantize`."""
+    _check(weight.scale, weight.zero)
+    _check_result(dtype)
+    return dequantize
+
+
+def plan_dequantize_rotate(by_name: bool, weight: QuantizedWeight, d: Tensor, dtype: torch.dtype) -> Any:
+    """Of `hqq_oft.ops.reference.dequantize_rotate`."""
+    _check(weight.scale, weight.zero, d)
+    _check_result(dtype)
+    return dequantize_rotate
+
+
+def plan_linear(
+    by_name: bool, x: Tensor, weight: QuantizedWeight, d: Tensor | None, bias: Tensor | None, index: Tensor | None
+) -> Any:
+    """Of `hqq_oft.ops.reference.linear`: packed or through a scratch, by M; on a GPU by the decode kernel."""
+    if x.is_cuda:
+        return cuda.plan_linear(by_name, x, weight, d, bias, index)
+    _check(x, d, weight.scale, weight.zero, bias)
+    return linear_packed if x.shape[0] <= _FEW_ROWS or _multiplies_packed(x, weight) else linear_through_scratch
+
+
+def plan_linear_backward(
+    by_name: bool, grad: Tensor, x: Tensor, weight: QuantizedWeight, d: Tensor | None, *settings: Any
+) -> Any:
+    """Of `hqq_oft.ops.reference.linear_backward`."""
+    _check(grad, x, d, weight.scale, weight.zero)
+    return partial(linear_backward, _packed if _multiplies_packed(grad, weight) else _through_scratch)
+
+
+def _multiplies_packed(x: Tensor, weight: QuantizedWeight) -> bool:
+    return bool(_lib.multiplies_packed(x, *weight.arguments()[3:]))
 
 
 # --- Weights ---------------------------------------------------------------------------------------------------------
 
 
-def dequantize(
-    packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int, bits: int, group_size: int,
-    axis: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """`hqq_oft.ops.reference.dequantize`."""
-    _check(scale, zero)
-    _check_result(dtype)
-    return _lib.dequantize(packed, scale, zero, out_features, in_features, bits, group_size, axis, dtype)
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """`W`, `[N, K]`."""
+    return _lib.dequantize(*weight.arguments(), dtype)
 
 
-def dequantize_rotate(
-    packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int, bits: int, group_size: int,
-    axis: int, d: Tensor, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """`hqq_oft.ops.reference.dequantize_rotate`."""
-    _check(scale, zero, d)
-    _check_result(dtype)
-    return _lib.dequantize_rotate(packed, scale, zero, out_features, in_features, bits, group_size, axis, d, dtype)
+def dequantize_rotate(weight: QuantizedWeight, d: Tensor, dtype: torch.dtype) -> Tensor:
+    """`W * R^T`, `[N, K]`."""
+    return _lib.dequantize_rotate(*weight.arguments(), d, dtype)
 
 
 # --- Products --------------------------------------------------------------------------------------------------------
 
 
-def linear(
-    x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int,
-    bits: int, group_size: int, axis: int, bias: Tensor | None, adapter_index: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """`hqq_oft.ops.reference.linear`; the path is selected by M, on a GPU it is the decode kernel."""
-    if x.is_cuda:
-        return cuda.linear(
-            x, d, packed, scale, zero, out_features, in_features, bits, group_size, axis, bias, adapter_index
-        )
-    _check(x, d, scale, zero, bias)
-    weight = (packed, scale, zero, out_features, in_features, bits, group_size, axis)
-    M = x.shape[0]
-    if M <= _FEW_ROWS or _lib.multiplies_packed(x, *weight[3:]):
-        return _lib.linear(x, d, *weight, bias, adapter_index)
-    if d is not None and (out_features > M or adapter_index is not None):
+def linear_packed(
+    x: Tensor, weight: QuantizedWeight, d: Tensor | None, bias: Tensor | None, adapter_index: Tensor | None
+) -> Tensor:
+    """The product from packed levels, decoded in registers."""
+    return _lib.linear(x, d, *weight.arguments(), bias, adapter_index)
+
+
+def linear_through_scratch(
+    x: Tensor, weight: QuantizedWeight, d: Tensor | None, bias: Tensor | None, adapter_index: Tensor | None
+) -> Tensor:
+    """The product by the vendor's GEMM with W decoded into a scratch, chunk by chunk of rows."""
+    M, N = x.shape[0], weight.out_features
+    if d is not None and (N > M or adapter_index is not None):
         x, d = _lib.rotate(x, d, adapter_index, False), None
     dtype, operand = x.dtype, _operand(x.dtype)
     x = x.to(operand)
-    y = x.new_empty(M, out_features)
+    y = x.new_empty(M, N)
     bias = None if bias is None else bias.to(operand)
-    rows = _chunk(out_features, in_features * x.element_size())
-    scratch = x.new_empty(rows, in_features)
-    for first in range(0, out_features, rows):
-        chunk = scratch[: min(rows, out_features - first)]
-        _lib.dequantize_into(chunk, *weight, d, first, 0)
+    rows = _chunk(N, weight.in_features * x.element_size())
+    scratch = x.new_empty(rows, weight.in_features)
+    for first in range(0, N, rows):
+        chunk = scratch[: min(rows, N - first)]
+        _lib.dequantize_into(chunk, *weight.arguments(), d, first, 0)
         outputs = slice(first, first + chunk.shape[0])
         if bias is None:
             torch.mm(x, chunk.t(), out=y[:, outputs])
@@ -181,34 +206,32 @@ def linear(
     return y.to(dtype)
 
 
-def _through_scratch(
-    grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int, bits: int,
-    group_size: int, axis: int,
-) -> Tensor:  # fmt: skip
-    """`dy * W` by chunks of decoded columns: chunks are never summed, so no partial sums are in half precision."""
+def _packed(grad: Tensor, weight: QuantizedWeight) -> Tensor:
+    """`dy * W` from packed levels."""
+    return _lib.linear_transposed(grad, *weight.arguments())
+
+
+def _through_scratch(grad: Tensor, weight: QuantizedWeight) -> Tensor:
+    """`dy * W`, chunk by chunk of decoded columns: each is a whole product, and nothing is summed in half precision."""
     dy = grad.to(_operand(grad.dtype))
-    g = dy.new_empty(dy.shape[0], in_features)
-    columns = _chunk(in_features, out_features * dy.element_size())
-    scratch = dy.new_empty(out_features * columns)
-    for first in range(0, in_features, columns):
-        width = min(columns, in_features - first)
-        chunk = scratch[: out_features * width].view(out_features, width)
-        _lib.dequantize_into(
-            chunk, packed, scale, zero, out_features, in_features, bits, group_size, axis, None, 0, first
-        )
+    N, K = weight.shape
+    g = dy.new_empty(dy.shape[0], K)
+    columns = _chunk(K, N * dy.element_size())
+    scratch = dy.new_empty(N * columns)
+    for first in range(0, K, columns):
+        width = min(columns, K - first)
+        chunk = scratch[: N * width].view(N, width)
+        _lib.dequantize_into(chunk, *weight.arguments(), None, 0, first)
         torch.mm(dy, chunk, out=g[:, first : first + width])
     return g
 
 
 def linear_backward(
-    grad: Tensor, x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int,
-    in_features: int, bits: int, group_size: int, axis: int, adapter_index: Tensor | None, need_x: bool, need_d: bool,
+    product: Callable[[Tensor, QuantizedWeight], Tensor], grad: Tensor, x: Tensor, weight: QuantizedWeight,
+    d: Tensor | None, adapter_index: Tensor | None, need_x: bool, need_d: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`hqq_oft.ops.reference.linear_backward`: `g = dy * W`, then the gradients of the rotation; dx overwrites g."""
-    _check(grad, x, d, scale, zero)
-    weight = (packed, scale, zero, out_features, in_features, bits, group_size, axis)
-    product = _lib.linear_transposed if _lib.multiplies_packed(grad, *weight[3:]) else _through_scratch
-    g = product(grad, *weight)
+    """`g = dy * W` by the product given, then the gradients of the rotation, dx in place of g."""
+    g = product(grad, weight)
     if d is None:
         return g.to(grad.dtype), grad.new_empty(0)
     dd = _lib.rotate_backward(g, x, d, adapter_index, False, False, need_d)[1]
@@ -219,13 +242,13 @@ def linear_backward(
     return dx, dd
 
 
-OPERATIONS: dict[str, Any] = {
-    "cayley": cayley,
-    "cayley_backward": cayley_backward,
-    "rotate": rotate,
-    "rotate_backward": rotate_backward,
-    "dequantize": dequantize,
-    "dequantize_rotate": dequantize_rotate,
-    "linear": linear,
-    "linear_backward": linear_backward,
+OPERATIONS: dict[str, Planner] = {
+    "cayley": plan_cayley,
+    "cayley_backward": plan_cayley_backward,
+    "rotate": plan_rotate,
+    "rotate_backward": plan_rotate_backward,
+    "dequantize": plan_dequantize,
+    "dequantize_rotate": plan_dequantize_rotate,
+    "linear": plan_linear,
+    "linear_backward": plan_linear_backward,
 }

@@ -8,13 +8,15 @@ selected by name it runs every call that it supports.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hqq_oft.ops.backends import Unsupported, selected_backend
+from hqq_oft.ops.backends import Unsupported
 from hqq_oft.ops.device_tables import own_table, table_name
-from hqq_oft.ops.weight import LEVELS_PER_ELEMENT
+from hqq_oft.ops.packing import LEVELS_PER_ELEMENT
+from hqq_oft.ops.weight import QuantizedWeight
 
 _MOST_TOKENS = {8: 16, 4: 16, 3: 8, 2: 16, 1: 16}  # by bits: `max_tokens` of csrc/cuda/layout.h
 _GROUP_UNIT = 32  # of csrc/cuda/layout.h
@@ -45,8 +47,8 @@ def has_kernels() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("hqq_oft_native::linear", "CUDA")
 
 
-def check_device(x: Tensor, bits: int) -> None:
-    """Raise `Unsupported` if the kernel does not run on this device, or with `auto` was not measured to be faster."""
+def check_device(x: Tensor, bits: int, by_name: bool) -> None:
+    """Raise `Unsupported` if the kernel can't run here, or under `auto` is not known to be worth it."""
     if not x.is_cuda or torch.version.hip is not None:
         raise Unsupported(f"the native decode kernel runs on CUDA devices, and the tensor is on {x.device}")
     if not has_kernels():
@@ -54,26 +56,25 @@ def check_device(x: Tensor, bits: int) -> None:
     name, capability = _device(x.device.index)
     if capability < (8, 0):
         raise Unsupported("the native decode kernel requires compute capability 8.0 (Ampere) or later")
-    if selected_backend() == "auto" and x.shape[0] > measured_tokens(name, bits):
+    if not by_name and x.shape[0] > measured_tokens(name, bits):
         raise Unsupported(
             f"the native decode kernel was not measured to be faster on this device at {bits} bits and "
             f"{x.shape[0]} tokens"
         )
 
 
-def check_call(
-    x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int,
-    bits: int, group_size: int, axis: int,
-) -> None:  # fmt: skip
+def check_call(x: Tensor, weight: QuantizedWeight, d: Tensor | None) -> None:
     """Raise `Unsupported` with the reason if the kernel does not support these arguments of `linear`."""
+    bits, group_size, packed = weight.bits, weight.group_size, weight.packed
+    out_features, in_features = weight.shape
     if x.dtype not in (torch.float16, torch.bfloat16):
         raise Unsupported(f"the native decode kernel takes float16 and bfloat16, and x is {x.dtype}")
     if x.shape[0] > _MOST_TOKENS[bits]:
         raise Unsupported(f"the native decode kernel takes up to {_MOST_TOKENS[bits]} tokens at {bits} bits")
-    for name, tensor in (("D", d), ("scale", scale), ("zero", zero)):
+    for name, tensor in (("D", d), ("scale", weight.scale), ("zero", weight.zero)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise Unsupported(f"the native decode kernel takes one dtype; x is {x.dtype} and {name} {tensor.dtype}")
-    if axis != 1:
+    if weight.axis != 1:
         raise Unsupported("the native decode kernel requires axis=1: with axis=0 every input has its own scale")
     fields = LEVELS_PER_ELEMENT[bits]
     if out_features % fields:
@@ -93,17 +94,19 @@ def check_call(
         raise Unsupported(f"the packed weight must be contiguous and aligned to {_ALIGNMENT} bytes")
 
 
+def plan_linear(
+    by_name: bool, x: Tensor, weight: QuantizedWeight, d: Tensor | None, bias: Tensor | None, index: Tensor | None
+) -> Any:
+    """Of `hqq_oft.ops.reference.linear` for up to 16 tokens on a CUDA device."""
+    check_call(x, weight, d)
+    check_device(x, weight.bits, by_name)
+    return linear
+
+
 def linear(
-    x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int,
-    bits: int, group_size: int, axis: int, bias: Tensor | None, adapter_index: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """`hqq_oft.ops.reference.linear` for up to 16 tokens on a CUDA device."""
-    # First the check whose messages do not depend on the number of tokens: each distinct reason is logged once.
-    check_call(x, d, packed, scale, zero, out_features, in_features, bits, group_size, axis)
-    check_device(x, bits)
-    if bias is not None:
-        bias = bias.to(x.dtype)
-    return torch.ops.hqq_oft_native.linear(
-        x, d, packed, scale, zero, out_features, in_features, bits, group_size, axis, bias,
-        adapter_index if d is not None else None,
-    )  # fmt: skip
+    x: Tensor, weight: QuantizedWeight, d: Tensor | None, bias: Tensor | None, adapter_index: Tensor | None
+) -> Tensor:
+    """The decode kernel."""
+    bias = None if bias is None else bias.to(x.dtype)
+    index = adapter_index if d is not None else None
+    return torch.ops.hqq_oft_native.linear(x, d, *weight.arguments(), bias, index)
