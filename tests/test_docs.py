@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import pkgutil
 import re
 from collections import Counter
 from pathlib import Path
@@ -51,6 +52,12 @@ def test_every_public_name_has_one_entry_in_the_reference():
     missing, unknown = public().keys() - entries.keys(), entries.keys() - public().keys()
     assert not missing, "add to a page in docs/reference: " + ", ".join(f"`::: {name}`" for name in sorted(missing))
     assert not unknown, "entries of names that are not public: " + ", ".join(sorted(unknown))
+
+
+def test_no_public_name_is_also_a_submodule():
+    # whose page the reference would show instead
+    modules = {module.name for module in pkgutil.iter_modules(hqq_oft.__path__)}
+    assert modules & set(hqq_oft.__all__) == {"functional"}
 
 
 def test_every_function_of_functional_is_found():
