@@ -9,7 +9,7 @@ DEMO ?=
 BENCH ?=
 GPU_ARGS ?=
 
-.PHONY: help venv native check format test test-asan test-matrix test-triton-3.6 coverage offline demo clean
+.PHONY: help venv native check format docs test test-asan test-matrix test-triton-3.6 coverage offline demo clean
 .PHONY: bench-cpu gpu gpu-pack gpu-test gpu-tune
 
 help: ## list the commands
@@ -36,6 +36,10 @@ check: $(STAMP) ## check lint, formatting and types
 format: $(STAMP) ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The theme prints a notice about mkdocs 2 in every build; the version is pinned below it.
+docs: $(STAMP) ## the documentation site, into build/site-docs (with `.venv/bin/mkdocs serve`, on localhost)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: $(STAMP) ## run the tests (options: PYTEST_ARGS="-k merge")
 	$(PYTEST) $(PYTEST_ARGS)

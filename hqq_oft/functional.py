@@ -94,7 +94,10 @@ def cayley_many(
 
     Args:
         vs: each `[S, b(b-1)/2]`, all of the same dtype and on the same device.
-        block_size, terms, max_norm, dtype: as for `cayley`, the same for all.
+        block_size: as for `cayley`, the same for all.
+        terms: as for `cayley`, the same for all.
+        max_norm: as for `cayley`, the same for all.
+        dtype: as for `cayley`, the same for all.
 
     Returns:
         D of each, `[S, b, b]`, as views of one tensor. Differentiable in every entry of `vs`.

@@ -77,7 +77,8 @@ class QuantizationReport:
     Attributes:
         quantized: settings of each quantized layer, by name.
         kept: reason for each linear layer that was not quantized, by name.
-        bytes_before, bytes_after: size of the model's parameters and buffers, including scales and zeros.
+        bytes_before: size of the model's parameters and buffers before.
+        bytes_after: the same afterwards, including scales and zeros.
     """
 
     quantized: dict[str, QuantizationSettings] = field(default_factory=dict)
