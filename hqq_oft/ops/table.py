@@ -107,8 +107,8 @@ def _observed() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.maybe_current_level() is not None
-        or torch.autograd._profiler_enabled()
-        or torch.jit.is_tracing()
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
     )
 
 

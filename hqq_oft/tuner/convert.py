@@ -36,11 +36,14 @@ class ConversionReport:
 
 
 def _become(layer: OFTLayer, new_class: type[OFTLayer]) -> None:
+    if isinstance(layer, HqqOFTLinear):
+        layer._release_base_layer()
     layer.__class__ = new_class
     if isinstance(layer, HqqOFTLinear):
         layer._take_base_layer()
     else:
         layer.fan_in_fan_out = layer.is_target_conv_1d_layer = False
+        layer.merged_adapters = []
 
 
 def _turn(
@@ -77,6 +80,8 @@ def _turn(
     except BaseException:
         for layer, old_class in classes.items():
             layer.__class__ = old_class
+            if isinstance(layer, HqqOFTLinear):
+                layer._take_base_layer()
         raise
     return report
 
