@@ -83,11 +83,8 @@ class Operation:
                 if len(self._plans) >= _MOST_PLANS:
                     self._plans.clear()
                 self._plans[key] = plan
-        device_type = args[0].device.type
-        if torch.is_autocast_enabled(device_type):
-            with without_autocast(device_type):
-                return plan(*args)
-        return plan(*args)
+        with without_autocast(args[0].device):
+            return plan(*args)
 
     def _take_apart(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         at = self._weight_at

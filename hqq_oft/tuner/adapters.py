@@ -34,6 +34,7 @@ class AdaptedLayer:
         disable_adapters: bool
         merged: bool
         _active_adapter: str | list[str]
+        _modules: dict[str, Any]
         _lock: Any
         _rotations: RotationCache
 
@@ -138,7 +139,7 @@ class AdaptedLayer:
 
     def _active(self) -> list[tuple[str, OFTRotationModule]]:
         """The active adapters that this layer has, each once, in order."""
-        modules, active = self.oft_R._modules, self._active_adapter
+        modules, active = self._modules["oft_R"]._modules, self._active_adapter
         names = (active,) if isinstance(active, str) else dict.fromkeys(active)
         return [(name, module) for name in names if (module := modules.get(name)) is not None]
 

@@ -217,7 +217,7 @@ class HqqOFTLinear(AdaptedLayer, MergeableLayer, nn.Module, OFTLayer):
         dtype = x.dtype
         if dtype is not snapshot.dtype:
             x = x.to(snapshot.dtype)
-        with without_autocast(x.device.type):
+        with without_autocast(x.device):
             if self._disable_adapters or snapshot.merge.adapters:
                 y = base(x, *args, **kwargs)
             elif adapter_names is None:
