@@ -28,9 +28,10 @@ $(STAMP): constraints.txt pyproject.toml setup.py csrc/build.py
 native: $(STAMP) ## rebuild the native kernels after a change in csrc/
 	$(BIN)/python csrc/build.py hqq_oft/ops/native/hqq_oft_native.so
 
-check: $(STAMP) ## check lint, formatting and types
+check: $(STAMP) ## check lint, formatting, imports between packages and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
 format: $(STAMP) ## apply ruff's fixes and formatting
@@ -150,4 +151,4 @@ demo: $(STAMP) ## run the demo: train, quantize, fine-tune, save, load, merge, u
 	$(BIN)/python -m bench.demo $(DEMO)
 
 clean: ## remove everything that the other commands created
-	rm -rf $(VENV) .venv-matrix build *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-matrix build *.egg-info .coverage .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

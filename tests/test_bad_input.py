@@ -208,6 +208,26 @@ def test_models_without_layers_have_nothing_to_share_or_gather(model):
         hqq_oft.full_adapter_state_dict(model)
 
 
+@pytest.mark.parametrize("name", ["mlp", "weight", "default", "base_model"])
+def test_only_parameters_of_the_adapter_are_gathered_whatever_its_name(name):
+    config = OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj", "gate_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(quantized_llama(), config, adapter_name=name)
+    model.add_adapter("other", OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj"]))
+    state = hqq_oft.full_adapter_state_dict(model, name)
+    places = {re.sub(r"base_model\.model\.(model\.layers\.\d+\.)?", "", key) for key in state}
+    assert places == {
+        f"self_attn.q_proj.oft_R.{name}.weight",
+        f"mlp.gate_proj.oft_R.{name}.weight",
+        f"lm_head.modules_to_save.{name}.weight",
+    }
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(tensor, parameters[key]) for key, tensor in state.items())
+    trainable = {key for key, parameter in parameters.items() if parameter.requires_grad}
+    assert trainable <= state.keys()
+    with pytest.raises(ValueError, match="the model has no adapter 'self_attn'"):
+        hqq_oft.full_adapter_state_dict(model, "self_attn")
+
+
 def test_a_non_finite_adapter_does_not_affect_the_others():
     layer = oft_layer(adapter="good").eval()
     add_adapter(layer, "broken")

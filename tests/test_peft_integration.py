@@ -753,9 +753,9 @@ def test_converting_a_model_without_hqq_layers_changes_nothing():
 
 
 def test_only_models_with_oft_are_converted():
-    with pytest.raises(TypeError, match="expected a model with OFT adapters, got LlamaForCausalLM without any"):
+    with pytest.raises(ValueError, match="expected a model with OFT adapters, got LlamaForCausalLM without any"):
         hqq_oft.convert(small_llama())
-    with pytest.raises(TypeError, match="expected a model with OFT adapters"):
+    with pytest.raises(ValueError, match="expected a model with OFT adapters"):
         hqq_oft.revert(small_llama())
 
 

@@ -12,6 +12,7 @@ from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from peft import OFTConfig, get_peft_model
 from small_llama import VOCABULARY, small_llama
 from torch import nn
+from transformers import HqqConfig
 
 import hqq_oft
 from hqq_oft import quantize_model
@@ -74,6 +75,79 @@ def test_overrides_name_layers_by_name_end_or_pattern_and_the_last_counts():
     assert type(model.model.layers[1].mlp.up_proj) is nn.Linear
     assert report.kept["model.layers.1.mlp.up_proj"] == "overrides['model.layers.1.mlp.up_proj'] leaves it dense"
     assert "13 layer(s) quantized, 2 kept" in str(report)
+
+
+@pytest.mark.parametrize("nbits", [4, 3, 1.58])
+@pytest.mark.parametrize("group_size", [16, None])
+def test_quantization_settings_may_be_an_hqq_or_a_transformers_configuration(nbits, group_size):
+    model, skip = small_llama(), ["lm_head", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]
+    expected = {"nbits": nbits, "group_size": group_size, "axis": 0}
+    config = HqqConfig(**expected, skip_modules=skip)
+    report = quantize_model(model, quant_config=config, progress=False)
+    assert len(report.quantized) == 4
+    assert set(report.quantized.values()) == {hqq_oft.QuantizationSettings(**expected)}
+    (layer, *_) = layers_of(model).values()
+    assert layer.meta["nbits"] == nbits
+    plain = BaseQuantizeConfig(nbits, group_size, axis=0)
+    again = quantize_model(small_llama(), quant_config=plain, skip_modules=skip, progress=False)
+    assert again.quantized == report.quantized
+    stored = {name: plain[name] for name in ("weight_quant_params", "scale_quant_params")}  # as in a saved config.json
+    assert quantize_model(small_llama(), quant_config=stored, skip_modules=skip, progress=False).quantized
+    kept = quantize_model(small_llama(), quant_config=config, skip_modules=["*"], progress=False)
+    assert len(kept.kept) == 15
+
+
+ACCEPTED = r"accepted are BaseQuantizeConfig\(nbits=..., group_size=..., axis=...\) and HqqConfig of the same"
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"quant_config": BaseQuantizeConfig(4, 64), "nbits": 4}, ValueError, "quant_config and nbits are given: give"),
+        (
+            {"quant_config": HqqConfig(), "group_size": None, "axis": 1},
+            ValueError,
+            "quant_config and group_size, axis are given",
+        ),
+        ({"quant_config": 4}, TypeError, f"quant_config is a int; {ACCEPTED}"),
+        ({"quant_config": {"nbits": 4}}, ValueError, f"quant_config has no weight_quant_params; {ACCEPTED}"),
+        (
+            {"quant_config": HqqConfig(dynamic_config={"self_attn.q_proj": {"nbits": 8}})},
+            ValueError,
+            "quant_config has no weight_quant_params; .* use overrides= for dynamic_config",
+        ),
+        (
+            {"quant_config": BaseQuantizeConfig(4, 64, quant_zero=True, quant_scale=True)},
+            ValueError,
+            rf"quant_config: scale_quant_params=.*, zero_quant_params=.* is not supported; {ACCEPTED}",
+        ),
+        (
+            {"quant_config": BaseQuantizeConfig(4, 64, offload_meta=True)},
+            ValueError,
+            "quant_config: offload_meta=True is not supported",
+        ),
+        ({"quant_config": HqqConfig(view_as_float=True)}, ValueError, "view_as_float=True is not supported"),
+        (
+            {"quant_config": {"weight_quant_params": {"nbits": 7}}},
+            ValueError,
+            r"nbits must be one of .*, got 7",
+        ),
+    ],
+)
+def test_quantization_configurations_that_can_not_be_honoured_are_refused(settings, error, message):
+    model, dense = small_llama(), small_llama()
+    with pytest.raises(error, match=message):
+        quantize_model(model, progress=False, **settings)
+    assert_dense(model, dense)
+
+
+def test_settings_are_keyword_only_and_their_defaults_are_plain_numbers():
+    with pytest.raises(TypeError, match="positional argument"):
+        quantize_model(small_llama(), 4)
+    model = nn.ModuleDict({"a": nn.Linear(64, 64)})
+    (settings,) = quantize_model(model, progress=False).quantized.values()
+    assert settings == hqq_oft.QuantizationSettings()
+    assert {type(value) for value in vars(settings).values()} == {int}
 
 
 class Odd(nn.Linear):
@@ -174,7 +248,7 @@ def adapt(model):
         (spoil_weight, ValueError, r"model.layers.1.mlp.up_proj: its weight contains NaN or infinity"),
         (offload, ValueError, r"model.layers.1.mlp.up_proj is on the meta device"),
         (hook, ValueError, r"model.layers.1.mlp.up_proj has hooks, .* load the model without device_map"),
-        (adapt, TypeError, r"the model has adapters; quantize the base model, then add the"),
+        (adapt, ValueError, r"the model has adapters; quantize the base model, then add the"),
     ],
 )
 def test_a_model_that_can_not_be_quantized_is_refused_before_anything_changes(spoil, error, message):

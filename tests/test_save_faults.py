@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -51,12 +52,12 @@ model = small_llama(seed=1)
 hqq_oft.quantize_model(model, group_size=16, progress=False)
 original, count = getattr(checkpoint, sys.argv[3]), []
 
-def stalling(*args):
+def stalling(*args, **kwargs):
     count.append(args)
     if len(count) == int(sys.argv[4]):
         print("stalled", flush=True)
         time.sleep(600)
-    return original(*args)
+    return original(*args, **kwargs)
 
 setattr(checkpoint, sys.argv[3], stalling)
 hqq_oft.save_quantized(model, sys.argv[1], max_shard_size="8KB", overwrite=True)
@@ -72,7 +73,7 @@ def kill_while_saving(target, function, nth):
     assert process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize(("function", "nth"), [("write", 3), ("_write_json", 2)])
+@pytest.mark.parametrize(("function", "nth"), [("save_file", 3), ("_write_json", 2)])
 def test_a_killed_save_never_leaves_a_loadable_partial_model(tmp_path, model, function, nth):
     save_quantized(model, tmp_path / "old")
     before = contents(tmp_path / "old")
@@ -90,11 +91,11 @@ def test_a_killed_save_never_leaves_a_loadable_partial_model(tmp_path, model, fu
 
 
 def fail_in_write(monkeypatch, error):
-    def failing(path, tensors):
+    def failing(tensors, path, metadata):
         path.write_bytes(b"half a file")
         raise error
 
-    monkeypatch.setattr(checkpoint, "write", failing)
+    monkeypatch.setattr(checkpoint, "save_file", failing)
 
 
 def fail_in_mkdir(monkeypatch, error):
@@ -153,32 +154,15 @@ def test_a_save_that_fails_changes_nothing(tmp_path, monkeypatch, model, other, 
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_save_to_a_full_disk_changes_nothing(tmp_path, monkeypatch, model):
-    original, written = Path.open, []
-
-    class Full:
-        def __init__(self, file):
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exc_info):
-            self.file.close()
-
-        def write(self, data):
-            written.append(memoryview(data).nbytes)
-            if sum(written) > 20_000:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return self.file.write(data)
-
-    def opened(path, mode="r", *args, **kwargs):
-        file = original(path, mode, *args, **kwargs)
-        return Full(file) if mode == "xb" else file
-
-    monkeypatch.setattr(Path, "open", opened)
-    with pytest.raises(OSError, match=r"No space left on device: writing .*model; nothing was changed"):
-        save_quantized(model, tmp_path / "model")
+def test_a_save_to_a_full_disk_changes_nothing(tmp_path, model):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the error of writing is EFBIG instead of ENOSPC
+        with pytest.raises(OSError, match=r"File too large: writing .*model; nothing was changed") as raised:
+            save_quantized(model, tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert raised.value.errno == errno.EFBIG
     assert list(tmp_path.iterdir()) == []
 
 

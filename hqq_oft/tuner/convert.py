@@ -70,7 +70,7 @@ def _turn(
             classes[child] = type(child)
             report.replaced.append(name)
     if not report.replaced and not report.kept:
-        raise TypeError(
+        raise ValueError(
             f"expected a model with OFT adapters, got {type(peft_model).__name__} without any; make one with "
             "get_peft_model(model, OFTConfig(...))."
         )
@@ -118,7 +118,7 @@ def convert(peft_model: nn.Module) -> ConversionReport:
         What was replaced, and what was not and why.
 
     Raises:
-        TypeError: the model has no OFT adapters.
+        ValueError: the model has no OFT adapters.
     """
     report = _turn(peft_model, HqqOFTLinear, _why_not_convert)
     match_tuners(peft_model)
@@ -135,7 +135,7 @@ def revert(peft_model: nn.Module) -> ConversionReport:
         What was replaced, and what was not and why.
 
     Raises:
-        TypeError: the model has no OFT adapters.
+        ValueError: the model has no OFT adapters.
     """
     report = _turn(peft_model, _PeftHqqLayer, _why_not_revert)
     match_tuners(peft_model)
