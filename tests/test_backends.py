@@ -174,7 +174,8 @@ def test_without_a_compiled_library_everything_else_works(tmp_path):
     shutil.copytree(Path(hqq_oft.__file__).parent, tmp_path / "hqq_oft", ignore=shutil.ignore_patterns("*.so"))
     program = (
         "import torch, hqq_oft\n"
-        "from hqq_oft import backends, functional\n"
+        "from hqq_oft import functional\n"
+        "from hqq_oft.ops import backends\n"
         "print(backends.registry()['native'].why_not('linear'))\n"
         "print(functional.rotate(torch.ones(1, 4), torch.zeros(2, 2, 2)).sum().item())\n"
     )
@@ -191,7 +192,8 @@ def test_without_triton_everything_else_works():
     program = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, hqq_oft\n"
-        "from hqq_oft import backends, functional\n"
+        "from hqq_oft import functional\n"
+        "from hqq_oft.ops import backends\n"
         "print(backends.registry()['triton'].why_not('linear'))\n"
         "print(functional.rotate(torch.ones(1, 4), torch.zeros(2, 2, 2)).sum().item())\n"
     )

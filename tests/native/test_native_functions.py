@@ -103,7 +103,7 @@ def test_an_instruction_set_by_name():
 @pytest.mark.parametrize("wanted", ["portable", "AVX512_BF16", "sse9"])
 def test_the_environment_chooses_the_instruction_set(wanted):
     available = _native.cpu.instruction_sets()
-    program = "from hqq_oft import _native; print(_native.cpu.instruction_set())"
+    program = "from hqq_oft.ops import native as _native; print(_native.cpu.instruction_set())"
     environment = {**os.environ, "HQQ_OFT_CPU_ISA": wanted}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     if wanted.lower() in available:
