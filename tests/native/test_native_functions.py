@@ -6,10 +6,10 @@ import os
 import subprocess
 import sys
 
+import calls
 import pytest
 import torch
 from helpers import COMPILE_BACKEND, oft_layer, relative_error
-from test_functional import operator_arguments
 
 from hqq_oft import BackendError, Unsupported, backend, functional
 from hqq_oft.ops import backends
@@ -18,7 +18,7 @@ from hqq_oft.ops import native as _native
 
 @pytest.mark.parametrize("case", range(20))
 def test_opcheck(case):
-    name, args = operator_arguments()[case]
+    name, args = calls.examples()[case]
     if any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float64 for arg in args):
         pytest.skip("float64 is left to the reference")
     torch.library.opcheck(getattr(torch.ops.hqq_oft, name).default, args)
