@@ -55,7 +55,7 @@ def test_writers_are_not_starved_and_the_lock_is_reentrant():
     assert order == []
     wanted.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(600)
     assert order == ["first reader", "writer", "second reader"]
 
 
@@ -66,7 +66,7 @@ def test_two_forwards_that_both_change_their_layer_do_not_deadlock():
     def change():
         try:
             with lock.reading():
-                both_read.wait(10)
+                both_read.wait(600)
                 with lock.writing():
                     changed.append(threading.get_ident())
         except RuntimeError as error:
@@ -76,7 +76,7 @@ def test_two_forwards_that_both_change_their_layer_do_not_deadlock():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(600)
         assert not thread.is_alive()
     assert len(changed) == len(errors) == 1
     assert "a forward in another thread waits to change this layer" in errors[0]
@@ -91,5 +91,5 @@ def test_a_copy_of_a_held_lock_is_not_held():
             assert copied is not lock
             thread = threading.Thread(target=lambda other: other.writing().__enter__(), args=(copied,))
             thread.start()
-            thread.join(10)
+            thread.join(600)
             assert not thread.is_alive()

@@ -57,11 +57,12 @@ def test_a_stale_rotation_is_never_used(change):
 def test_rotations_are_not_cached_when_gradients_are_recorded(cayleys):
     layer, x = two_adapters(std=0.05, second={"block_share": True}), torch.randn(2, 96, requires_grad=True)
     layer(x).sum().backward()
+    step = list(cayleys)
     layer(x).sum().backward()
-    assert cayleys == [12, 1] * 2
+    assert cayleys == step * 2
     with torch.no_grad():
         layer(x)
-    assert cayleys == [12, 1] * 3  # nor are they found later
+    assert cayleys == [*step * 2, 12, 1]  # nor are they found later
     assert x.grad is not None
     assert layer.oft_R["a"].weight.grad is not None
 
@@ -87,15 +88,16 @@ def test_cached_rotations_are_freed(mixed):
     layer, x = two_adapters(std=0.05, second={"block_share": True}), torch.randn(2, 96)
     names = {"adapter_names": ["a", "b"]} if mixed else {}
     before, d = live_bytes(), 8 * 8 * 4
-    y = layer(x, **names)
-    assert live_bytes() - before >= y.nbytes + 13 * d
+    layer(x, **names)
+    assert live_bytes() - before >= 13 * d
     layer.train()
-    assert live_bytes() - before == y.nbytes
+    assert live_bytes() == before
     layer.eval()
-    v = layer.oft_R["b"].weight.nbytes
-    y = layer(x, **names)
+    layer(x, **names)
     layer.delete_adapter("b")
-    assert live_bytes() - before == y.nbytes + 12 * d - v
+    held = live_bytes()
+    layer.train()
+    assert held - live_bytes() == 12 * d  # only what is cached for the other adapter
 
 
 def test_rotations_cached_in_inference_mode_work_in_training(cayleys):

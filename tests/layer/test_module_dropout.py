@@ -54,7 +54,7 @@ def test_dropout_is_per_adapter_and_reproducible():
 @pytest.mark.parametrize(("p", "dropped"), [(0.29, 29), (0.57, 57), (0.5, 50), (0.999, 99)])
 def test_the_dropped_share_is_rounded_down_without_float_error(p, dropped):
     layer = oft_layer(hqq_layer(16, 400, group_size=16), oft_block_size=4, module_dropout=p)
-    layer(torch.randn(9, 400)).square().sum().backward()
+    layer(torch.randn(1, 400)).square().sum().backward()
     assert (layer.oft_R["default"].weight.grad == 0).all(dim=1).sum() == dropped
 
 

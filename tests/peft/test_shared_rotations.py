@@ -128,7 +128,7 @@ class Twice(nn.Module):
 
 
 def test_evaluation_and_merged_layers_do_not_share(tokens, launches):
-    model = adapted()
+    model = adapted().eval()
     with share_rotations(model), torch.no_grad():
         expected = model(input_ids=tokens).logits
         assert launches.count("cayley") == LAYERS  # kept by each layer, as without sharing
