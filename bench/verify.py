@@ -11,7 +11,8 @@ from hqq_oft.ops.backends import OPERATIONS
 
 from .environment import ROOT
 
-TESTS = {"cuda": ["tests/gpu/test_operations.py"], "cpu": ["tests/test_functional.py", "tests/native"]}
+OPS = [f"tests/ops/test_{name}.py" for name in ("values", "gradients", "operators", "bad_input")]
+TESTS = {"cuda": ["tests/gpu/test_operations.py"], "cpu": [*OPS, "tests/native"]}
 
 
 def command(device: str, report: Path, *options: str) -> list[str]:
