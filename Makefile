@@ -10,7 +10,7 @@ BENCH ?=
 GPU_ARGS ?=
 
 .PHONY: help venv native check format test test-asan test-matrix test-triton-3.6 coverage offline demo clean
-.PHONY: bench-cpu gpu gpu-pack gpu-test gpu-tune
+.PHONY: bench-cpu bench-host gpu gpu-pack gpu-test gpu-tune
 
 help: ## this list
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 17
@@ -140,6 +140,10 @@ gpu-tune: $(SITE)/.built ## time tiles and write kernels/configs/<device>.json (
 
 bench-cpu: $(STAMP) ## the suites on the CPU, into bench/results/cpu (options: BENCH="--suite layer")
 	$(BIN)/python -m bench.run --device cpu $(BENCH)
+
+bench-host: $(STAMP) ## Python and launch overhead of one layer, GPU path over a stub driver too, into bench/results/host
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(BIN)/python -m bench.run --device cpu --suite host --again \
+		--out bench/results/host $(BENCH)
 
 demo: $(STAMP) ## the main job: train, quantize, fine-tune, save, load, merge, unmerge (options: DEMO="--steps 100 ...")
 	$(BIN)/python -m bench.demo $(DEMO)

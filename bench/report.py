@@ -123,10 +123,10 @@ def _page(rows: list[Row], measured: list[Row], environment: dict[str, Any], plo
         *_of_other_code(measured, environment),
         "## Targets",
         "",
-        targets.table(wanted, measured),
+        targets.table(wanted, measured) if measured[0]["suite"] != "host" else "None.",
         "",
     ]
-    for suite in ("layer", "ops", "merge", "model"):
+    for suite in ("layer", "ops", "merge", "model", "host"):
         chosen = [row for row in measured if row["suite"] == suite]
         if chosen:
             lines += [f"## Suite {suite}", "", _table(chosen), ""]

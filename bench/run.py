@@ -86,7 +86,7 @@ def red(device: torch.device, junit: Path | None, dry: bool) -> frozenset[str]:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.run", description=__doc__)
-    parser.add_argument("--suite", nargs="+", choices=list(SUITES), default=list(SUITES))
+    parser.add_argument("--suite", nargs="+", choices=list(SUITES), default=[*SUITES][:4])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="default: bench/results/<device>")
     parser.add_argument("--profile", choices=list(PROFILES), help="sizes; default: those for the device")
@@ -94,6 +94,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after this long")
     parser.add_argument("--budget", type=float, help="seconds for the repeats of one time (default 0.05, CPU 0.5)")
     parser.add_argument("--junit", type=Path, help="a report of the operations' tests, in place of running them")
+    parser.add_argument("--again", action="store_true", help="measure anew what is measured")
     parser.add_argument("--dry", action="store_true", help="call everything once and time nothing")
     return parser.parse_args(argv)
 
@@ -108,7 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     facts: dict[str, Any] = environment.describe(str(device))
     identity = {key: facts[key] for key in ("device", "commit", "sources", "torch", "triton")} | {"dry": options.dry}
-    refused = red(device, options.junit, options.dry)
+    todo = [case for suite in options.suite for case in cases(suite, profile) if options.match in case.name]
+    refused = red(device, options.junit, options.dry or not any(case.operations for case in todo))
     dtype = torch.bfloat16
     session = Session(
         device,
@@ -120,8 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     facts |= {"bandwidth_gb_per_s": session.limits.bandwidth / 1e9, "rate_tflops": session.limits.rate / 1e12}
     (out / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
-    done = finished(out / RAW, identity)
-    todo = [case for suite in options.suite for case in cases(suite, profile) if options.match in case.name]
+    done = finished(out / RAW, identity) if not options.again else set()
     todo = [case for case in todo if (case.suite, case.name) not in done]
     failed = measure(todo, session, out / RAW, until)
     report.write(out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ Row = dict[str, Any]
 COLUMNS = (
     *("suite", "case", "M", "N", "K", "bits", "group", "axis", "block", "dtype", "share", "exact"),
     *("contender", "phase", "mode", "status", "p20_us", "p50_us", "p80_us", "repeats", "tflops", "gb_per_s"),
-    *("predicted_us", "over_predicted", "limit_percent", "peak_mib", "kept_mib", "error"),
+    *("predicted_us", "over_predicted", "limit_percent", "peak_mib", "kept_mib", "error", "note"),
     *("bandwidth_gb_per_s", "rate_tflops", "device", "commit", "sources", "torch", "triton"),
 )
 GRAPH_BELOW_US = 100.0
@@ -75,6 +76,7 @@ class Case:
         operations: whose tests must be green before a figure is reported.
         facts: columns of all its rows.
         jobs: makes the jobs; what it allocates, the jobs hold.
+        context: entered while they are made and timed.
     """
 
     suite: str
@@ -83,6 +85,7 @@ class Case:
     operations: frozenset[str]
     facts: Row
     jobs: Callable[[Session], list[Job]]
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 class Session:
@@ -136,6 +139,10 @@ class Session:
         if red:
             yield self._row(case, Job("all", "", None), status=f"refused: the tests of {', '.join(red)} fail")
             return
+        with case.context():
+            yield from self._timed(case)
+
+    def _timed(self, case: Case) -> Iterator[Row]:
         jobs = case.jobs(self)
         for job in jobs:
             if job.call is None:

@@ -52,7 +52,7 @@ class Clock:
         most: repeats at most.
     """
 
-    def __init__(self, device: torch.device, budget: float, most: int = 200) -> None:
+    def __init__(self, device: torch.device, budget: float, most: int = 2000) -> None:
         self.device, self.budget, self.most = device, budget, most
         self._flush = (
             torch.empty(2 * cache_bytes(device), dtype=torch.uint8, device=device) if device.type == "cuda" else None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ..session import Case
-from . import layer, merge, ops
+from . import host, layer, merge, ops
 from . import model as whole
 from .profile import PROFILES, Profile
 
-SUITES = {"ops": ops.cases, "layer": layer.cases, "model": whole.cases, "merge": merge.cases}
+SUITES = {"ops": ops.cases, "layer": layer.cases, "model": whole.cases, "merge": merge.cases, "host": host.cases}
 
 
 def cases(suite: str, profile: Profile) -> list[Case]:
