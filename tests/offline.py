@@ -1,6 +1,6 @@
 """Compile every kernel, as its launcher would launch it, for GPUs that are not here, and read the resources it takes.
 
-`python -m bench.offline` prints a table and writes it to `bench/results/offline.md`. Launchers are called with tensors
+`python -m tests.offline` prints a table and writes it to `bench/results/offline.md`. Launchers are called with tensors
 that have shapes and no memory; what they would launch is compiled for each target by Triton's own tool chain, and the
 bundled `cuobjdump` reads the result. Needs no GPU and no interpreter (TRITON_INTERPRET unset).
 """
