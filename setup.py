@@ -1,9 +1,9 @@
-"""Packages outside the `hqq_oft` folder, and the native kernels. All else is in pyproject.toml."""
+"""Maps packages from outside the `hqq_oft` folder and builds the native kernels; pyproject.toml holds the rest."""
 
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
@@ -11,14 +11,14 @@ import build as native
 
 
 class BuildNative(build_ext):
-    """Compiles the native kernels to `hqq_oft/_native/hqq_oft_native.so`, which is of no particular Python version."""
+    """Compiles the native kernels to `hqq_oft/ops/native/hqq_oft_native.so`, independent of the Python version."""
 
     def get_ext_filename(self, fullname):
-        """Without the interpreter's tag."""
+        """File name without the interpreter tag."""
         return f"{fullname.replace('.', '/')}.so"
 
     def build_extension(self, ext):
-        """By csrc/build.py."""
+        """Build with csrc/build.py."""
         objects = Path(self.build_temp).resolve() / "native"
         native.build(Path(self.get_ext_fullpath(ext.name)).resolve(), PARTS, objects)
 
@@ -26,16 +26,15 @@ class BuildNative(build_ext):
 PARTS = native.parts()
 
 setup(
-    packages=["hqq_oft", "hqq_oft._native", "hqq_oft.triton_kernels", "hqq_oft.kernel_configs"],
-    # kernels/ has no __init__.py: it would shadow the `kernels` package from Hugging Face for everyone who runs from a
-    # checkout.
+    packages=[*find_packages(include=["hqq_oft", "hqq_oft.*"]), "hqq_oft.triton_kernels", "hqq_oft.kernel_configs"],
+    # kernels/ has no __init__.py: in a checkout it would shadow the `kernels` package from Hugging Face.
     package_dir={
         "hqq_oft": "hqq_oft",
         "hqq_oft.triton_kernels": "kernels/triton",
         "hqq_oft.kernel_configs": "kernels/configs",
     },
     package_data={"hqq_oft": ["py.typed"], "hqq_oft.kernel_configs": ["*.json"]},
-    ext_modules=[Extension("hqq_oft._native.hqq_oft_native", sources=[])] if PARTS else [],
+    ext_modules=[Extension("hqq_oft.ops.native.hqq_oft_native", sources=[])] if PARTS else [],
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if PARTS else {},
 )

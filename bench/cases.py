@@ -15,7 +15,11 @@ import torch
 from peft.tuners.oft.layer import OFTRotationModule
 from torch import Tensor, nn
 
-from hqq_oft import functional, merging, ops, reference
+from hqq_oft import functional
+from hqq_oft.ops import reference
+from hqq_oft.ops import table as ops
+from hqq_oft.quant.hqq_layer import requantize
+from hqq_oft.tuner.fold import rotate_weight
 
 from . import contenders, model
 from .contenders import DENSE, HQQ, LORA, OURS, PEFT, Contender
@@ -298,17 +302,15 @@ def dequantize(session: Any, shape: Shape, setting: Setting) -> Iterator[Job]:
     copies = session.copies(setting.layer(*shape).weight_bytes)
     problem = Problem(*shape, setting, session.device, copies)
     cost, d, dtype = problem.layer, problem.d, problem.dtype
-    weights = [weight.arguments() for weight in problem.weights]
-    hqq = [hqq_layer(weight, dtype) for weight in problem.weights]
+    weights, hqq = problem.weights, [hqq_layer(weight, dtype) for weight in problem.weights]
     dense = [problem.dense, *(problem.dense.clone() for _ in range(copies - 1))]
-    wide = [arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in (*weights[0], d)]
-    truth = reference.dequantize_rotate(*wide, torch.float64)
-    error = {"error": check(OURS, ops.dequantize_rotate(*weights[0], d, dtype), truth, dtype)}
+    truth = reference.dequantize_rotate(weights[0], d.double(), torch.float64)
+    error = {"error": check(OURS, ops.dequantize_rotate(weights[0], d, dtype), truth, dtype)}
     flat, rotated = (model.dequantize(cost),), (model.dequantize_rotate(cost),)
     ways: tuple[tuple[str, str, Call, tuple[model.Cost, ...]], ...] = (
-        (OURS, "dequantize_rotate", lambda i: ops.dequantize_rotate(*weights[i], d, dtype), rotated),
+        (OURS, "dequantize_rotate", lambda i: ops.dequantize_rotate(weights[i], d, dtype), rotated),
         ("HQQ + plain rotation", "dequantize_rotate", lambda i: _blocks(hqq[i].dequantize(), d.mT), rotated),
-        (OURS, "dequantize", lambda i: ops.dequantize(*weights[i], dtype), flat),
+        (OURS, "dequantize", lambda i: ops.dequantize(weights[i], dtype), flat),
         (HQQ, "dequantize", lambda i: hqq[i].dequantize(), flat),
         ("copy", "dequantize", lambda i: dense[i].clone(), (model.copy(cost),)),
     )
@@ -348,7 +350,7 @@ def merge(session: Any, shape: Shape, setting: Setting) -> Iterator[Job]:
     (n, k), cost, ours, peft = shape, problem.layer, _thawed(problem), contenders.build(PEFT, problem).layers[0]
 
     def rotated() -> Tensor:
-        return merging.rotate_weight(problem.weights[0], [("default", ours._rotation("default"))], check=False)
+        return rotate_weight(problem.weights[0], [("default", ours._rotation("default"))], check=False)
 
     def peft_rotated(_: int) -> Tensor:  # a dense K x K rotation and a dense product
         delta = peft.get_delta_weight("default")
@@ -362,7 +364,7 @@ def merge(session: Any, shape: Shape, setting: Setting) -> Iterator[Job]:
     yield Job(OURS, only, torch.no_grad()(lambda _: _folded(problem)), fold)
     yield Job("copy", only, lambda _: copy.copy_(problem.dense), moved)
     yield Job("copy, new memory", only, lambda _: problem.dense.clone(), moved)  # whose pages a CPU clears first
-    yield Job(HQQ, "requantize", lambda _: merging.requantize(ours.get_base_layer(), dense))
+    yield Job(HQQ, "requantize", lambda _: requantize(ours.get_base_layer(), dense))
     yield Job(OURS, "whole", lambda _: _merge_and_unmerge([ours]))
     if 4 * k * k <= DENSE_ROTATION_LIMIT:
         yield Job("PEFT", "rotate", torch.no_grad()(peft_rotated), wide)

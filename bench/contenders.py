@@ -23,7 +23,10 @@ from peft import LoraConfig, OFTConfig, get_peft_model
 from torch import Tensor, nn
 
 import hqq_oft
-from hqq_oft import functional, ops, reference
+from hqq_oft import functional
+from hqq_oft.ops import backends, reference
+from hqq_oft.ops import table as ops
+from hqq_oft.ops.packing import unpack
 
 from . import model
 from .model import Cost
@@ -109,11 +112,11 @@ def _operator(problem: Problem, call: Callable[[Any, Tensor], Tensor], rotates: 
 
 def native_decode(problem: Problem) -> Contender:
     """This package's fused product by the native backend, where the automatic choice takes another."""
-    reason = hqq_oft.backends.registry()["native"].why_not("linear")
+    reason = backends.registry()["native"].why_not("linear")
     if problem.device.type != "cuda" or reason is not None:
         raise Unavailable(reason or "on a CPU it is what hqq_oft is")
     native = hqq_oft.backend("native")(ops.linear)
-    return _operator(problem, lambda weight, x: native(x, problem.d, *weight.arguments(), None, None), True)
+    return _operator(problem, lambda weight, x: native(x, weight, problem.d, None, None), True)
 
 
 def unrotated(problem: Problem) -> Contender:
@@ -219,14 +222,14 @@ class _Scratch(torch.autograd.Function):
         ctx.save_for_backward(x, v)
         ctx.spec = (block, terms, weight)
         d = ops.cayley(v, block, terms, None, None, x.dtype)
-        return F.linear(ops.rotate(x, d, None, False), ops.dequantize(*weight, x.dtype))
+        return F.linear(ops.rotate(x, d, None, False), ops.dequantize(weight, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, v = ctx.saved_tensors
         block, terms, weight = ctx.spec
         d = ops.cayley(v, block, terms, None, None, grad.dtype)
-        dx, dd = ops.rotate_backward(grad @ ops.dequantize(*weight, grad.dtype), x, d, None, False, True, True)
+        dx, dd = ops.rotate_backward(grad @ ops.dequantize(weight, grad.dtype), x, d, None, False, True, True)
         return dx, ops.cayley_backward(dd, v, block, terms, None, None), None, None, None
 
 
@@ -235,7 +238,7 @@ def scratch(problem: Problem) -> Contender:
     setting, v = problem.setting, nn.Parameter(problem.v.clone())
 
     def run(weight: Any, x: Tensor) -> Tensor:
-        return _Scratch.apply(x, v, setting.block, setting.terms, weight.arguments())
+        return _Scratch.apply(x, v, setting.block, setting.terms, weight)
 
     return Contender([functools.partial(run, weight) for weight in problem.weights], True, [v])
 
@@ -259,7 +262,7 @@ def int4(problem: Problem) -> Contender:
     groups = problem.k // setting.group
 
     def layer(weight: Any) -> Callable[[Tensor], Tensor]:
-        levels = reference.unpack(weight.packed, 4, problem.n * groups).view(problem.n, problem.k)
+        levels = unpack(weight.packed, 4, problem.n * groups).view(problem.n, problem.k)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.int().contiguous(), 1)
         zero = (8 - weight.zero.float()) * weight.scale.float()  # its form is (level - 8) scale + zero
         pairs = torch.stack([weight.scale, zero.bfloat16()], dim=-1).view(problem.n, groups, 2)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from hqq_oft.device_tables import table_name
 from hqq_oft.env import version
+from hqq_oft.ops.device_tables import table_name
 
 ROOT = Path(__file__).parents[1]
 SOURCES = (".py", ".toml", ".json", ".c", ".cc", ".cpp", ".cu", ".h", ".hpp", ".cuh")

@@ -37,6 +37,7 @@ def run(command: Sequence[str], seconds: float, log: Path, meanwhile: Callable[[
     Returns:
         Its exit status; 124 if the time ran out.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a command inherits SIG_IGN
     print(f"$ {' '.join(command)}  (at most {seconds:.0f} s)", flush=True)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0"}
     options = {"cwd": ROOT, "env": environment, "stderr": subprocess.STDOUT, "start_new_session": True}

@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-from hqq_oft import backends
+from hqq_oft.ops import backends
 
 from .environment import ROOT
 
 SOURCE = Path(__file__).with_name("libcuda_stub.c")
 LIBRARY = ROOT / "build" / "libcuda_stub" / "libcuda.so.1"
 # What the launchers ask of a tensor's device, which is a CPU here, and the answers of an H100.
-ANSWERS = {"check_device": lambda _: None, "multiprocessors": lambda _: 132, "device_name": lambda _: "default"}
+ANSWERS = {"check_device": lambda *_: None, "multiprocessors": lambda _: 132, "device_name": lambda _: "default"}
 
 
 def build() -> ctypes.CDLL:
@@ -77,4 +77,8 @@ def stub_gpu() -> Iterator[ctypes.CDLL]:
                 if name.startswith("hqq_oft.triton_kernels") and hasattr(module, function):
                     patches.enter_context(mock.patch.object(module, function, answer))
         patches.enter_context(backends.backend("triton"))
-        yield library
+        backends.forget_plans()
+        try:
+            yield library
+        finally:
+            backends.forget_plans()

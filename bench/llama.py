@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib.util
 import multiprocessing
 import os
@@ -10,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import hqq_oft
-from hqq_oft import HqqOFTLinear, QuantizedWeight, reference
+from hqq_oft import HqqOFTLinear, QuantizedWeight
+from hqq_oft.ops import reference
 
 from . import contenders, model
 from .cases import MAIN, PRODUCT, Decoder, Job, kind
@@ -257,8 +259,9 @@ def training_process(session: Any, decoder: Decoder, m: int) -> Iterator[Job]:
 # --- A real model ----------------------------------------------------------------------------------------------------
 
 
-def _smollm2(layers: int) -> tuple[nn.Module, Path]:
-    """SmolLM2-135M-Instruct in bfloat16, cut to `layers`, and where it is kept quantized.
+@functools.cache
+def _smollm2(layers: int) -> nn.Module:
+    """SmolLM2-135M-Instruct in bfloat16, cut to `layers`.
 
     Raises:
         Unavailable: its package is not installed.
@@ -268,15 +271,15 @@ def _smollm2(layers: int) -> tuple[nn.Module, Path]:
         raise contenders.Unavailable("the model's package is not installed; `make bench-model` does that")
     (file,) = Path(package.origin).parent.glob("*.gguf")
     llama = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=DTYPE)
-    llama.model.layers = llama.model.layers[:layers]
-    llama.config.num_hidden_layers = layers
-    return llama.requires_grad_(False).eval(), ROOT / "build" / f"smollm2-{layers}-layers"
+    llama.model.layers, llama.config.num_hidden_layers = llama.model.layers[:layers], layers
+    return llama.requires_grad_(False).eval()
 
 
 def _quantized(layers: int) -> nn.Module:
-    """The same in HQQ's 4 bits, from a folder where it was quantized before."""
-    llama, folder = _smollm2(layers)
+    """The same in HQQ's 4 bits, which takes minutes once; kept in a folder from then on."""
+    folder = ROOT / "build" / f"smollm2-{layers}-layers"
     if not folder.exists():
+        llama = copy.deepcopy(_smollm2(layers))
         hqq_oft.quantize_model(llama, MAIN.bits, MAIN.group)
         hqq_oft.save_quantized(llama, folder)
     return hqq_oft.load_quantized(folder).requires_grad_(False).eval()
@@ -285,17 +288,12 @@ def _quantized(layers: int) -> nn.Module:
 @torch.no_grad()
 def _wide(llama: nn.Module, layers: int) -> nn.Module:
     """What a contender should compute, as a dense model in float64: its layers' weights, decoded and rotated."""
-    truth, base = _smollm2(layers)[0].double(), _base(llama)
+    truth, base = copy.deepcopy(_smollm2(layers)).double(), _base(llama)
     for name, module in base.named_modules():
         if isinstance(module, HQQLinear):
             name = name.removesuffix(".base_layer")
-            weight = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a
-                      for a in QuantizedWeight.from_hqq(module).arguments()]  # fmt: skip
-            wide, rotations = (
-                reference.dequantize(*weight, torch.float64),
-                getattr(base.get_submodule(name), "oft_R", {}),
-            )
-            for rotation in rotations.values():
+            wide = reference.dequantize(QuantizedWeight.from_hqq(module), torch.float64)
+            for rotation in getattr(base.get_submodule(name), "oft_R", {}).values():
                 d = reference.cayley(rotation.weight.double(), MAIN.block, MAIN.terms, None, None, torch.float64)
                 wide = reference.rotate(wide, d, None, True)
             truth.get_submodule(name).weight.copy_(wide)
@@ -304,6 +302,7 @@ def _wide(llama: nn.Module, layers: int) -> nn.Module:
 
 def _profile(call: Callable[[int], object], entries: int = 12) -> list[tuple[str, float, int]]:
     """The operators that a call spends most of its time in: name, own milliseconds, calls; the rest is Python."""
+    call(0)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         start = time.perf_counter()
         call(0)
@@ -322,7 +321,7 @@ def smollm2(session: Any, layers: int, m: int, what: str) -> Iterator[Job]:
     def make() -> dict[str, tuple[nn.Module, float]]:
         found = {}
         for name in (OURS, DENSE, LORA, PEFT):
-            llama = _smollm2(layers)[0] if name == DENSE else adapt(_quantized(layers), name, session.device)
+            llama = _smollm2(layers) if name == DENSE else adapt(_quantized(layers), name, session.device)
             with torch.no_grad():
                 error = relative_error(llama.eval()(prompt).logits, _wide(llama, layers)(prompt).logits)
             if not error < TOLERANCE_OF_LOGITS:
@@ -338,7 +337,7 @@ def smollm2(session: Any, layers: int, m: int, what: str) -> Iterator[Job]:
     for name, (llama, error) in models.items():
         if what == "decoding":
             options = {"min_new_tokens": m, "max_new_tokens": m, "do_sample": False}
-            call = partial(lambda generate, options, _: generate(input_ids=prompt[:, :16], **options),
+            call = functools.partial(lambda generate, options, _: generate(input_ids=prompt[:, :16], **options),
                            llama.eval().generate, options)  # fmt: skip
         else:
             call = TrainingStep(llama, prompt[:, :m], lr=None)

@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hqq_oft.reference import series_coefficients
+from hqq_oft.ops.reference import series_coefficients
 
 # Measured on an H200: a copy, and a bfloat16 matrix product.
 BANDWIDTH, RATE = 4.3e12, 790e12

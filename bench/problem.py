@@ -15,8 +15,9 @@ import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from torch import Tensor, nn
 
-from hqq_oft import QuantizedWeight, reference
-from hqq_oft.weight import LEVELS_PER_ELEMENT
+from hqq_oft import QuantizedWeight
+from hqq_oft.ops import reference
+from hqq_oft.ops.packing import LEVELS_PER_ELEMENT
 
 from . import model
 
@@ -122,7 +123,7 @@ class Problem:
     @cached_property
     def dense(self) -> Tensor:
         """The weight, `[N, K]`, in the problem's dtype."""
-        return reference.dequantize(*self.weights[0].arguments(), self.dtype)
+        return reference.dequantize(self.weights[0], self.dtype)
 
     def inputs(self, m: int) -> list[Tensor]:
         """Random `[m, K]`, one per set of buffers."""
@@ -131,4 +132,4 @@ class Problem:
     def truth(self, x: Tensor, rotated: bool) -> Tensor:
         """The product in float64."""
         x = reference.rotate(x.double(), self.d.double(), None, False) if rotated else x.double()
-        return x @ reference.dequantize(*self.weights[0].arguments(), torch.float64).T
+        return x @ reference.dequantize(self.weights[0], torch.float64).T

@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hqq_oft
-from hqq_oft import reference
+from hqq_oft.ops import reference
 
 from . import timing
 from .environment import ROOT
@@ -86,33 +86,26 @@ def _problem(n: int, k: int, m: int, device: torch.device, dtype: str) -> tuple[
 
 
 def calls(operation: str, problem: Problem, x: Tensor, dy: Tensor) -> tuple[Call, Callable[[], Tensor]]:
-    """The operation with the tiles in force on one of the sets of buffers, and what it should return."""
-    d, weights = problem.d, [weight.arguments() for weight in problem.weights]
-    packed, weight = [dequantize.Packed.of(*weight) for weight in weights], weights[0]
-    return {
-        "linear_rotated": (
-            lambda i: linear.fused_linear(x, d, packed[i], None, None),
-            lambda: reference.linear(x, d, *weight, None, None),
-        ),
-        "linear": (
-            lambda i: linear.fused_linear(x, None, packed[i], None, None),
-            lambda: reference.linear(x, None, *weight, None, None),
-        ),
-        "linear_backward": (
-            lambda i: linear_backward.fused_input_gradient(dy, packed[i]),
-            lambda: dy @ reference.dequantize(*weight, dy.dtype),
-        ),
-        "rotate": (lambda i: rotate.rotate(x, d, None, False), lambda: reference.rotate(x, d, None, False)),
-        "rotate_backward": (
-            lambda i: rotate.rotate_backward(x, x, d, None, False, True, True)[0],
-            lambda: reference.rotate(x, d, None, True),
-        ),
-        "dequantize": (
-            lambda i: dequantize.dequantize_rotate(*weights[i], d, x.dtype),
-            lambda: reference.dequantize_rotate(*weight, d, x.dtype),
-        ),
-        "scratch": (lambda i: linear.scratch_linear(x, d, packed[i], None), lambda: x),
-    }[operation]
+    """The operation, planned with the tiles in force, on one of the sets of buffers, and what it should return."""
+    d, weights, weight = problem.d, problem.weights, problem.weights[0]
+    if operation in ("linear_rotated", "linear", "scratch"):
+        rotation = None if operation == "linear" else d
+        arguments = (rotation, None, None)
+        product = linear.scratch_linear
+        if operation != "scratch":
+            product = linear.plan_fused_linear(x, weight, *arguments)
+        return lambda i: product(x, weights[i], *arguments), lambda: reference.linear(x, weight, *arguments)
+    if operation == "linear_backward":
+        gradient = linear_backward.plan_fused_input_gradient(dy, weight)
+        return lambda i: gradient(dy, weights[i]), lambda: dy @ reference.dequantize(weight, dy.dtype)
+    if operation == "rotate":
+        turn = rotate.plan_rotate(True, x, d, None, False)
+        return lambda i: turn(x, d, None, False), lambda: reference.rotate(x, d, None, False)
+    if operation == "rotate_backward":
+        back = rotate.plan_rotate_backward(True, x, x, d, None, False, True, True)
+        return lambda i: back(x, x, d, None, False, True, True)[0], lambda: reference.rotate(x, d, None, True)
+    fold = dequantize.plan_dequantize_rotate(True, weight, d, x.dtype)
+    return lambda i: fold(weights[i], d, x.dtype), lambda: reference.dequantize_rotate(weight, d, x.dtype)
 
 
 @lru_cache(maxsize=len(SHAPES))

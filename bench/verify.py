@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-from hqq_oft.backends import OPERATIONS
+from hqq_oft.ops.table import OPERATIONS
 
 from .environment import ROOT
 

@@ -1,7 +1,8 @@
-// The operators of `hqq_oft_native` for CPU tensors: check, allocate, share out among PyTorch's threads.
+// The operators of `hqq_oft_native` for CPU tensors: check arguments, allocate, distribute tasks over PyTorch's
+// threads.
 //
-// PyTorch's stable ABI alone is used, so that one build serves every PyTorch from 2.10 on. Arguments and results are
-// those of the functions of the same name in hqq_oft/reference.py.
+// Uses only PyTorch's stable ABI, so that one build supports every PyTorch >= 2.10. Arguments and results are those of
+// the functions of the same name in hqq_oft/ops/reference.py.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -38,7 +39,7 @@ Sink sink(const Tensor& t) { return {t.mutable_data_ptr(), dtype_of(t.scalar_typ
 
 Tensor compact(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-// [M, K] with unit stride in its last dimension; its rows may be apart.
+// [M, K] with unit stride in its last dimension; the row stride is arbitrary.
 Tensor with_contiguous_rows(const Tensor& t) {
   return t.stride(1) == 1 && t.stride(0) >= t.size(1) ? t : torch::stable::contiguous(t);
 }
@@ -72,7 +73,7 @@ class Buffer {
   T* data_;
 };
 
-// Multiplications below which waking another thread costs more than it saves.
+// Multiplications per thread below which another thread costs more than it saves.
 constexpr int64_t kWorthAThread = 1 << 16;
 
 template <class Op>
@@ -86,7 +87,7 @@ void run(void (*kernel)(const Op&, int64_t, int64_t, float*), const Op& op) {
 
 // --- Weights ---------------------------------------------------------------------------------------------------------
 
-// A `Weight`, and the tensors that it points into.
+// A `Weight` and the tensors that own its memory.
 struct HeldWeight {
   Tensor packed, scale, zero;
   Weight weight;
@@ -115,7 +116,7 @@ HeldWeight hold(const Tensor& packed, const Tensor& scale, const Tensor& zero, i
 
 // --- Rotation --------------------------------------------------------------------------------------------------------
 
-// Rows grouped by adapter: a counting sort of the index, those without an adapter last.
+// Rows grouped by adapter with a counting sort; rows without an adapter come last.
 class GroupedRows {
  public:
   GroupedRows(const std::optional<Tensor>& index, int64_t adapters) : adapters_(index ? adapters : 1) {
@@ -234,13 +235,13 @@ Tensor dequantize_rotate(WEIGHT, const Tensor& d, ScalarType dtype) {
 
 // --- Product ---------------------------------------------------------------------------------------------------------
 
-// Whether the kernels for bfloat16 serve the product of x with w.
+// Whether the bfloat16 kernels support the product of x and w.
 bool on_bf16_levels(const Tensor& x, const Weight& w) {
   return kernels().product_bf16 && ProductBF16::serves(w, dtype_of(x.scalar_type()));
 }
 
-// Rows of so many bfloat16 columns that are rearranged at a time, so that the copy is small; many, as each time the
-// weight is decoded anew.
+// Number of rows, of `columns` bfloat16 each, to rearrange at a time. Limits the size of the copy; larger is better
+// otherwise, because the weight is decoded again for each chunk of rows.
 int64_t rows_at_once(int64_t M, int64_t columns) {
   constexpr int64_t kBytes = int64_t{32} << 20, kMost = 2048, kLeast = 128;
   return smaller(M, larger(smaller(kBytes / (2 * columns), kMost) / kLeast * kLeast, kLeast));
@@ -314,7 +315,7 @@ Tensor linear_transposed(const Tensor& dy, WEIGHT) {
   const Weight& w = held.weight;
   int64_t M = dy.size(0), band_rows = N / w.fields();
   STD_TORCH_CHECK(dy.size(1) == N, "dy does not fit the weight's out-features");
-  STD_TORCH_CHECK(on_bf16_levels(dy, w), "there is no such product on packed weights here: ask `multiplies_packed`");
+  STD_TORCH_CHECK(on_bf16_levels(dy, w), "packed product not supported for these arguments; check `multiplies_packed`");
   Tensor g = empty(dy, {M, K}, dy.scalar_type()), rows = compact(dy);
   int64_t most = rows_at_once(M, N);
   Buffer<uint16_t> pairs(most * N);
@@ -327,7 +328,7 @@ Tensor linear_transposed(const Tensor& dy, WEIGHT) {
   return g;
 }
 
-// Whether `linear` and `linear_transposed` read the packed weights for any number of rows like those of x.
+// Whether `linear` and `linear_transposed` multiply packed weights for any number of rows of x's dtype.
 bool multiplies_packed(const Tensor& x, int64_t N, int64_t K, int64_t bits, int64_t group_size, int64_t axis) {
   return on_bf16_levels(x, Weight{nullptr, {}, {}, N, K, bits, group_size, axis});
 }
@@ -401,7 +402,7 @@ bool select_instruction_set(std::string name) { return select(name); }
   "Tensor packed, Tensor scale, Tensor zero, SymInt out_features, SymInt in_features, int bits, SymInt group_size, " \
   "int axis"
 
-// The schemas of hqq_oft/ops.py, and what the library has besides.
+// The schemas of hqq_oft/ops/table.py, and additional operators of this library.
 STABLE_TORCH_LIBRARY(hqq_oft_native, m) {
   m.def("cayley(Tensor v, int block_size, int? terms, Tensor? keep, float? max_norm, ScalarType dtype) -> Tensor");
   m.def("cayley_backward(Tensor grad, Tensor v, int block_size, int? terms, Tensor? keep, float? max_norm) -> Tensor");

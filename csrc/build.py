@@ -1,10 +1,10 @@
-"""Compiles csrc/ into one shared object: the CPU kernels, and the CUDA kernels where there is an nvcc.
+"""Compiles csrc/ into one shared object: the CPU kernels, and the CUDA kernels if nvcc is available.
 
-The object uses PyTorch's stable ABI and no Python, so that one build serves every Python and every PyTorch from 2.10
-on. `setup.py` calls `build`; `python csrc/build.py OUT [--sanitize]` does the same by hand.
+The object uses PyTorch's stable ABI and not Python's, so one build supports every Python and every PyTorch >= 2.10.
+`setup.py` calls `build`; run `python csrc/build.py OUT [--sanitize]` to build manually.
 
-HQQ_OFT_BUILD chooses: `auto` (what there are compilers for), `cpu`, `cuda` (both parts), `0` (nothing). CXX and
-CUDA_HOME are heeded.
+HQQ_OFT_BUILD selects the parts: `auto` (what the available compilers allow), `cpu`, `cuda` (both), `0` (none). CXX and
+CUDA_HOME select the compilers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CUDA_ARCHITECTURES = ("80", "89", "90a", "100")
 
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-# Each translation unit of csrc/cpu/isa is compiled for its own instruction set; the processor decides at run time.
+# Each translation unit of csrc/cpu/isa targets its own instruction set; one is selected at run time by CPU features.
 INSTRUCTION_SETS = {
     "portable": [],
     "avx2": _AVX2,
@@ -54,7 +54,7 @@ def nvcc() -> str | None:
 
 
 def cuda_architectures() -> list[str]:
-    """Those of `CUDA_ARCHITECTURES` that the CUDA compiler at hand knows: older ones know fewer."""
+    """Those of `CUDA_ARCHITECTURES` that the installed nvcc supports; older versions support fewer."""
     path = nvcc()
     if path is None:
         return []
@@ -63,17 +63,17 @@ def cuda_architectures() -> list[str]:
 
 
 def torch_folder() -> Path | None:
-    """Where PyTorch is installed; it is not imported."""
+    """PyTorch's installation folder, found without importing it."""
     spec = importlib.util.find_spec("torch")
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
 
 def parts() -> tuple[str, ...]:
-    """What `HQQ_OFT_BUILD` and the compilers at hand give: `()`, `("cpu",)` or `("cpu", "cuda")`.
+    """Parts to build, from `HQQ_OFT_BUILD` and the available compilers: `()`, `("cpu",)` or `("cpu", "cuda")`.
 
     Raises:
-        BuildError: a part that was asked for by name cannot be built.
-        ValueError: the variable holds something else.
+        BuildError: an explicitly requested part cannot be built.
+        ValueError: the variable has any other value.
     """
     choice = os.environ.get("HQQ_OFT_BUILD", "").strip().lower() or "auto"
     if choice not in CHOICES:
@@ -82,38 +82,38 @@ def parts() -> tuple[str, ...]:
         return ()
     cpu_missing = None
     if platform.system() != "Linux":
-        cpu_missing = "the native kernels are built on Linux alone"
+        cpu_missing = "the native kernels build only on Linux"
     elif cxx() is None:
-        cpu_missing = "there is no C++ compiler: install g++ or clang++, or name one in CXX"
+        cpu_missing = "no C++ compiler was found: install g++ or clang++, or set CXX"
     elif torch_folder() is None:
-        cpu_missing = "PyTorch is not there to build with: install it, and hqq-oft with --no-build-isolation"
+        cpu_missing = "PyTorch is not installed: install it, then install hqq-oft with --no-build-isolation"
     has_cuda_sources = any((CSRC / "cuda").glob("*.cu"))
     cuda_missing = None
     if not has_cuda_sources:
         cuda_missing = "this version has no CUDA kernels"
     elif nvcc() is None:
-        cuda_missing = "there is no nvcc: install the CUDA toolkit, or set CUDA_HOME"
+        cuda_missing = "nvcc was not found: install the CUDA toolkit, or set CUDA_HOME"
     elif not cuda_architectures():
-        cuda_missing = f"{nvcc()} compiles for none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}: install a newer one"
+        cuda_missing = f"{nvcc()} supports none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}: install a newer CUDA toolkit"
     if choice == "auto":
         if cpu_missing:
-            print(f"hqq_oft: no native kernels are built: {cpu_missing}.", file=sys.stderr)
+            print(f"hqq_oft: native kernels are not built: {cpu_missing}.", file=sys.stderr)
             return ()
         return ("cpu",) if cuda_missing else ("cpu", "cuda")
     missing = cpu_missing or (cuda_missing if choice == "cuda" else None)
     if missing:
-        raise BuildError(f"HQQ_OFT_BUILD={choice}, but {missing}. Without it, what can be built is built.")
+        raise BuildError(f"HQQ_OFT_BUILD={choice}, but {missing}. Unset it to build what the compilers allow.")
     return ("cpu", "cuda") if choice == "cuda" else ("cpu",)
 
 
 def compile_commands(parts: tuple[str, ...], objects: Path, sanitize: bool = False) -> dict[Path, list[str]]:
-    """The command that makes each object file. `$out.d` is written beside each, for ninja."""
+    """The command that makes each object file. Also writes `$out.d`, the dependencies for ninja."""
     torch = torch_folder()
     compiler = cxx()
     assert torch is not None
     assert compiler is not None
     optimise = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitize else ["-O3"]
-    # GCC 12 warns of uninitialised values inside its own AVX-512 intrinsics.
+    # GCC 12 warns about uninitialized values in its own AVX-512 intrinsics.
     flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-uninitialized",
              "-Wno-maybe-uninitialized", *optimise]  # fmt: skip
     binding = [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", f"-I{CSRC}", "-isystem", str(torch / "include")]
@@ -138,7 +138,7 @@ def compile_commands(parts: tuple[str, ...], objects: Path, sanitize: bool = Fal
             add(source, [*compiler, *flags, *binding])
         architectures = cuda_architectures()
         targets = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in architectures]
-        # As PTX too, for what comes after; what an "a" marks runs on nothing else.
+        # Also PTX for later architectures; code for an "a" architecture runs on no other.
         newest = next((each for each in reversed(architectures) if each.isdigit()), None)
         targets += [f"-gencode=arch=compute_{newest},code=compute_{newest}"] if newest else []
         for source in sorted((CSRC / "cuda").glob("*.cu")):
@@ -147,11 +147,11 @@ def compile_commands(parts: tuple[str, ...], objects: Path, sanitize: bool = Fal
 
 
 def link_command(parts: tuple[str, ...], objects: list[Path], out: Path, sanitize: bool = False) -> list[str]:
-    """The command that links the object files to `out`. PyTorch has loaded its libraries before it loads ours."""
+    """The command that links the object files to `out`. PyTorch's libraries are already loaded when this one is."""
     torch, compiler = torch_folder(), cxx()
     assert torch is not None
     assert compiler is not None
-    # nvcc knows where its own runtime is, which a user's PyTorch need not have.
+    # nvcc links the CUDA runtime statically; PyTorch does not necessarily provide it.
     driver = [nvcc() or "", "-cudart=static", "-Xcompiler", "-fPIC"] if "cuda" in parts else compiler
     command = [*driver, "-shared", *map(str, objects), "-o", str(out), f"-L{torch / 'lib'}", "-ltorch_cpu"]
     if sanitize:
@@ -160,13 +160,13 @@ def link_command(parts: tuple[str, ...], objects: list[Path], out: Path, sanitiz
 
 
 def build(out: Path, parts: tuple[str, ...], objects: Path, sanitize: bool = False) -> None:
-    """Compile and link, in parallel and only what has changed where ninja is found.
+    """Compile and link; with ninja in parallel and incrementally.
 
     Args:
         out: the shared object.
-        parts: as `parts()` gives them.
+        parts: as returned by `parts()`.
         objects: folder for object files.
-        sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer.
+        sanitize: enable AddressSanitizer and UndefinedBehaviorSanitizer.
 
     Raises:
         subprocess.CalledProcessError: a command failed.
@@ -199,8 +199,8 @@ def build(out: Path, parts: tuple[str, ...], objects: Path, sanitize: bool = Fal
 def main() -> None:
     """`python csrc/build.py OUT`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="the shared object to make")
-    parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UBSan")
+    parser.add_argument("out", type=Path, help="the shared object to build")
+    parser.add_argument("--sanitize", action="store_true", help="build with AddressSanitizer and UBSan")
     options = parser.parse_args()
     chosen = parts()
     if not chosen:

@@ -1,4 +1,4 @@
-"""What the examples share: a language model from a folder, quantized with HQQ, and which layers to adapt."""
+"""Shared by the examples: loads a language model, quantizes it with HQQ, and lists the layers to adapt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def load(folder: Path, bits: int, dtype: torch.dtype, device: str) -> nn.Module:
-    """The model, frozen, on `device`; groups of 64 weights share a scale."""
+    """Load the model from `folder`, freeze it, quantize it with groups of 64 weights, and move it to `device`."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).requires_grad_(False)
     hqq_oft.quantize_model(model, nbits=bits, group_size=64, device=device)
     return model.to(device)

@@ -1,4 +1,4 @@
-"""Serve one HQQ-quantized language model with several OFT adapters: each prompt names the adapter it wants.
+"""Serve one HQQ-quantized language model with several OFT adapters: each prompt names its adapter.
 
     python examples/serve.py --model path/to/model --adapter chat=adapters/chat --adapter code=adapters/code \
         --prompt chat "Tell me" --prompt code "def add" --prompt base "Once upon a time"
@@ -23,17 +23,17 @@ import hqq_oft
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of a causal language model and its tokenizer")
-    parser.add_argument("--adapter", action="append", required=True, metavar="NAME=FOLDER", help="give it once or more")
+    parser.add_argument("--adapter", action="append", required=True, metavar="NAME=FOLDER", help="may be repeated")
     parser.add_argument("--prompt", action="append", nargs=2, required=True, metavar=("NAME", "TEXT"))
     parser.add_argument("--bits", type=int, default=4, choices=[8, 4, 3, 2, 1], help="bits per weight (default 4)")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens per prompt (default 64)")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 in place of float32")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 instead of float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     options = parser.parse_args()
     options.adapter = dict(pair.partition("=")[::2] for pair in options.adapter)
     unknown = {name for name, _ in options.prompt} - {*options.adapter, "base"}
     if unknown:
-        parser.error(f"no adapter is called {', '.join(sorted(unknown))}; there are {', '.join(options.adapter)}")
+        parser.error(f"unknown adapters {', '.join(sorted(unknown))}; use base, {', '.join(options.adapter)}")
     return options
 
 

@@ -3,8 +3,8 @@
     python examples/train.py --model path/to/model --text notes.txt --out adapter
     accelerate launch --config_file examples/accelerate_cpu.yaml examples/train.py --model ... --text ... --out adapter
 
-The model is one that `AutoModelForCausalLM` loads from a folder, the text any UTF-8 file; of it, the last tenth is held
-out. The adapter written to `--out` loads with `PeftModel.from_pretrained`, with or without hqq_oft.
+The model is a folder that `AutoModelForCausalLM` can load; the text is any UTF-8 file, whose last tenth is held out for
+evaluation. The adapter written to `--out` loads with `PeftModel.from_pretrained`, with or without hqq_oft.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import hqq_oft
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of a causal language model and its tokenizer")
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text to learn")
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text to train on")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the adapter")
     parser.add_argument("--bits", type=int, default=4, choices=[8, 4, 3, 2, 1], help="bits per weight (default 4)")
     parser.add_argument("--block-size", type=int, default=32, help="OFT block size (default 32)")
@@ -36,15 +36,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="samples per process and step (default 4)")
     parser.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step (default 1)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
-    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing: less memory, more time")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing: less memory, slower")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 model and autocast")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in --out")
     return parser.parse_args()
 
 
 def samples(tokens: Tensor, length: int) -> list[dict[str, Tensor]]:
-    """The text cut into samples of `length` tokens, each its own labels; what is left over at the end is dropped."""
+    """Split the text into samples of `length` tokens, which are also the labels; an incomplete last one is dropped."""
     rows = tokens[: len(tokens) // length * length].view(-1, length)
     return [{"input_ids": row, "labels": row} for row in rows]
 
@@ -58,7 +58,7 @@ def main() -> None:
     data = samples(tokens, options.length)
     held_out = max(1, len(data) // 10)
     if len(data) < 2:
-        raise SystemExit(f"{options.text} gives {len(data)} sample(s) of {options.length} tokens; two are the least.")
+        raise SystemExit(f"{options.text} gives {len(data)} sample(s) of {options.length} tokens; provide at least 2.")
 
     model = load(options.model, options.bits, dtype, options.device)
     hqq_oft.patch_peft()
@@ -91,9 +91,9 @@ def main() -> None:
             logging_steps=max(1, options.steps // 20),
             save_steps=max(1, options.steps // 2),
             save_total_limit=1,
-            data_seed=0,  # the order of the samples then is the same for any number of processes
-            ddp_find_unused_parameters=False,  # every adapter takes part in every step
-            # Not by `trainer.evaluate()` before `trainer.train()`: after it, processes would not average gradients.
+            data_seed=0,  # the same sample order for any number of processes
+            ddp_find_unused_parameters=False,  # every step uses every adapter
+            # Calling `trainer.evaluate()` before `trainer.train()` instead would disable gradient averaging.
             eval_on_start=True,
             report_to=[],
         ),
@@ -111,7 +111,7 @@ def main() -> None:
 if __name__ == "__main__":
     main()
     if dist.is_initialized():
-        # gloo's threads can hang or abort a process in which something still holds the group when it ends.
+        # gloo's threads can hang or abort a process that exits while something still references the group.
         gc.collect()
         dist.barrier()
         dist.destroy_process_group()

@@ -3,19 +3,19 @@
 from importlib import metadata as _metadata
 
 from . import functional
-from .backends import BackendError, Unsupported, backend
-from .conversion import ConversionReport, convert, revert
-from .layer import HqqOFTLinear
-from .loading import load_quantized
-from .merge_report import MergeReport, merge_report
-from .peft_integration import dispatch_hqq, patch_peft, unpatch_peft
-from .quantizing import QuantizationReport, quantize_model
-from .safetensors_file import CheckpointError
-from .saving import save_quantized
-from .serving import frozen_rotations
-from .sharded import full_adapter_state_dict
-from .sharing import share_rotations
-from .weight import QuantizedWeight
+from .checkpoint.load import load_quantized
+from .checkpoint.safetensors_file import CheckpointError
+from .checkpoint.save import save_quantized
+from .ops.backends import BackendError, Unsupported, backend
+from .ops.weight import QuantizedWeight
+from .quant.model import QuantizationReport, quantize_model
+from .tuner.convert import ConversionReport, convert, revert
+from .tuner.distributed import full_adapter_state_dict
+from .tuner.frozen import frozen_rotations
+from .tuner.layer import HqqOFTLinear
+from .tuner.merge_report import MergeReport, merge_report
+from .tuner.patch import dispatch_hqq, patch_peft, unpatch_peft
+from .tuner.rotation_modes import share_rotations
 
 __version__ = _metadata.version("hqq-oft")
 

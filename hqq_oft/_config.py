@@ -1,4 +1,4 @@
-"""Every environment variable that the package reads, in one place. ENVS.md documents them for users."""
+"""All environment variables that the package reads at run time. ENVS.md documents them for users."""
 
 from __future__ import annotations
 
@@ -25,41 +25,39 @@ def _choice(variable: str, default: str, accepted: tuple[str, ...]) -> str:
 
 
 def backend_from_environment() -> str:
-    """The backend that `HQQ_OFT_BACKEND` asks for (`auto` if unset).
+    """The backend selected by `HQQ_OFT_BACKEND`, `auto` if unset.
 
     Raises:
-        ValueError: the variable holds something else than a backend's name.
+        ValueError: the value is not a backend name.
     """
     return _choice("HQQ_OFT_BACKEND", "auto", _BACKENDS)
 
 
 def keep_pristine_from_environment() -> KeepPristine:
-    """Where a merged layer keeps its pristine packed weight: `HQQ_OFT_KEEP_PRISTINE`, `device` if unset.
+    """Where a merged layer keeps its original packed weight: `HQQ_OFT_KEEP_PRISTINE`, `device` if unset.
 
     Raises:
-        ValueError: the variable holds something else than `device`, `host` or `none`.
+        ValueError: the value is not `device`, `host` or `none`.
     """
     return cast(KeepPristine, _choice("HQQ_OFT_KEEP_PRISTINE", "device", get_args(KeepPristine)))
 
 
 def cpu_instruction_set() -> CPUInstructionSet:
-    """The instruction set of the native CPU kernels that `HQQ_OFT_CPU_ISA` asks for, `auto` if unset.
+    """The instruction set of the native CPU kernels: `HQQ_OFT_CPU_ISA`, `auto` if unset.
 
     Raises:
-        ValueError: the variable holds something else than the name of one.
+        ValueError: the value is not a known instruction set.
     """
     return cast(CPUInstructionSet, _choice("HQQ_OFT_CPU_ISA", "auto", get_args(CPUInstructionSet)))
 
 
 def scratch_bytes() -> int:
-    """Largest scratch for decoded weights, in bytes: `HQQ_OFT_SCRATCH_MIB`, 64 MiB if unset.
+    """Maximum scratch size for dequantized weights, in bytes: `HQQ_OFT_SCRATCH_MIB`, 64 MiB if unset.
 
     Raises:
-        ValueError: the variable holds something else than a positive whole number.
+        ValueError: the value is not a positive integer.
     """
     value = os.environ.get("HQQ_OFT_SCRATCH_MIB", "").strip() or "64"
     if not value.isascii() or not value.isdigit() or int(value) == 0:
-        raise ValueError(
-            f"HQQ_OFT_SCRATCH_MIB={value!r} is not understood; set it to a positive whole number, or unset it."
-        )
+        raise ValueError(f"HQQ_OFT_SCRATCH_MIB={value!r} is not understood; set it to a positive integer, or unset it.")
     return int(value) * 2**20

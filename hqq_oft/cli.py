@@ -1,4 +1,4 @@
-"""The command `hqq-oft`: a directory in, a directory out."""
+"""The `hqq-oft` command line: reads a model directory and writes a new one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from hqq.core.quantize import HQQLinear, Quantizer
 
-from .checkpoint import CONFIG
-from .saving import copy_into, save_quantized
-from .staging import check_replaceable, staged_directory
+from .checkpoint.atomic_directory import check_replaceable, staged_directory
+from .checkpoint.files import CONFIG
+from .checkpoint.save import copy_into, save_quantized
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# What goes with a model and is not made by saving it: tokenizers, processors, templates, licences.
+# Files that belong to a model but are not written when it is saved: tokenizers, processors, templates, licences.
 _COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
     *("*processor_config.json", "chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*"),
@@ -26,11 +26,11 @@ _COMPANIONS = (
 
 
 class CommandError(Exception):
-    """Something the user can mend: the message goes to stderr, the exit status is 1."""
+    """An error that the user can fix: the message goes to stderr, the exit status is 1."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, or 1 for a failure, 130 for an interrupt (2 for wrong usage)."""
+    """Run the command. Returns the exit status: 0 on success, 1 on failure, 130 on interrupt (2: wrong usage)."""
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], None] = options.command
     try:
@@ -57,7 +57,7 @@ def _quantize(options: argparse.Namespace) -> None:
     source, target = _directories(options)
     config = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
-        raise CommandError(f"{source} is quantized already; start from the dense model.")
+        raise CommandError(f"{source} is already quantized; start from the dense model.")
     model_class = _model_class(source)
     assert issubclass(model_class, PreTrainedModel)
     dtype = DTYPES.get(options.dtype, "auto")
@@ -90,19 +90,19 @@ def _merge(options: argparse.Namespace) -> None:
     source, target = _directories(options)
     adapter = options.adapter
     if not (adapter / "adapter_config.json").is_file():
-        raise CommandError(f"{adapter} holds no adapter_config.json: give the directory of a PEFT adapter.")
+        raise CommandError(f"{adapter} contains no adapter_config.json: give the directory of a PEFT adapter.")
     model = load_quantized(source, device=options.device, progress=not options.quiet)
     bar = sys.stderr.isatty() and not options.quiet
     with patch_peft():
         adapted = PeftModel.from_pretrained(model, str(adapter))
         if options.report:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the report itself is shown
+                warnings.simplefilter("ignore")  # the report is printed instead
                 print(merge_report(adapted))
         merged = adapted.merge_and_unload(progressbar=bar, safe_merge=True, into=options.into)
     errors = adapted.base_model.merge_errors().values()
     if not errors:
-        raise CommandError(f"the adapter in {adapter} is on no quantized layer of {source}.")
+        raise CommandError(f"the adapter in {adapter} targets no quantized layer of {source}.")
     if any(isinstance(module, HQQLinear) for module in merged.modules()):
         save_quantized(
             merged,
@@ -125,10 +125,10 @@ def _env(options: argparse.Namespace) -> None:
 
 
 def _directories(options: argparse.Namespace) -> tuple[Path, Path]:
-    """Source and target, refused before any work where the work would be in vain."""
+    """Source and target directory, validated before any work starts."""
     source, target = options.model, options.out
     if not (source / CONFIG).is_file():
-        raise CommandError(f"{source} holds no {CONFIG}: give the directory of a transformers model.")
+        raise CommandError(f"{source} contains no {CONFIG}: give the directory of a transformers model.")
     if source.resolve() == target.resolve() or source.resolve() in target.resolve().parents:
         raise CommandError(f"{target} is {source} or inside it; choose another directory for the result.")
     try:
@@ -145,8 +145,8 @@ def _model_class(source: Path) -> Any:
     found = [getattr(transformers, name, None) for name in architectures or [] if isinstance(name, str)]
     if len(found) != 1 or not isinstance(found[0], type) or not issubclass(found[0], transformers.PreTrainedModel):
         raise CommandError(
-            f"{source / CONFIG}: architectures is {architectures!r}, which is no model class of transformers "
-            f"{transformers.__version__}; models with code of their own are not supported."
+            f"{source / CONFIG}: architectures is {architectures!r}, which is not a model class of transformers "
+            f"{transformers.__version__}; custom model code is not supported."
         )
     return found[0]
 
@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hqq-oft",
         description="Orthogonal Fine-Tuning on HQQ-quantized models: whole models on the command line.",
-        epilog="Exit status: 0 done, 1 failed (the reason is on stderr, and nothing was written), 2 wrong usage, "
+        epilog="Exit status: 0 success, 1 failure (the reason is on stderr; nothing was written), 2 wrong usage, "
         "130 interrupted.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -187,12 +187,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_output(quantize)
     _add_quantizer(quantize)
     quantize.add_argument("--axis", type=int, default=1, choices=(0, 1), help="1: groups along a row; 0: down a column")
-    quantize.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of computation; auto: as stored")
+    quantize.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="compute dtype; auto: as stored")
     quantize.add_argument(
         "--skip",
         action="append",
         metavar="NAME",
-        help="a layer to leave dense, given once or more often (default: lm_head); --skip - to skip none",
+        help="a layer to leave dense; can be repeated (default: lm_head); --skip - skips none",
     )
     quantize.add_argument(
         "--override",
@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         type=_override,
         metavar="NAME=SETTINGS",
-        help="settings of the layers of that name, its end, or a pattern: nbits:8,group_size:32,axis:1, or dense",
+        help="settings for layers matching a name, a name suffix or a pattern: nbits:8,group_size:32,axis:1, or dense",
     )
 
     merge = _add(
@@ -217,15 +217,15 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="directory of the adapter")
     _add_output(merge)
     merge.add_argument(
-        "--into", type=_into, metavar="BITS|dense", help="what merged layers become (default: their own settings)"
+        "--into", type=_into, metavar="BITS|dense", help="format of merged layers (default: their current settings)"
     )
-    merge.add_argument("--report", action="store_true", help="first show what merging loses, and what else would")
+    merge.add_argument("--report", action="store_true", help="first show the errors of this merge and its alternatives")
 
     _add(
         commands,
         "env",
         _env,
-        "print versions, devices, and which backend serves what",
+        "print versions, devices, and which backend serves each operation",
         "examples:\n  hqq-oft env",
     )
     return parser
@@ -241,23 +241,23 @@ def _add(
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     parser.set_defaults(command=command)
     return parser
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", type=Path, metavar="OUT", help="directory to make; it is there complete or not at all")
-    parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, ... (default: cpu)")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: 5GB)")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it holds a model")
+    parser.add_argument("out", type=Path, metavar="OUT", help="output directory; written atomically")
+    parser.add_argument("--device", default="cpu", help="device to compute on: cpu, cuda, ... (default: cpu)")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="maximum file size (default: 5GB)")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it contains a model")
     parser.add_argument("--quiet", action="store_true", help="no progress and no summary")
 
 
 def _add_quantizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nbits", type=_bits, default=4, help="8, 6, 5, 4, 3, 2, 1.58 or 1 (default: 4)")
     parser.add_argument(
-        "--group-size", type=_positive, default=64, help="weights that share a scale: a multiple of 8 (default: 64)"
+        "--group-size", type=_positive, default=64, help="weights per scale: a multiple of 8 (default: 64)"
     )
 
 
@@ -293,7 +293,7 @@ def _override(text: str) -> tuple[str, dict[str, float] | None]:
     try:
         return name, {key: _number(value) for key, value in (pair.split(":") for pair in settings.split(","))}
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{settings!r} is neither 'dense' nor like nbits:8,group_size:32") from None
+        raise argparse.ArgumentTypeError(f"{settings!r} must be 'dense' or like nbits:8,group_size:32") from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m hqq_oft.env`: a report of versions, devices and backends to paste into a bug report."""
+"""`python -m hqq_oft.env` prints versions, devices and backends, for bug reports."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 
-from . import __version__, _native
+from . import __version__
 from ._config import cpu_instruction_set, keep_pristine_from_environment
-from .backends import OPERATIONS, Unsupported, registry, selected_backend
+from .ops import native as _native
+from .ops.backends import Unsupported, registry, selected_backend
+from .ops.table import OPERATIONS
+from .ops.weight import QuantizedWeight
 
 _PACKAGES = ("torch", "peft", "hqq", "transformers", "accelerate", "triton", "numpy", "safetensors")
 
 
 def version(package: str) -> str:
-    """A package's version, or `not installed`."""
+    """Version of a package, or `not installed`."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -29,7 +32,7 @@ def _devices() -> list[str]:
     lines = [f"cpu: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} "
              f"torch threads, {torch.backends.cpu.get_cpu_capability()}"]  # fmt: skip
     if not torch.cuda.is_available():
-        return [*lines, "cuda: none that torch can use"]
+        return [*lines, "cuda: no device available to torch"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         lines.append(
@@ -40,50 +43,47 @@ def _devices() -> list[str]:
 
 
 def _small_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
-    """Arguments of every operation, on a layer of 32 x 32."""
+    """Arguments of every operation for a 32 x 32 layer."""
     half = torch.bfloat16
     x, d = torch.ones(1, 32, dtype=half, device=device), torch.zeros(2, 16, 16, dtype=half, device=device)
     v, per_group = torch.zeros(2, 120, device=device), torch.ones(32, dtype=half, device=device)
     packed = torch.zeros(16, 32, dtype=torch.uint8, device=device)
-    weight = (packed, per_group, per_group, 32, 32, 4, 32, 1)
+    weight = QuantizedWeight(packed, per_group, per_group, 32, 32, 4, 32, 1)
     return {
         "cayley": (v, 16, 5, None, None, half),
         "cayley_backward": (d, v, 16, 5, None, None),
         "rotate": (x, d, None, False),
         "rotate_backward": (x, x, d, None, False, True, True),
-        "dequantize": (*weight, half),
-        "dequantize_rotate": (*weight, d, half),
-        "linear": (x, d, *weight, None, None),
-        "linear_backward": (x, x, d, *weight, None, True, True),
+        "dequantize": (weight, half),
+        "dequantize_rotate": (weight, d, half),
+        "linear": (x, weight, d, None, None),
+        "linear_backward": (x, x, weight, d, None, True, True),
     }
 
 
 def serving(operation: str, device: torch.device) -> tuple[str, dict[str, str]]:
-    """Which backend the current selection takes for a small bfloat16 call, and why those asked before it did not serve.
+    """Which backend serves a small bfloat16 call under the current selection, and why the ones tried before it did not.
 
     Args:
         operation: name of an operator.
-        device: where the call is.
+        device: device of the call.
 
     Returns:
-        The backend's name, `none` if a backend asked for by name can't serve; and name -> reason.
+        The backend's name, or `none` if no selected backend supports the call; and the reasons by backend name.
     """
-    selected = selected_backend()
+    selected, args = selected_backend(), _small_calls(device)[operation]
     reasons: dict[str, str] = {}
     for backend in registry().values() if selected == "auto" else (registry()[selected],):
-        reason = backend.why_not(operation)
-        if reason is None:
-            try:
-                backend.operations[operation](*_small_calls(device)[operation])
-                return backend.name, reasons
-            except Unsupported as refusal:
-                reason = str(refusal)
-        reasons[backend.name] = reason
+        try:
+            backend.plan(operation, selected != "auto", args)(*args)
+            return backend.name, reasons
+        except Unsupported as refusal:
+            reasons[backend.name] = str(refusal)
     return "none", reasons
 
 
 def _served() -> list[str]:
-    """A table of who serves what where, and the reasons of those who do not."""
+    """Table of the backend that serves each operation on each device, with the reasons of the backends that do not."""
     devices = [torch.device("cpu")] + [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     lines = [f"{'operation':20}" + "".join(f"{f'on {device}':14}" for device in devices)]
     refused: dict[str, list[str]] = {}
@@ -102,11 +102,11 @@ def _served() -> list[str]:
 
 
 def _instruction_sets() -> str:
-    """What the native CPU kernels were compiled for and this processor has."""
+    """Instruction sets that the native CPU kernels were compiled for and this processor supports."""
     if _native.REASON:
         return ""
-    names = _native.operations.instruction_sets()
-    return f" (native CPU kernels here: {', '.join(names)}; in use: {_native.operations.instruction_set()})"
+    names = _native.cpu.instruction_sets()
+    return f" (native CPU kernels here: {', '.join(names)}; in use: {_native.cpu.instruction_set()})"
 
 
 def report() -> str:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 
 # Read when a kernel is decorated, that is before the first import of the kernels. Under `auto` the CPU is not served by
-# interpreted kernels, so only tests that ask for the triton backend by name meet them.
+# interpreted kernels, so only tests that select the triton backend by name run them.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what every launch sets for itself; silences a warning
 

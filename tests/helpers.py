@@ -11,12 +11,12 @@ from hqq_oft import HqqOFTLinear
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float64: 1e-12}
 
-# Inductor writes C++ for the CPU; where nothing compiles that, graphs are traced and run all the same.
+# Inductor needs a C++ compiler on the CPU; without one, fall back to a backend that only traces.
 COMPILE_BACKEND = "inductor" if shutil.which(os.environ.get("CXX", "g++")) else "aot_eager"
 
 
 def layers(model: nn.Module) -> list[HqqOFTLinear]:
-    """Ours, in order."""
+    """The HqqOFTLinear layers, in order."""
     return [module for module in model.modules() if isinstance(module, HqqOFTLinear)]
 
 

@@ -1,4 +1,4 @@
-"""The truth in float64, by neither PEFT's nor HQQ's code nor ours: levels bit by bit, rotations as dense matrices."""
+"""A float64 oracle, independent of PEFT, HQQ and this package: unpacks bit by bit, builds dense rotations."""
 
 from __future__ import annotations
 

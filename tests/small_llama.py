@@ -35,10 +35,10 @@ def quantize(
     config = BaseQuantizeConfig(nbits=nbits, group_size=group_size, axis=1)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and "lm_head" not in name:
-            module.requires_grad_(False)  # else HQQ's copy of the bias hangs in a graph, and deepcopy refuses it
+            module.requires_grad_(False)  # otherwise HQQ's copy of the bias is attached to a graph, and deepcopy raises
             parent = model.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], HQQLinear(module, config, compute_dtype=dtype, device="cpu"))
-    model.hqq_quantized = True  # what transformers sets on models that HQQ quantized: PEFT leaves their dtypes alone
+    model.hqq_quantized = True  # what transformers sets on models that HQQ quantized: PEFT does not change their dtypes
     return model
 
 

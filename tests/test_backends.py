@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import hqq_oft
-from hqq_oft import BackendError, Unsupported, backends, functional, reference
+from hqq_oft import BackendError, Unsupported, functional
+from hqq_oft.ops import backends, reference
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def x_and_d():
 
 @pytest.fixture
 def registry(monkeypatch):
-    """Backends of this test alone; their functions are those it puts in."""
+    """Empty backends for this test only; the test registers their functions."""
     tables = {"triton": {}, "native": {}, "reference": {name: getattr(reference, name) for name in backends.OPERATIONS}}
     entries = {name: backends.Backend(name, table) for name, table in tables.items()}
     monkeypatch.setattr(backends, "_registry", entries)
@@ -33,7 +34,7 @@ def registry(monkeypatch):
     return tables
 
 
-def test_auto_takes_the_first_that_serves_and_logs_each_reason_once(registry, x_and_d, caplog):
+def test_auto_selects_the_first_backend_that_supports_the_call_and_logs_each_reason_once(registry, x_and_d, caplog):
     calls = []
 
     def picky(x, d, index, transpose):
@@ -49,8 +50,8 @@ def test_auto_takes_the_first_that_serves_and_logs_each_reason_once(registry, x_
     assert torch.equal(first, second)
     messages = [record.getMessage() for record in caplog.records]
     assert messages == [
-        "rotate is not served by the triton backend: x has 3 rows, this kernel takes 16",
-        "rotate is not served by the native backend: the native backend has no kernel for rotate",
+        "rotate is not supported by the triton backend: x has 3 rows, this kernel takes 16",
+        "rotate is not supported by the native backend: the native backend has no kernel for rotate",
     ]
 
 
@@ -61,7 +62,7 @@ def test_a_backend_that_serves_is_used(registry, x_and_d):
         assert torch.equal(functional.rotate(*x_and_d), reference.rotate(*x_and_d, None, False))
 
 
-def test_a_bug_in_a_backend_surfaces(registry, x_and_d):
+def test_an_exception_in_a_backend_propagates(registry, x_and_d):
     def buggy(*args):
         raise IndexError("off by one")
 
@@ -70,8 +71,8 @@ def test_a_bug_in_a_backend_surfaces(registry, x_and_d):
         functional.rotate(*x_and_d)
 
 
-def test_a_backend_asked_for_by_name_never_gives_way(registry, x_and_d):
-    message = "the triton backend cannot serve rotate: the triton backend has no kernel"
+def test_a_backend_selected_by_name_has_no_fallback(registry, x_and_d):
+    message = "the triton backend does not support rotate: the triton backend has no kernel"
     with pytest.raises(BackendError, match=message), hqq_oft.backend("triton"):
         functional.rotate(*x_and_d)
 
@@ -79,9 +80,9 @@ def test_a_backend_asked_for_by_name_never_gives_way(registry, x_and_d):
         raise Unsupported("no tensor cores")
 
     registry["native"]["rotate"] = picky
-    with pytest.raises(BackendError, match="cannot serve rotate: no tensor cores"), hqq_oft.backend("native"):
+    with pytest.raises(BackendError, match="does not support rotate: no tensor cores"), hqq_oft.backend("native"):
         functional.rotate(*x_and_d)
-    functional.rotate(*x_and_d)  # the choice ended with its block, by an exception too
+    functional.rotate(*x_and_d)  # the previous choice is restored, also after an exception
 
 
 def test_choices_nest():
@@ -106,8 +107,8 @@ def test_backward_runs_on_the_chosen_backend_too(registry, x_and_d):
     assert served == ["rotate_backward"]
 
 
-def test_an_unknown_name():
-    message = "there is no backend 'cuda'; choose one of auto, triton, native, reference"
+def test_an_unknown_backend_name_raises():
+    message = "unknown backend 'cuda'; choose one of auto, triton, native, reference"
     with pytest.raises(ValueError, match=message), hqq_oft.backend("cuda"):
         pass
 
@@ -122,7 +123,7 @@ def test_the_environment_chooses_for_the_process(monkeypatch):
         backends.selected_backend()
 
 
-def test_what_a_missing_or_empty_package_gives_as_the_reason():
+def test_a_missing_package_is_reported_as_the_reason():
     loaded = backends.load_backends()
     assert loaded["triton"].why_not("linear") is None or "Triton is not installed" in loaded["triton"].reason
     assert loaded["native"].why_not("linear") is None or "without its native kernels" in loaded["native"].reason
@@ -139,7 +140,7 @@ def test_a_package_of_kernels_is_found(monkeypatch):
 
 
 def test_every_operation_has_a_schema_and_a_reference():
-    from hqq_oft import ops
+    from hqq_oft.ops import table as ops
 
     assert set(ops.SCHEMAS) == set(backends.OPERATIONS)
     for name in backends.OPERATIONS:
@@ -160,7 +161,7 @@ def test_environment_report():
     assert f"linear              {native}\n" in run.stdout.replace(f"{native:14}", native)
 
 
-def test_environment_report_of_a_backend_that_serves_nothing(monkeypatch, registry):
+def test_environment_report_of_a_backend_without_kernels(monkeypatch, registry):
     from hqq_oft import env
 
     monkeypatch.setenv("HQQ_OFT_BACKEND", "native")
@@ -182,7 +183,7 @@ def test_without_a_compiled_library_everything_else_works(tmp_path):
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**environment, "PYTHONPATH": "."})
     assert run.returncode == 0, run.stderr
     reason, result = run.stdout.splitlines()
-    assert reason.startswith("hqq_oft was installed without its native kernels, for want of a C++17 compiler")
+    assert reason.startswith("hqq_oft was installed without its native kernels: no C++17 compiler")
     assert result == "4.0"
 
 

@@ -1,7 +1,7 @@
-"""Values that nobody should hand in, at every place where one could: what is said, and that nothing has changed.
+"""Invalid values at every entry point: the error message, and that nothing has changed.
 
 Shapes, dtypes and settings of single operations are in test_functional.py and test_weight.py, those of a layer in
-test_layer.py; here is what depends on values, on devices, and on a whole model.
+test_layer.py; this file tests values, devices and whole models.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _patched():
 
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("state", ["active", "mixed", "merged", "disabled"])
-def test_a_bad_row_of_x_stays_a_bad_row(value, state):
+def test_a_non_finite_row_of_x_affects_only_its_own_output_row(value, state):
     layer = oft_layer().eval()
     x = torch.randn(4, 96)
     bad = x.clone()
@@ -51,7 +51,7 @@ def test_a_bad_row_of_x_stays_a_bad_row(value, state):
 
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("exact", [False, True])
-def test_a_bad_parameter_spoils_its_own_features_alone(value, exact):
+def test_a_non_finite_parameter_affects_only_the_features_of_its_block(value, exact):
     v = torch.randn(12, 28) * 0.05
     v[3, 0] = value
     d = functional.cayley(v, 8, None if exact else 5)
@@ -65,7 +65,7 @@ def test_a_bad_parameter_spoils_its_own_features_alone(value, exact):
 
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("part", ["scale", "zero"])
-def test_a_bad_scale_or_zero_reaches_its_own_group(value, part):
+def test_a_non_finite_scale_or_zero_affects_only_its_own_group(value, part):
     weight = QuantizedWeight.from_hqq(hqq_layer(64, 96, group_size=32, optimize=False))
     values = getattr(weight, part).clone()
     values[7] = value  # weights 224 to 255, of row 2
@@ -79,7 +79,7 @@ def test_a_bad_scale_or_zero_reaches_its_own_group(value, part):
 
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("part", ["scale", "zero"])
-def test_safe_merge_refuses_a_bad_weight(value, part):
+def test_safe_merge_refuses_a_non_finite_weight(value, part):
     layer = oft_layer()
     layer.base_layer.meta[part][0] = value
     before = packed_bytes(layer.base_layer)
@@ -92,7 +92,7 @@ def test_safe_merge_refuses_a_bad_weight(value, part):
 
 
 @pytest.mark.parametrize("value", VALUES)
-def test_a_bad_gradient_is_seen_in_the_parameter_and_in_x(value):
+def test_a_non_finite_gradient_propagates_to_the_parameter_and_to_x(value):
     layer, x = oft_layer(), torch.randn(4, 96, requires_grad=True)
     out = layer(x)
     grad = torch.ones_like(out)
@@ -134,8 +134,8 @@ def test_tensors_on_several_devices_are_refused(case):
 
 
 @pytest.mark.parametrize("d", [torch.zeros(11, 8, 8), torch.zeros(12, 4, 4), torch.zeros(12, 64), torch.zeros(1, 8, 8)])
-def test_a_rotation_that_is_not_that_of_v(d):
-    message = re.escape(f"d must have shape (12, 8, 8) as v asks, got {tuple(d.shape)}")
+def test_a_rotation_whose_shape_does_not_match_v_raises(d):
+    message = re.escape(f"d must have shape (12, 8, 8) to match v, got {tuple(d.shape)}")
     with pytest.raises(ValueError, match=message):
         functional.oft_linear(X, V, W, block_size=8, d=d)
     with pytest.raises(ValueError, match=message):
@@ -150,7 +150,7 @@ def adapted(**settings):
     return get_peft_model(quantized_llama(), OFTConfig(**settings))
 
 
-def test_an_adapter_of_another_width(tmp_path):
+def test_loading_an_adapter_of_another_width_raises(tmp_path):
     adapted().save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     save_file({name: torch.zeros(6, 28) for name in load_file(path)}, path)
@@ -158,7 +158,7 @@ def test_an_adapter_of_another_width(tmp_path):
         PeftModel.from_pretrained(quantized_llama(), tmp_path)
 
 
-def test_an_adapter_of_another_block_size_leaves_those_there_alone(tmp_path):
+def test_loading_an_adapter_of_another_block_size_raises_and_changes_nothing(tmp_path):
     adapted(oft_block_size=4).save_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").write_text(
         (tmp_path / "adapter_config.json").read_text().replace('"oft_block_size": 4', '"oft_block_size": 8')
@@ -171,7 +171,7 @@ def test_an_adapter_of_another_block_size_leaves_those_there_alone(tmp_path):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_targets_that_the_model_does_not_have():
+def test_target_modules_missing_from_the_model_raise():
     with pytest.raises(ValueError, match=r"Target modules .*nowhere.* not found"):
         adapted(target_modules=["nowhere"])
 
@@ -187,12 +187,12 @@ def test_targets_that_the_model_does_not_have():
         ({"use_cayley_neumann": True, "num_cayley_neumann_terms": -3}, "num_cayley_neumann_terms must be at least 1"),
     ],
 )
-def test_configurations_out_of_range_stop_a_model(settings, message):
+def test_invalid_configurations_raise(settings, message):
     with pytest.raises(ValueError, match=message):
         adapted(**settings)
 
 
-def test_switching_to_an_adapter_that_is_not_there():
+def test_switching_to_an_unknown_adapter_raises():
     model = adapted()
     with pytest.raises(ValueError, match="Adapter other not found"):
         model.set_adapter("other")
@@ -200,7 +200,7 @@ def test_switching_to_an_adapter_that_is_not_there():
 
 
 @pytest.mark.parametrize("model", [small_llama, lambda: None])
-def test_models_that_have_nothing_to_share_or_gather(model):
+def test_models_without_layers_have_nothing_to_share_or_gather(model):
     model = model() or torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="the model has no HqqOFTLinear layer"):
         hqq_oft.share_rotations(model)
@@ -208,7 +208,7 @@ def test_models_that_have_nothing_to_share_or_gather(model):
         hqq_oft.full_adapter_state_dict(model)
 
 
-def test_a_broken_adapter_among_good_ones_leaves_the_others_usable():
+def test_a_non_finite_adapter_does_not_affect_the_others():
     layer = oft_layer(adapter="good").eval()
     add_adapter(layer, "broken")
     x, pristine = torch.randn(2, 96), packed_bytes(layer.base_layer)

@@ -1,4 +1,4 @@
-"""The command `hqq-oft`: what it makes, what it says, and how it ends."""
+"""The command `hqq-oft`: its output files, messages and exit status."""
 
 from __future__ import annotations
 
@@ -79,35 +79,35 @@ def test_env(capsys):
 
 
 FAILURES = {
-    "no model": (["quantize", "{tmp}/lost", "{tmp}/out"], "lost holds no config.json: give the directory of a"),
-    "a model that is quantized": (["quantize", "{folder}/four", "{tmp}/out"], "four is quantized already"),
+    "no model": (["quantize", "{tmp}/lost", "{tmp}/out"], "lost contains no config.json: give the directory of a"),
+    "a model that is quantized": (["quantize", "{folder}/four", "{tmp}/out"], "four is already quantized"),
     "onto itself": (["quantize", "{folder}/dense", "{folder}/dense", "--force"], "choose another directory for the"),
     "into itself": (["quantize", "{folder}/dense", "{folder}/dense/q"], "choose another directory for the result"),
     "onto a model": (
         ["quantize", "{folder}/dense", "{folder}/four"],
         "four exists; choose another name, or",
     ),
-    "onto other things": (["quantize", "{folder}/dense", "{folder}", "--force"], "holds no config.json, so it is no"),
+    "onto other things": (["quantize", "{folder}/dense", "{folder}", "--force"], "contains no config.json; only"),
     "a group that does not fit": (
         ["quantize", "{folder}/dense", "{tmp}/out", "--group-size", "4096"],
         "does not divide",
     ),
     "an override of nothing": (
         ["quantize", "{folder}/dense", "{tmp}/out", "--group-size", "16", "--override", "no=dense"],
-        "overrides name no linear layer of the model: ['no']",
+        "overrides match no linear layer of the model: ['no']",
     ),
     "a shard size that is none": (
         ["quantize", "{folder}/dense", "{tmp}/out", "--group-size", "16", "--max-shard-size", "big"],
         "a size must be a number of bytes or like",
     ),
     "a device that is none": (["quantize", "{folder}/dense", "{tmp}/out", "--device", "nowhere"], "nowhere"),
-    "a dense model to merge into": (["merge", "{folder}/dense", "{folder}/adapter", "{tmp}/out"], "not one of HQQ"),
-    "no adapter": (["merge", "{folder}/four", "{folder}/four", "{tmp}/out"], "holds no adapter_config.json: give the"),
+    "a dense model to merge into": (["merge", "{folder}/dense", "{folder}/adapter", "{tmp}/out"], "is not for HQQ"),
+    "no adapter": (["merge", "{folder}/four", "{folder}/four", "{tmp}/out"], "contains no adapter_config.json: give"),
 }
 
 
 @pytest.mark.parametrize("case", FAILURES)
-def test_a_failure_says_why_on_stderr_exits_with_1_and_writes_nothing(folder, tmp_path, capsys, case):
+def test_a_failure_prints_the_reason_to_stderr_exits_with_1_and_writes_nothing(folder, tmp_path, capsys, case):
     arguments, message = FAILURES[case]
     before = sorted(folder.rglob("*"))
     assert cli.main([argument.format(folder=folder, tmp=tmp_path) for argument in arguments]) == 1
@@ -119,7 +119,7 @@ def test_a_failure_says_why_on_stderr_exits_with_1_and_writes_nothing(folder, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_force_replaces_a_model_and_traceback_shows_where(folder, tmp_path):
+def test_force_replaces_a_model_and_traceback_prints_the_traceback(folder, tmp_path):
     out = str(tmp_path / "out")
     for bits in ("2", "8"):
         arguments = ["--nbits", bits, "--group-size", "16", "--force", "--quiet"]
@@ -179,4 +179,4 @@ def test_the_module_runs_as_a_program():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith("hqq-oft: lost holds no config.json")
+    assert done.stderr.splitlines()[-1].startswith("hqq-oft: lost contains no config.json")

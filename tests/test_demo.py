@@ -14,7 +14,8 @@ import torch
 import hqq_oft
 from examples.demo import __main__ as demo
 from examples.demo import corpus
-from hqq_oft import HqqOFTLinear, merging
+from hqq_oft import HqqOFTLinear
+from hqq_oft.tuner import fold
 
 ROOT = Path(__file__).parents[1]
 FEW = ["--steps", "3", "--pretrain-steps", "3", "--evaluation-batches", "1"]
@@ -46,7 +47,7 @@ def test_the_whole_job(tmp_path):
     assert again.returncode == 0, again.stderr[-2000:]
     assert "train on prose" not in again.stderr
     assert "dense model: from the cache" in again.stdout
-    assert losses(tmp_path) == results  # and the job repeats itself
+    assert losses(tmp_path) == results  # the job is reproducible
 
 
 def test_an_adapter_smaller_than_a_quantization_step(tmp_path, monkeypatch, capsys):
@@ -59,7 +60,7 @@ def test_an_adapter_smaller_than_a_quantization_step(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("fault", ["unmerge", "merge", "forward"])
-def test_it_fails_loudly(tmp_path, monkeypatch, fault):
+def test_the_demo_exits_with_an_error_if_a_number_is_wrong(tmp_path, monkeypatch, fault):
     monkeypatch.setattr(sys, "argv", ["demo", *FEW, "--out", str(tmp_path)])
     if fault == "unmerge":
 
@@ -70,12 +71,12 @@ def test_it_fails_loudly(tmp_path, monkeypatch, fault):
         monkeypatch.setattr(HqqOFTLinear, "unmerge", unmerge)
         message = "FAILED: the unmerged model gives the same logits bit for bit"
     elif fault == "merge":
-        original = merging.rotate_weight
+        original = fold.rotate_weight
 
         def transposed(weight, rotations, check):
             return original(weight, [(name, d.transpose(1, 2) * 4) for name, d in rotations], check)
 
-        monkeypatch.setattr(merging, "rotate_weight", transposed)
+        monkeypatch.setattr(fold, "rotate_weight", transposed)
         message = "FAILED: the merged model is what quantizing the adapted weights gives"
     else:
         original = HqqOFTLinear.forward
@@ -101,7 +102,7 @@ def test_it_fails_loudly(tmp_path, monkeypatch, fault):
         ["--device", "nonsense"],
     ],
 )
-def test_options_out_of_range(options, monkeypatch, capsys):
+def test_options_out_of_range_exit_with_a_message(options, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["demo", *options])
     with pytest.raises(SystemExit) as stopped:
         demo.arguments()

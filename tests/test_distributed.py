@@ -49,7 +49,7 @@ def test_ddp(tmp_path, alone):
     check(losses, load_file(tmp_path / "adapter_model.safetensors"), alone)
 
 
-def test_fsdp_trains_saves_and_goes_on_from_what_it_saved(tmp_path, alone):
+def test_fsdp_trains_saves_and_resumes(tmp_path, alone):
     first = tmp_path / "first"
     losses = launch("fsdp", first, "--share")
     check(losses, load_file(first / "adapter_model.safetensors"), alone)

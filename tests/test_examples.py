@@ -77,14 +77,14 @@ def test_two_processes_of_accelerate_train_as_one_with_the_doubled_batch(folder)
     assert losses(two.stdout) == pytest.approx(losses(one.stdout), rel=2e-4)
 
 
-def test_what_cannot_be_done_is_said(folder, tmp_path, monkeypatch, capsys):
+def test_too_little_text_and_an_unknown_adapter_exit_with_a_message(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(EXAMPLES)
     (tmp_path / "short.txt").write_text("short")
     options = ["--model", folder / "model", "--text", tmp_path / "short.txt", "--out", tmp_path]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
-    with pytest.raises(SystemExit, match=r"gives 0 sample\(s\) of 256 tokens; two are the least"):
+    with pytest.raises(SystemExit, match=r"gives 0 sample\(s\) of 256 tokens; provide at least 2"):
         runpy.run_path(str(EXAMPLES / "train.py"), run_name="__main__")
     monkeypatch.setattr(sys, "argv", ["serve.py", "--model", "m", "--adapter", "a=x", "--prompt", "b", "text"])
     with pytest.raises(SystemExit):
         runpy.run_path(str(EXAMPLES / "serve.py"), run_name="__main__")
-    assert "no adapter is called b; there are a" in capsys.readouterr().err
+    assert "unknown adapters b; use base, a" in capsys.readouterr().err

@@ -10,8 +10,9 @@ import torch
 from helpers import COMPILE_BACKEND, TOLERANCE, hqq_layer, relative_error
 from torch.autograd import forward_ad
 
-import hqq_oft.ops  # noqa: F401  (registers the operators)
-from hqq_oft import QuantizedWeight, functional, reference
+import hqq_oft.ops.table  # noqa: F401  (registers the operators)
+from hqq_oft import QuantizedWeight, functional
+from hqq_oft.ops import reference
 
 TERMS = [1, 2, 3, 4, 5, 6, 7, 8, None]
 HALF = [torch.float16, torch.bfloat16]
@@ -41,14 +42,14 @@ def test_cayley(terms, b):
 
 @pytest.mark.parametrize("terms", [5, None])
 @pytest.mark.parametrize("dtype", HALF)
-def test_cayley_computes_wide_whatever_comes_in(terms, dtype):
+def test_cayley_computes_in_float32_for_every_input_dtype(terms, dtype):
     v = skew_parameters(3, 8, dtype)
     out = functional.cayley(v, 8, terms)
     truth = torch.stack([oracle.block(row, 8, terms) for row in v]) - torch.eye(8)
-    assert relative_error(out, truth) <= 1e-6  # the stored v is exact: no error of its half precision
+    assert relative_error(out, truth) <= 1e-6  # the reference uses the same stored v, so rounding v adds no error
 
 
-def test_the_residual_keeps_what_bf16_would_round_away():
+def test_the_residual_form_keeps_small_rotations_in_bf16():
     v = skew_parameters(4, 8, std=0.01)
     identity = torch.eye(8, dtype=torch.float64)
     truth = torch.stack([oracle.block(row, 8, None) for row in v]) - identity
@@ -103,7 +104,7 @@ def test_rotate(transpose, stored, dtype, std):
     assert (out.dtype, out.shape) == (dtype, x.shape)
     truth = x.double() @ (dense.T if transpose else dense)
     assert relative_error(out, truth) <= TOLERANCE[dtype]
-    # wide inside and rounded once: as near as the dtype allows, which rounding R or the sum of products is not
+    # computed in float32 and rounded once; rounding R or partial sums would exceed this tolerance
     assert relative_error(out, truth) <= 1.02 * relative_error(truth.to(dtype), truth) + 1e-7
 
 
@@ -299,7 +300,7 @@ def test_half_precision_gradients(dtype, terms):
     assert relative_error(v.grad, v64.grad) <= TOLERANCE[dtype]
 
 
-def test_saved_for_backward_are_the_inputs_alone():
+def test_only_the_inputs_are_saved_for_backward():
     weight, v = quantized_weight(), skew_parameters(4, 8).requires_grad_()
     x = torch.randn(5, 32, requires_grad=True)
     saved = []
@@ -422,7 +423,7 @@ BAD = [
     (lambda w: functional.linear(X[:, :31], D, w), ValueError, r"x must have shape \[..., 32\], got \(2, 31\)"),
     (lambda w: functional.linear(X.int(), D, w), TypeError, "x must be a floating point"),
     (lambda w: functional.linear(X, D, w, torch.zeros(3)), ValueError, r"bias must have shape \(24,\)"),
-    (lambda w: functional.linear(X, None, w, adapter_index=torch.zeros(2).long()), ValueError, "adapter_index needs d"),
+    (lambda w: functional.linear(X, None, w, adapter_index=torch.zeros(2).long()), ValueError, "index requires d"),
     (lambda w: functional.oft_linear(X, V[:3], w, block_size=8), ValueError, "got 3 blocks of 8"),
     (lambda w: functional.oft_linear(X, V, w, block_size=7), ValueError, "v must have shape"),
     (lambda w: functional.oft_rotate(X[:, :24], V, block_size=8), ValueError, "v must rotate 24 features"),

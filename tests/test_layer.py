@@ -25,7 +25,8 @@ from peft import OFTConfig
 from peft.tuners.oft.layer import OFTLayer
 from torch import nn
 
-from hqq_oft import HqqOFTLinear, QuantizedWeight, dispatch_hqq, frozen_rotations, functional, ops
+from hqq_oft import HqqOFTLinear, QuantizedWeight, dispatch_hqq, frozen_rotations, functional
+from hqq_oft.ops import table as ops
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -47,7 +48,7 @@ def truth(layer: HqqOFTLinear, x: torch.Tensor, *adapters: str) -> torch.Tensor:
 # --- Construction ----------------------------------------------------------------------------------------------------
 
 
-def test_it_is_a_module_and_a_peft_layer_with_peft_keys():
+def test_the_layer_is_a_module_and_a_peft_layer_with_peft_state_dict_keys():
     layer = HqqOFTLinear(hqq_layer(), "task", r=12)
     assert isinstance(layer, nn.Module)
     assert isinstance(layer, OFTLayer)
@@ -68,7 +69,7 @@ def test_the_defaults_are_those_documented():
 
 
 @pytest.mark.parametrize("keyword", ["config", "oft_config"])
-def test_a_config_decides_all_settings(keyword):
+def test_a_config_takes_precedence_over_all_settings(keyword):
     config = OFTConfig(
         r=4, oft_block_size=0, module_dropout=0.25, coft=True, eps=0.1, block_share=True, num_cayley_neumann_terms=7
     )
@@ -130,7 +131,7 @@ def test_settings_out_of_range_are_refused_and_change_nothing(settings, message)
     assert layer._all_available_adapter_names() == ["default"]
 
 
-def test_only_initialised_hqq_layers_are_taken():
+def test_only_initialised_hqq_layers_are_accepted():
     with pytest.raises(TypeError, match=r"needs an hqq.core.quantize.HQQLinear, got Linear"):
         HqqOFTLinear(nn.Linear(8, 8), "default")
     empty = HQQLinear(
@@ -167,7 +168,7 @@ def test_dispatch():
 @pytest.mark.parametrize("given", FLOATS)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("state", ["active", "merged", "disabled", "mixed"])
-def test_any_float_dtype_in_and_the_same_out(compute, given, autocast, state):
+def test_the_output_has_the_dtype_of_the_input(compute, given, autocast, state):
     layer = oft_layer(hqq_layer(dtype=compute)).eval()
     x = torch.randn(4, 96).to(given)
     kwargs, adapters = {}, ["default"]
@@ -229,7 +230,7 @@ def test_an_adapter_active_twice_applies_once():
     assert torch.equal(layer(x), expected)
 
 
-def test_what_is_saved_for_backward_by_several_adapters():
+def test_several_adapters_save_only_their_inputs_and_parameters():
     layer = oft_layer(adapter="a")
     add_adapter(layer, "b", oft_block_size=3)
     layer.set_adapter(["a", "b"])
@@ -269,7 +270,7 @@ def test_every_active_adapter_gets_its_gradient():
         assert relative_error(parameter.grad, copied.grad) <= 1e-5
 
 
-def test_disabled_adapters_leave_the_base_alone():
+def test_disabled_adapters_give_the_base_output():
     layer = oft_layer()
     x = torch.randn(3, 96)
     layer.enable_adapters(False)
@@ -297,7 +298,7 @@ def test_hooks_on_the_base_layer_run():
     assert relative_error(layer(x), expected) <= 1e-6
     assert seen == [(3, 64)]
     handle.remove()
-    layer.base_layer.forward = lambda x: torch.full((3, 64), 2.0)  # as accelerate replaces it
+    layer.base_layer.forward = lambda x: torch.full((3, 64), 2.0)  # as accelerate does
     assert torch.equal(layer(x), torch.full((3, 64), 2.0))
 
 
@@ -358,7 +359,7 @@ def test_adapter_names_with_disabled_adapters_give_the_base():
 
 
 def dropped_blocks(layer, adapter="default"):
-    """Which blocks one forward leaves unrotated, seen from outside: rows of an identity input, through the base."""
+    """Which blocks one forward leaves unrotated, read from the output for an identity input."""
     x = torch.eye(layer.in_features)
     weight = functional.dequantize(QuantizedWeight.from_hqq(layer.base_layer))
     rotated = torch.linalg.lstsq(
@@ -370,7 +371,7 @@ def dropped_blocks(layer, adapter="default"):
 
 
 @pytest.mark.parametrize("block_share", [False, True])
-def test_dropout_replaces_the_rounded_down_share_of_blocks_by_the_identity(block_share):
+def test_dropout_replaces_a_share_of_blocks_rounded_down_by_the_identity(block_share):
     base = hqq_layer(192, 96, nbits=8)  # more outputs than inputs, so that the rotated input can be read off
     layer = oft_layer(base, module_dropout=0.3, block_share=block_share, std=0.1)
     seen = [dropped_blocks(layer) for _ in range(12)]
@@ -395,7 +396,7 @@ def test_dropout_is_per_adapter_and_reproducible():
 
 
 @pytest.mark.parametrize(("p", "dropped"), [(0.29, 29), (0.57, 57), (0.5, 50), (0.999, 99)])
-def test_the_share_is_rounded_down_from_what_was_meant(p, dropped):
+def test_the_dropped_share_is_rounded_down_without_float_error(p, dropped):
     layer = oft_layer(hqq_layer(16, 400, group_size=16), oft_block_size=4, module_dropout=p)
     assert (~layer._dropout_keep("default")).sum() == dropped
 
@@ -407,7 +408,7 @@ def test_dropped_blocks_get_no_gradient():
     assert without == 6
 
 
-def test_everything_dropped_is_the_base():
+def test_dropping_every_block_gives_the_base_output():
     layer = oft_layer(module_dropout=1.0)
     x = torch.randn(3, 96)
     assert relative_error(layer(x), layer.base_layer(x)) <= 1e-6
@@ -448,7 +449,7 @@ def test_coft_uses_projected_blocks_and_keeps_the_parameter_out_of_training(bloc
     assert norms.max() <= 0.2 / stored**0.5 * (1 + 1e-5)
 
 
-def test_coft_leaves_a_frozen_parameter_alone_in_training_mode():
+def test_coft_does_not_project_a_frozen_parameter_in_training_mode():
     layer = oft_layer(coft=True, eps=0.2, std=0.5)
     weight = layer.oft_R["default"].weight.requires_grad_(False)
     before, x = weight.clone(), torch.randn(3, 96)
@@ -535,7 +536,7 @@ def test_delta_weight_is_the_dense_rotation(block_share, exact, dtype):
     assert relative_error(delta, rotation) <= TOLERANCE[dtype]
 
 
-def test_the_dense_rotation_is_never_built_elsewhere(monkeypatch):
+def test_only_get_delta_weight_builds_the_dense_rotation(monkeypatch):
     monkeypatch.setattr(torch, "block_diag", None)
     layer = oft_layer(adapter="a")
     add_adapter(layer, "b")
@@ -550,7 +551,7 @@ def test_the_dense_rotation_is_never_built_elsewhere(monkeypatch):
             )
             return out
 
-    def watched(*args):  # an operator hides what it does from a mode around it
+    def watched(*args):  # a custom operator hides its inner calls from an enclosing mode
         with Watch():
             return dispatch(*args)
 
@@ -562,7 +563,7 @@ def test_the_dense_rotation_is_never_built_elsewhere(monkeypatch):
         layer.merge()
         layer.drop_pristine()
         layer.unmerge()
-    assert (64, 96) in seen  # the weight: the watch sees into the operators
+    assert (64, 96) in seen  # the weight: shows that the mode sees inside the operators
     assert (96, 96) not in seen
 
 
@@ -605,7 +606,7 @@ def test_copies_are_independent_and_equal(how, merged):
     assert layer.oft_R["default"].weight.any()
 
 
-def test_a_base_weight_is_not_loaded_under_a_merge():
+def test_loading_a_base_weight_while_merged_raises():
     layer, other = oft_layer(), oft_layer()
     layer.merge()
     before = packed_bytes(layer.base_layer)
@@ -623,7 +624,7 @@ def test_a_base_weight_is_not_loaded_under_a_merge():
 
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("how", ["loaded", "merged", "unmerged"])
-def test_what_hqq_leaves_in_its_tensors_is_mended_whenever_it_comes(how):
+def test_base_tensors_are_detached_and_not_inference_tensors_after_load_and_merge(how):
     layer = oft_layer()
     if how == "loaded":
         raw = hqq_layer()
@@ -661,14 +662,14 @@ def test_casting_casts_the_adapter_and_never_the_packed_weight(cast, view_as_flo
     expected = layer(x)
     assert getattr(layer, cast)() is layer
     assert layer.oft_R["default"].weight.dtype == getattr(torch, cast)
-    # bytes, not values: viewed as floats some are NaN
+    # compare bytes: viewed as floats, some values are NaN
     now = packed_bytes(layer.base_layer)
     assert all(torch.equal(now[key].view(torch.uint8), before[key].view(torch.uint8)) for key in before)
     assert relative_error(layer(x), expected) <= 6e-3
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_moving_takes_everything_along(merged):
+def test_moving_a_layer_moves_all_its_tensors(merged):
     layer = oft_layer()
     if merged:
         layer.merge()
@@ -695,7 +696,7 @@ def test_a_layer_made_without_a_device_moves_and_casts(move):
     assert base.bias.dtype == base.meta["scale"].dtype == torch.float32
 
 
-def test_a_new_adapter_goes_where_the_packed_weight_is(monkeypatch):
+def test_a_new_adapter_is_created_on_the_device_of_the_packed_weight(monkeypatch):
     layer = oft_layer()
     moved = []
     monkeypatch.setattr(nn.Module, "to", lambda self, device: moved.append(device))
@@ -808,7 +809,7 @@ def test_a_stale_rotation_is_never_used(change):
     assert relative_error(layer(x), truth(layer, x, "a", "b")) <= 1e-5
 
 
-def test_no_rotation_is_kept_where_gradients_are_recorded(cayleys):
+def test_rotations_are_not_cached_when_gradients_are_recorded(cayleys):
     layer, x = two_adapters(), torch.randn(2, 96, requires_grad=True)
     layer(x).sum().backward()
     layer(x).sum().backward()
@@ -817,7 +818,7 @@ def test_no_rotation_is_kept_where_gradients_are_recorded(cayleys):
     assert layer.oft_R["a"].weight.grad is not None
 
 
-def test_kept_rotations_are_freed_and_not_copied():
+def test_cached_rotations_are_freed_and_not_copied():
     layer = two_adapters()
     with torch.no_grad():
         layer(torch.randn(2, 96))
@@ -829,7 +830,7 @@ def test_kept_rotations_are_freed_and_not_copied():
     assert len(layer._rotations) == 0
 
 
-def test_inference_mode_keeps_rotations_that_training_could_use(cayleys):
+def test_rotations_cached_in_inference_mode_work_in_training(cayleys):
     layer, x = two_adapters(), torch.randn(2, 96)
     with torch.inference_mode():
         expected = layer(x)
@@ -843,7 +844,7 @@ def test_inference_mode_keeps_rotations_that_training_could_use(cayleys):
 
 
 @torch.no_grad()
-def test_a_mixed_batch_makes_its_stack_and_index_once(monkeypatch):
+def test_a_mixed_batch_builds_its_stack_and_index_once(monkeypatch):
     layer, x = two_adapters(), torch.randn(4, 3, 96)
     stacked, stack = [], torch.stack
     monkeypatch.setattr(torch, "stack", lambda tensors: stacked.append(len(tensors)) or stack(tensors))
@@ -864,7 +865,7 @@ def test_a_mixed_batch_makes_its_stack_and_index_once(monkeypatch):
 
 
 @torch.no_grad()
-def test_frozen_rotations_stay_where_they_are():
+def test_frozen_rotations_keep_their_memory_addresses():
     layer, x = two_adapters(), torch.randn(2, 96)
     model = nn.ModuleList([layer])
     with frozen_rotations(model):
@@ -884,7 +885,7 @@ def test_frozen_rotations_stay_where_they_are():
             layer.update_layer("a", 0, oft_block_size=16)
         assert list(layer.oft_R) == ["a", "b"]
         assert torch.equal(layer(x), expected[0])
-        with pytest.raises(ValueError, match="frozen already"), frozen_rotations(model):
+        with pytest.raises(ValueError, match="already frozen"), frozen_rotations(model):
             pass
         layer.oft_R["a"].weight.mul_(2)
         with pytest.raises(RuntimeError, match="'a' has changed while its rotations were frozen"):
@@ -894,7 +895,7 @@ def test_frozen_rotations_stay_where_they_are():
     model.train()
 
 
-def test_what_cannot_be_frozen_is_said():
+def test_freezing_a_training_layer_or_a_model_without_layers_raises():
     with pytest.raises(ValueError, match="no HqqOFTLinear layer"), frozen_rotations(nn.Linear(2, 2)):
         pass
     with pytest.raises(ValueError, match=r"call `model.eval\(\)` first"), frozen_rotations(oft_layer()):
@@ -904,8 +905,8 @@ def test_what_cannot_be_frozen_is_said():
 # --- Memory at full size ---------------------------------------------------------------------------------------------
 
 
-def test_what_forward_keeps_at_full_size_beside_peft():
-    """4096 tokens through a 4096x4096 bfloat16 layer, on tensors without memory: ours keeps x and v, PEFT more."""
+def test_forward_saves_only_x_and_v_and_less_than_peft():
+    """4096 tokens through a 4096x4096 bfloat16 layer, on meta tensors: this layer saves only x and v, PEFT more."""
     from peft.tuners.oft.layer import Linear as PeftLinear
 
     if "config" not in PeftLinear.__init__.__code__.co_varnames:

@@ -1,4 +1,4 @@
-"""Merging: what the merged layer computes, what survives, what comes back, what a failure leaves."""
+"""Merging: merged output, preserved attributes, exact unmerging, and the state after failures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from helpers import add_adapter, hqq_layer, oft_layer, packed_bytes, relative_er
 from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear, Quantizer
 from torch import nn
 
-from hqq_oft import HqqOFTLinear, QuantizedWeight, functional, merging
+from hqq_oft import HqqOFTLinear, QuantizedWeight, functional
+from hqq_oft.quant import hqq_layer as quant_layer
+from hqq_oft.tuner import fold
 
 
 def two_adapters(base=None, **settings):
@@ -23,7 +25,7 @@ def two_adapters(base=None, **settings):
 
 
 def rotated_truth(layer, *adapters):
-    """`W * (R_1 ... R_n)^T` in float64, of the layer's present weight."""
+    """`W * (R_1 ... R_n)^T` in float64, of the layer's current weight."""
     weight = oracle.of_layer(layer.get_base_layer())
     for name in reversed(adapters):
         module = layer.oft_R[name]
@@ -46,12 +48,12 @@ def test_the_merged_weight_is_the_rotated_one_through_hqqs_quantizer(nbits, axis
     )
     layer.merge()
     merged, reference = functional.dequantize(QuantizedWeight.from_hqq(base)), expected.dequantize()
-    # a weight in the middle between two levels may fall to either side
+    # a weight halfway between two levels may round either way
     assert ((merged - reference).abs() > 1e-4).float().mean() <= 2e-3
     assert relative_error(merged, truth) <= 1.05 * relative_error(reference, truth)
 
 
-def test_merging_at_eight_bits_is_the_forward():
+def test_merging_at_eight_bits_gives_the_output_of_the_forward():
     layer = two_adapters(hqq_layer(nbits=8, group_size=8))
     x = torch.randn(5, 96)
     expected = layer(x)
@@ -110,7 +112,7 @@ def test_a_shared_block_and_every_half_dtype():
         assert relative_error(layer(x), expected) <= 2e-2
 
 
-def test_merging_in_half_precision_loses_nothing_that_quantizing_does_not():
+def test_merging_in_half_precision_adds_no_error_beyond_quantization():
     base = hqq_layer(dtype=torch.bfloat16)
     layer = oft_layer(base)
     truth = rotated_truth(layer, "default")
@@ -156,7 +158,7 @@ def test_the_hqq_backend_survives(backend):
 
 
 @pytest.mark.parametrize("form", ["plain", "one scale", "quantized scale and zero"])
-def test_settings_are_read_off_the_meta_data_where_the_layer_has_forgotten_them(form):
+def test_settings_are_read_from_the_meta_data_if_the_layer_lacks_them(form):
     config = BaseQuantizeConfig(nbits=8, group_size=16, quant_zero=form[0] == "q", quant_scale=form[0] == "q")
     config.pop("offload_meta")
     if form == "one scale":
@@ -233,16 +235,16 @@ def test_unmerging_is_bit_exact_after_any_number_of_cycles(keep):
 
 
 @pytest.mark.parametrize(("keep", "moves"), [("device", []), ("host", ["cpu"]), ("none", [])])
-def test_where_the_pristine_weight_is_kept(monkeypatch, keep, moves):
+def test_the_pristine_weight_is_kept_in_the_selected_place(monkeypatch, keep, moves):
     layer, moved = oft_layer(), []
-    state = merging.PackedState.of(layer.base_layer)
-    monkeypatch.setattr(merging.PackedState, "to", lambda self, device: moved.append(device) or self)
+    state = quant_layer.PackedState.of(layer.base_layer)
+    monkeypatch.setattr(quant_layer.PackedState, "to", lambda self, device: moved.append(device) or self)
     layer.keep_pristine = keep
     assert layer._kept(state) is (None if keep == "none" else state)
     assert moved == moves
 
 
-def test_a_place_that_does_not_exist():
+def test_an_unknown_place_for_the_pristine_weight_raises():
     layer = oft_layer()
     with pytest.raises(ValueError, match=r"keep_pristine must be one of \('device', 'host', 'none'\), got 'hsot'"):
         layer.keep_pristine = "hsot"
@@ -284,7 +286,7 @@ def test_without_the_pristine_weight_unmerging_inverts_with_a_warning(give_up, e
     assert relative_error(oracle.of_layer(layer.base_layer), weight) <= 2e-2
 
 
-def test_merging_more_without_the_pristine_weight_keeps_the_order():
+def test_merging_a_second_adapter_without_the_pristine_weight_keeps_the_order():
     layer = two_adapters(hqq_layer(nbits=8, group_size=8))
     x = torch.randn(5, 96)
     expected = layer(x)
@@ -297,7 +299,7 @@ def test_merging_more_without_the_pristine_weight_keeps_the_order():
     assert relative_error(layer(x), expected) <= 3e-2
 
 
-def test_unmerging_nothing_warns():
+def test_unmerging_when_nothing_is_merged_warns():
     with pytest.warns(UserWarning, match="Already unmerged. Nothing to do."):
         oft_layer().unmerge()
 
@@ -305,7 +307,7 @@ def test_unmerging_nothing_warns():
 # --- As in PEFT ------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_adapters_are_passed_over():
+def test_unknown_adapters_are_skipped():
     layer = two_adapters()
     before = packed_bytes(layer.base_layer)
     layer.merge(adapter_names=["nobody"])
@@ -331,7 +333,7 @@ def test_names_as_a_string_are_refused():
         two_adapters().merge(adapter_names="a")
 
 
-def test_an_active_adapter_that_is_left_out_is_named():
+def test_leaving_out_an_active_adapter_warns_with_its_name():
     layer = two_adapters()
     with pytest.warns(UserWarning, match=r"Merged \['a'\]; the active adapter\(s\) \['b'\] are not merged"):
         layer.merge(adapter_names=["a"])
@@ -339,7 +341,7 @@ def test_an_active_adapter_that_is_left_out_is_named():
     assert torch.equal(layer(x), layer.base_layer(x))
 
 
-def test_dropout_plays_no_part():
+def test_merging_ignores_dropout():
     layer = oft_layer(module_dropout=0.9)
     quiet = oft_layer()
     quiet.load_state_dict(layer.state_dict())
@@ -396,23 +398,23 @@ def test_a_failed_second_merge_keeps_the_first():
     assert_state(layer, state)
 
 
-def test_safe_merge_checks_what_quantizing_makes_of_it(monkeypatch):
+def test_safe_merge_checks_the_quantized_weight(monkeypatch):
     layer = two_adapters()
     state = state_of(layer)
-    original = merging.requantize
+    original = quant_layer.requantize
 
     def overflowing(base, dense, into):
         made = original(base, dense, into)
         made.meta["scale"] = made.meta["scale"] * float("inf")
         return made
 
-    monkeypatch.setattr(merging, "requantize", overflowing)
+    monkeypatch.setattr(quant_layer, "requantize", overflowing)
     with pytest.raises(ValueError, match=r"after quantizing the weight merged with \['a', 'b'\]"):
         layer.merge(safe_merge=True)
     assert_state(layer, state)
 
 
-def test_safe_merge_of_a_sound_adapter_is_merge():
+def test_safe_merge_of_a_finite_adapter_is_the_same_as_merge():
     one, other = two_adapters(), two_adapters()
     other.load_state_dict(one.state_dict())
     one.merge()
@@ -432,7 +434,7 @@ def test_an_interrupt_anywhere_changes_nothing(monkeypatch, error, where, action
         layer.drop_pristine()  # so that it computes and quantizes too
     state, x = state_of(layer), torch.randn(2, 96)
     expected = layer(x)
-    install = merging.PackedState.install
+    install = quant_layer.PackedState.install
     failures = iter([error])
 
     def fail(*args, **kwargs):
@@ -442,7 +444,7 @@ def test_an_interrupt_anywhere_changes_nothing(monkeypatch, error, where, action
         if where == "after install":
             install(self, base)
         if next(failures, None) is not None:
-            base.W_q = nn.Parameter(torch.zeros(1), requires_grad=False)  # half done
+            base.W_q = nn.Parameter(torch.zeros(1), requires_grad=False)  # interrupted halfway
             raise error
         install(self, base)
 
@@ -451,10 +453,10 @@ def test_an_interrupt_anywhere_changes_nothing(monkeypatch, error, where, action
         if where == "quantizer":
             patch.setattr(Quantizer, "quantize", fail)
         elif where == "rotation":
-            patch.setattr(merging.ops, "dequantize_rotate" if action != "unmerge" else "dequantize", fail)
-            patch.setattr(merging.ops, "rotate", fail)
+            patch.setattr(fold.ops, "dequantize_rotate" if action != "unmerge" else "dequantize", fail)
+            patch.setattr(fold.ops, "rotate", fail)
         else:
-            patch.setattr(merging.PackedState, "install", failing_install)
+            patch.setattr(quant_layer.PackedState, "install", failing_install)
         with pytest.raises(error if isinstance(error, type) else type(error)):
             layer.unmerge() if action == "unmerge" else layer.merge()
     assert_state(layer, state)

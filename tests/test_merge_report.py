@@ -1,4 +1,4 @@
-"""`merge_report` and `merge_and_unload(into=...)`: what is measured, what the merged model computes, and faults."""
+"""`merge_report` and `merge_and_unload(into=...)`: measurements, output of the merged model, and failures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from small_llama import VOCABULARY, quantized_llama
 from torch import nn
 
 import hqq_oft
-from hqq_oft import HqqOFTLinear, merge_report, merging
+from hqq_oft import HqqOFTLinear, merge_report
+from hqq_oft.quant import hqq_layer
+from hqq_oft.tuner import fold
 
 TOKENS = torch.arange(12).reshape(2, 6) % VOCABULARY
 TARGETS = ["q_proj", "down_proj"]
@@ -90,7 +92,7 @@ def test_the_numbers_are_those_of_merging_and_of_the_layers_outputs():
         assert found.bytes["dense"] == 4 * base.numel() > found.bytes[8] > found.bytes[None] > found.bytes[2]
 
 
-def test_a_merge_that_loses_more_than_the_adapter_adds_is_warned_of_with_choices():
+def test_a_merge_that_loses_more_than_the_adapter_adds_warns_with_alternatives():
     with pytest.warns(
         UserWarning, match=r"(?s)Merging loses more than the adapter adds in 4 of 4 layers.*into='dense'"
     ):
@@ -107,7 +109,7 @@ def test_a_merge_that_loses_more_than_the_adapter_adds_is_warned_of_with_choices
         assert part in str(report)
 
 
-def test_broken_weights_count_as_lost():
+def test_layers_with_nan_weights_are_reported_as_losing():
     model = adapted()
     next(iter(layers_of(model).values())).oft_R["default"].weight.data.fill_(float("nan"))
     with pytest.warns(UserWarning, match="in 1 of 4 layers"):
@@ -115,7 +117,7 @@ def test_broken_weights_count_as_lost():
     assert report.losing == [next(iter(layers_of(model)))]
 
 
-def test_a_sample_that_misses_layers_or_is_no_mapping_leaves_the_mode_alone():
+def test_a_sample_may_miss_layers_or_be_a_tensor_and_the_training_mode_is_kept():
     model = adapted().train()
     report = merge_report(model, (TOKENS,), alternatives=())
     assert all(layer.merged[None].output is not None for layer in report.layers.values())
@@ -137,7 +139,7 @@ def test_a_sample_that_misses_layers_or_is_no_mapping_leaves_the_mode_alone():
         (lambda model: hqq_oft.revert(model), {}, TypeError, "has no HqqOFTLinear to merge"),
     ],
 )
-def test_what_can_not_be_reported(prepare, settings, error, message):
+def test_merge_report_raises_for_merged_models_and_invalid_arguments(prepare, settings, error, message):
     model = adapted()
     prepare(model)
     with pytest.raises(error, match=message):
@@ -178,7 +180,7 @@ def test_into_more_bits_loses_less_whether_merged_before_or_not(first):
         model.merge_adapter()
     merged = model.merge_and_unload(into=8)
     assert merged.model.layers[0].mlp.down_proj.meta["nbits"] == 8
-    settings = merging.quantization_settings(merged.model.layers[0].mlp.down_proj)["weight_quant_params"]
+    settings = hqq_layer.quantization_settings(merged.model.layers[0].mlp.down_proj)["weight_quant_params"]
     assert (settings["nbits"], settings["round_zero"]) == (8, False)
     assert merged.model.layers[0].mlp.up_proj.meta["nbits"] == 2
     assert relative_error(logits(merged), expected) < relative_error(logits(plain.merge_and_unload()), expected) / 10
@@ -201,7 +203,7 @@ def test_a_layer_merged_into_other_bits_unmerges_to_the_same_bytes():
 
 
 @pytest.mark.parametrize("into", [7, "thin", 0])
-def test_what_a_model_can_not_be_merged_into(into):
+def test_merging_into_an_unsupported_target_raises(into):
     model = adapted()
     with pytest.raises(ValueError, match="into must be None, 'dense' or one of"):
         model.merge_and_unload(into=into)
@@ -215,8 +217,8 @@ def test_a_merge_interrupted_at_any_layer_changes_nothing(monkeypatch, error, nt
     model = adapted()
     expected, layers, done = logits(model), layers_of(model), []
     bytes_before = {name: packed_bytes(layer.get_base_layer()) for name, layer in layers.items()}
-    function = "rotate_weight" if into == "dense" else "requantize"
-    original = getattr(merging, function)
+    module, function = (fold, "rotate_weight") if into == "dense" else (hqq_layer, "requantize")
+    original = getattr(module, function)
 
     def failing(*args):
         done.append(args)
@@ -225,7 +227,7 @@ def test_a_merge_interrupted_at_any_layer_changes_nothing(monkeypatch, error, nt
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(merging, function, failing)
+        patch.setattr(module, function, failing)
         with pytest.raises(error):
             model.merge_and_unload(into=into)
     assert layers_of(model) == layers

@@ -1,4 +1,4 @@
-"""What is built where: `HQQ_OFT_BUILD`, and the compilers at hand."""
+"""Which parts are built, by `HQQ_OFT_BUILD` and the available compilers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def machine(monkeypatch):
         ("0", {}, ()),
     ],
 )
-def test_what_is_built(machine, monkeypatch, choice, have, parts):
+def test_the_setting_and_the_available_compilers_select_the_parts(machine, monkeypatch, choice, have, parts):
     machine(**have)
     monkeypatch.setenv("HQQ_OFT_BUILD", choice)
     assert build.parts() == parts
@@ -51,20 +51,20 @@ def test_what_is_built(machine, monkeypatch, choice, have, parts):
 @pytest.mark.parametrize(
     ("choice", "have", "said"),
     [
-        ("cpu", {"cxx": False}, "HQQ_OFT_BUILD=cpu, but there is no C.. compiler: install g.. or clang"),
-        ("cuda", {"nvcc": False}, "HQQ_OFT_BUILD=cuda, but there is no nvcc: install the CUDA toolkit"),
-        ("cuda", {"known": "sm_50"}, "nvcc compiles for none of sm_80, sm_89, sm_90a, sm_100: install a newer one"),
-        ("cuda", {"torch": False}, "PyTorch is not there to build with"),
+        ("cpu", {"cxx": False}, "HQQ_OFT_BUILD=cpu, but no C.. compiler was found: install g.. or clang"),
+        ("cuda", {"nvcc": False}, "HQQ_OFT_BUILD=cuda, but nvcc was not found: install the CUDA toolkit"),
+        ("cuda", {"known": "sm_50"}, "nvcc supports none of sm_80, sm_89, sm_90a, sm_100: install a newer CUDA"),
+        ("cuda", {"torch": False}, "PyTorch is not installed: install it"),
     ],
 )
-def test_what_is_asked_for_and_missing_is_an_error(machine, monkeypatch, choice, have, said):
+def test_requesting_a_part_without_its_compiler_raises(machine, monkeypatch, choice, have, said):
     machine(**have)
     monkeypatch.setenv("HQQ_OFT_BUILD", choice)
     with pytest.raises(build.BuildError, match=said):
         build.parts()
 
 
-def test_another_value_is_an_error(machine, monkeypatch):
+def test_an_unknown_setting_raises(machine, monkeypatch):
     machine()
     monkeypatch.setenv("HQQ_OFT_BUILD", "gpu")
     with pytest.raises(ValueError, match="HQQ_OFT_BUILD='gpu' is not understood; set it to one of auto, 0, cpu, cuda"):
@@ -75,7 +75,7 @@ def test_another_value_is_an_error(machine, monkeypatch):
     ("known", "expected"),
     [(KNOWN, ["80", "89", "90a", "100"]), ("sm_80 sm_89 sm_90", ["80", "89", "90a"]), ("sm_70", [])],
 )
-def test_an_older_cuda_compiler_compiles_for_what_it_knows(machine, known, expected):
+def test_an_older_cuda_compiler_compiles_for_the_architectures_it_supports(machine, known, expected):
     machine(known=known)
     assert build.cuda_architectures() == expected
     if expected:
@@ -86,8 +86,8 @@ def test_an_older_cuda_compiler_compiles_for_what_it_knows(machine, known, expec
         assert f"arch=compute_{newest},code=compute_{newest}" in kernels
 
 
-def test_no_compiler_leaves_a_line(tmp_path):
+def test_without_a_compiler_a_message_is_printed(tmp_path):
     program = "import sys; sys.path.insert(0, 'csrc'); import build; build.cxx = lambda: None; print(build.parts())"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=build.CSRC.parent)
     assert run.stdout == "()\n"
-    assert "no native kernels are built: there is no C++ compiler: install g++ or clang++" in run.stderr
+    assert "native kernels are not built: no C++ compiler was found: install g++ or clang++" in run.stderr

@@ -8,8 +8,9 @@ import pytest
 import torch
 from gpu.cases import operations
 
-from hqq_oft import Unsupported, backend, device_tables
-from hqq_oft._native import cuda
+from hqq_oft import Unsupported, backend
+from hqq_oft.ops import device_tables
+from hqq_oft.ops.native import cuda
 
 
 def call(m=4, n=64, k=128, b=32, dtype=torch.bfloat16, **settings):
@@ -22,7 +23,7 @@ def call(m=4, n=64, k=128, b=32, dtype=torch.bfloat16, **settings):
     [{}, {"m": 0}, {"m": 16}, {"bits": 3, "n": 70, "m": 8}, {"bits": 1}, {"group": 32}, {"group": 128}, {"b": 128}],
     ids=str,
 )
-def test_served(settings):
+def test_supported_settings_are_accepted(settings):
     x, d, *weight = call(**settings)
     cuda.check_call(x, d, *weight)
     cuda.check_call(x, None, *weight)
@@ -35,15 +36,15 @@ def test_served(settings):
         ({"bits": 3, "n": 70, "m": 9}, "up to 8 tokens at 3 bits"),
         ({"dtype": torch.float32}, "x is torch.float32"),
         ({"axis": 0}, "axis=1"),
-        ({"bits": 3}, "64 outputs are no multiple of 10"),
-        ({"bits": 2, "n": 66, "group": 32, "k": 64}, "66 outputs are no multiple of 4"),
+        ({"bits": 3}, "64 outputs are not a multiple of 10"),
+        ({"bits": 2, "n": 66, "group": 32, "k": 64}, "66 outputs are not a multiple of 4"),
         ({"group": 16}, "group_size is 16"),
         ({"group": 256, "k": 128}, "group_size is 256"),
-        ({"b": 8}, "these are of 8"),
+        ({"b": 8}, "block size that is a multiple of 16, got 8"),
     ],
     ids=str,
 )
-def test_refused(settings, reason):
+def test_unsupported_settings_are_refused_with_the_reason(settings, reason):
     with pytest.raises(Unsupported, match=reason):
         cuda.check_call(*call(**settings))
 
@@ -59,7 +60,7 @@ def test_other_dtypes_are_refused(position, name):
 def test_packed_weights_that_cannot_be_copied_by_sixteen_bytes_are_refused():
     args = list(call())
     args[2] = torch.cat([args[2].flatten(), args[2].new_zeros(1)])[1:].view_as(args[2])
-    with pytest.raises(Unsupported, match="an address that 16 divides"):
+    with pytest.raises(Unsupported, match="aligned to 16 bytes"):
         cuda.check_call(*args)
 
 
@@ -81,7 +82,7 @@ def _device(monkeypatch, tmp_path):
 
 
 class OnCuda:
-    """What `check_device` asks of a tensor."""
+    """The attributes of a tensor that `check_device` reads."""
 
     is_cuda, device = True, torch.device("cuda", 0)
 
@@ -90,10 +91,10 @@ class OnCuda:
 
 
 @pytest.mark.usefixtures("_device")
-def test_auto_wants_a_measurement():
+def test_auto_uses_the_kernel_only_where_a_measurement_exists():
     cuda.check_device(OnCuda(8), 4)
     for tokens, bits in ((9, 4), (1, 2)):
-        with pytest.raises(Unsupported, match=f"no measurement on this device .* {bits} bits and {tokens} tokens"):
+        with pytest.raises(Unsupported, match=f"not measured .* {bits} bits and {tokens} tokens"):
             cuda.check_device(OnCuda(tokens), bits)
         with backend("native"):
             cuda.check_device(OnCuda(tokens), bits)
@@ -102,7 +103,7 @@ def test_auto_wants_a_measurement():
 @pytest.mark.usefixtures("_device")
 def test_devices_without_a_table_have_no_measurement(monkeypatch):
     monkeypatch.setattr(cuda, "_device", lambda _: ("other_gpu", (9, 0)))
-    with pytest.raises(Unsupported, match="no measurement"):
+    with pytest.raises(Unsupported, match="was not measured"):
         cuda.check_device(OnCuda(1), 4)
 
 

@@ -1,4 +1,4 @@
-"""Every kernel compiles for every target as its launcher would launch it, without spills; and the checks see faults."""
+"""Every kernel compiles for every target as its launcher launches it, without spills; the checks detect faults."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_kernels_compile_for_every_target():
 
 
 def compiled(offline, target="sm_90", **changes):
-    """A decode product in which nothing is wrong."""
+    """A compiled decode product without faults."""
     constants = (("BM", 16), ("BN", 128), ("BK", 64), ("BANDED", True), ("BITS", 4), ("AXIS", 1))
     launch = offline.Launch("linear_fwd_kernel", "M=16", "", (("x_ptr", "*bf16"),), constants, (), (("num_warps", 4),))
     good = offline.Compiled(launch, target, 128, 0, 64 * 1024, "mma.sync", "cp.async 16, ld 16/2")
@@ -65,7 +65,7 @@ def with_constants(result, **changes):
     return replace(result, launch=replace(result.launch, constants=tuple(constants.items())))
 
 
-def test_no_fault_where_nothing_is_wrong(offline):
+def test_a_correct_kernel_has_no_faults(offline):
     assert offline.faults(compiled(offline)) == []
     wide = with_constants(compiled(offline, matrix="wgmma", loads="ld 8/2"), BM=64)
     assert offline.faults(wide) == []
@@ -104,7 +104,7 @@ def test_loads_of_single_bytes_are_a_fault_in_decoding(offline):
     assert offline.faults(compiled(offline, loads="cp.async 16, ld 4/1")) == ["loads of single bytes"]
 
 
-def test_a_fault_turns_the_gate_red(offline, monkeypatch, capsys):
+def test_a_fault_gives_exit_status_1(offline, monkeypatch, capsys):
     monkeypatch.setattr(offline._launch, "INTERPRETED", False)
     monkeypatch.setattr(offline, "launches", lambda *_: [])
     monkeypatch.setattr(sys, "argv", ["offline", "--processes", "1"])

@@ -1,6 +1,6 @@
-"""The same numbers as PEFT 0.21.2, and both the truth: every storage crossed with every kind of adapter.
+"""Results equal to PEFT 0.21.2 and to the float64 oracle: every storage crossed with every kind of adapter.
 
-PEFT's Linear and ours wrap the same HQQ layer in float32 and hold the same parameters.
+PEFT's Linear and HqqOFTLinear wrap the same HQQ layer in float32 and hold the same parameters.
 """
 
 from __future__ import annotations

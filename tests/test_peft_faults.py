@@ -1,4 +1,4 @@
-"""Each fault of OFT on HQQ in PEFT 0.21.2: shown to be there in plain PEFT, and gone here.
+"""Each fault of OFT on HQQ in PEFT 0.21.2: reproduced in plain PEFT, and absent in this package.
 
 Each check is run on both kinds of layer: on PEFT's it must fail, in the way that is written beside it.
 """
@@ -148,12 +148,12 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("check", FAULTS, ids=lambda check: check.__name__)
-def test_the_fault_is_in_peft(check):
+def test_plain_peft_fails_this_check(check):
     error, message = FAULTS[check]
     with pytest.raises(error, match=message):
         check("peft")
 
 
 @pytest.mark.parametrize("check", FAULTS, ids=lambda check: check.__name__)
-def test_the_fault_is_not_here(check):
+def test_this_package_passes_this_check(check):
     check("ours")

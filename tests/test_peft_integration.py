@@ -24,7 +24,8 @@ from small_llama import VOCABULARY, quantize, quantized_llama, small_llama
 from torch import nn
 
 import hqq_oft
-from hqq_oft import HqqOFTLinear, merging
+from hqq_oft import HqqOFTLinear
+from hqq_oft.quant import hqq_layer
 
 # Up to 0.20 PEFT has a layer of its own for HQQ, which raises in forward.
 PEFT_RUNS = packaging.version.parse(peft.__version__).release >= (0, 21)
@@ -107,7 +108,7 @@ def test_use_4_as_documented(tokens):
     model = get_peft_model(quantized_llama(), OFTConfig(**USE_4)).train()
     randomize(model, 0.1, "default")
     train(model, tokens, steps=2)
-    model(input_ids=tokens)  # projects what the last step has changed
+    model(input_ids=tokens)  # projects the parameters that the last step changed
     for layer in layers(model):
         norms = (2 * layer.oft_R["default"].weight.detach().square().sum(1)).sqrt()
         assert norms.max() <= 1e-4 / 4 * (1 + 1e-5)
@@ -131,7 +132,7 @@ def test_use_3_safe_merge_of_a_broken_adapter(tokens):
     kept, broken.oft_R["default"].weight.data[0, 0] = broken.oft_R["default"].weight[0, 0].item(), float("nan")
     with pytest.raises(ValueError, match="the adapter 'default' seems to be broken"):
         model.merge_adapter(safe_merge=True)
-    assert not any(layer.merged for layer in layers(model))  # those before the broken one were put back
+    assert not any(layer.merged for layer in layers(model))  # the layers before the broken one were restored
     broken.oft_R["default"].weight.data[0, 0] = kept
     assert torch.equal(logits(model, tokens), expected)
 
@@ -257,10 +258,10 @@ def test_unload(tokens):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize("action", ["merge_adapter", "merge_and_unload"])
-def test_a_model_is_merged_whole_or_not_at_all(tokens, monkeypatch, error, action):
+def test_merging_a_model_is_atomic(tokens, monkeypatch, error, action):
     model = adapted()
     expected, done = logits(model, tokens), []
-    original = merging.requantize
+    original = hqq_layer.requantize
 
     def fail_at_the_third(base, dense, into):
         done.append(base)
@@ -269,7 +270,7 @@ def test_a_model_is_merged_whole_or_not_at_all(tokens, monkeypatch, error, actio
         return original(base, dense, into)
 
     with monkeypatch.context() as patch:
-        patch.setattr(merging, "requantize", fail_at_the_third)
+        patch.setattr(hqq_layer, "requantize", fail_at_the_third)
         with pytest.raises(error):
             getattr(model, action)()
     assert len(done) == 3
@@ -293,7 +294,7 @@ def test_a_model_that_mixes_quantized_and_dense_layers(tokens):
 
 @pytest.mark.parametrize("action", ["merge_adapter", "merge_and_unload"])
 @pytest.mark.parametrize("broken", [0, 2, 3])  # in the order of the model: HQQ, dense, HQQ, dense
-def test_dense_layers_are_put_back_too(tokens, action, broken):
+def test_a_failed_merge_restores_dense_layers_too(tokens, action, broken):
     model = quantized_llama()
     for i in (0, 1):
         model.model.layers[i].self_attn.v_proj = small_llama().model.layers[i].self_attn.v_proj
@@ -443,7 +444,7 @@ def test_patching_is_idempotent_and_reversible():
     assert set(sys.modules) == modules
 
 
-def test_a_block_inside_a_patch_leaves_it_in_force():
+def test_a_patch_block_inside_a_permanent_patch_does_not_remove_it():
     with hqq_oft.patch_peft():
         pass
     assert len(layers(adapted())) == 4
@@ -454,7 +455,7 @@ def test_a_block_inside_a_patch_leaves_it_in_force():
         assert not layers(get_peft_model(quantized_llama(), OFTConfig(**USE_1)))
 
 
-def test_a_patch_asked_for_to_last_outlives_a_block_around_it():
+def test_a_permanent_patch_outlives_an_enclosing_patch_block():
     hqq_oft.unpatch_peft()
     with hqq_oft.patch_peft():
         hqq_oft.patch_peft()
@@ -501,7 +502,7 @@ def test_a_model_outlives_the_patch(tokens):
     assert not layers(model.merge_and_unload())
 
 
-def test_layers_that_are_not_hqq_are_pefts():
+def test_layers_other_than_hqq_use_pefts_layer():
     model = get_peft_model(small_llama(), OFTConfig(**USE_1))
     assert not layers(model)
     assert type(model.base_model) is OFTModel
@@ -553,7 +554,7 @@ def test_convert_shares_parameters_and_revert_undoes_it(tokens):
 @pytest.mark.parametrize("action", ["unload", "merge_and_unload"])
 @pytest.mark.parametrize("given", ["model", "tuner", "a module around it"])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_the_tuner_is_converted_and_reverted_wherever_it_stands(mixed, given, action):
+def test_the_tuner_is_converted_and_reverted_anywhere_in_the_model(mixed, given, action):
     model = plain_peft_model(mixed)
     tuner = model.base_model
     given = {"model": model, "tuner": tuner, "a module around it": nn.ModuleList([model])}[given]
@@ -587,7 +588,7 @@ def test_a_converted_model_computes_the_same_and_trains_on_with_its_optimizer(to
 
 
 @peft_runs
-def test_what_is_not_converted_is_reported_with_the_reason():
+def test_layers_that_are_not_converted_are_reported_with_the_reason():
     model = plain_peft_model(target_modules=["q_proj", "v_proj", "lm_head"])
     first = model.base_model.model.model.layers[0].self_attn.q_proj
     first.merge()
@@ -623,7 +624,7 @@ def test_hooks_survive_conversion(tokens):
     assert seen == [HqqOFTLinear]
 
 
-def test_handles_of_hooks_remove_them_after_conversion(tokens):
+def test_hook_handles_remove_their_hooks_after_conversion(tokens):
     model = plain_peft_model()
     layer, seen = model.base_model.model.model.layers[0].self_attn.q_proj, []
 
@@ -654,7 +655,7 @@ def test_handles_of_hooks_remove_them_after_conversion(tokens):
 
 
 @peft_runs
-def test_a_compiled_layer_is_compiled_anew_after_conversion():
+def test_a_compiled_layer_is_recompiled_after_conversion():
     torch._dynamo.reset()
     holder = nn.ModuleList([plain_peft_model().base_model.model.model.layers[0].self_attn.q_proj])
     holder[0].compile(backend="eager")
@@ -682,7 +683,7 @@ def test_a_conversion_that_fails_changes_no_layer(monkeypatch):
     assert [type(module) for module in model.modules()] == classes
 
 
-def test_a_layer_in_two_places_stays_one():
+def test_a_layer_used_in_two_places_stays_shared():
     model = plain_peft_model()
     attention = [model.base_model.model.model.layers[i].self_attn for i in (0, 1)]
     attention[1].q_proj = attention[0].q_proj
@@ -691,7 +692,7 @@ def test_a_layer_in_two_places_stays_one():
     assert isinstance(attention[0].q_proj, HqqOFTLinear)
 
 
-def test_two_names_in_one_parent_stay_one():
+def test_a_layer_with_two_names_in_one_parent_stays_shared():
     model = plain_peft_model()
     attention = model.base_model.model.model.layers[0].self_attn
     attention.alias = attention.q_proj
@@ -743,7 +744,7 @@ def test_models_of_transformers_own_integration_convert(tokens):
     assert relative_error(logits(model, tokens), expected) <= 1e-5
 
 
-def test_a_model_without_hqq_layers_is_left_as_it_is():
+def test_converting_a_model_without_hqq_layers_changes_nothing():
     model = get_peft_model(small_llama(), OFTConfig(**USE_1))
     report = hqq_oft.convert(model)
     assert report.replaced == []

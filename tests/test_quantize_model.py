@@ -1,4 +1,4 @@
-"""`quantize_model`: what becomes an HQQ layer, what stays, what it takes, and what a failure leaves."""
+"""`quantize_model`: which layers it quantizes, which it keeps, memory, and the state after failures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from small_llama import VOCABULARY, small_llama
 from torch import nn
 
 import hqq_oft
-from hqq_oft import quantize_model, quantizing
+from hqq_oft import quantize_model
+from hqq_oft.quant import model as quantizing
 
 TOKENS = torch.arange(12).reshape(2, 6) % VOCABULARY
 SETTINGS = {"group_size": 16, "progress": False}
@@ -24,12 +25,12 @@ def layers_of(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, HQQLinear)}
 
 
-def test_every_linear_layer_but_the_head_becomes_what_hqq_makes_of_it():
+def test_every_linear_layer_except_the_head_is_quantized_as_by_hqq():
     model, dense = small_llama(), small_llama()
     report = quantize_model(model, nbits=3, group_size=16, axis=0, progress=False)
     assert set(report.quantized) == set(layers_of(model))
     assert len(report.quantized) == 14
-    assert report.kept == {"lm_head": "skip_modules names it"}
+    assert report.kept == {"lm_head": "it matches skip_modules"}
     assert model.hqq_quantized
     for name, layer in layers_of(model).items():
         linear = dense.get_submodule(name).requires_grad_(False)
@@ -79,7 +80,7 @@ class Odd(nn.Linear):
     """A linear layer that may compute something else."""
 
 
-def test_tied_shared_foreign_and_quantized_layers():
+def test_tied_shared_subclassed_and_quantized_layers_are_handled():
     shared = nn.Linear(16, 16)
     model = nn.ModuleDict(
         {"embedding": nn.Embedding(32, 16), "head": nn.Linear(16, 32), "a": shared, "b": shared, "odd": Odd(16, 16)}
@@ -92,11 +93,11 @@ def test_tied_shared_foreign_and_quantized_layers():
     assert model["head"].weight is model["embedding"].weight
     assert report.kept == {
         "head": "its weight is tied to another module's",
-        "odd": "it is a Odd, which may compute something else",
+        "odd": "it is a Odd, which may compute a different function",
     }
     again = quantize_model(model, skip_modules=(), **SETTINGS)
     assert not again.quantized
-    assert again.kept["a"] == "it is an HQQ layer already"
+    assert again.kept["a"] == "it is already an HQQ layer"
 
 
 def test_compute_dtype_casts_the_rest_but_not_computed_buffers():
@@ -108,7 +109,7 @@ def test_compute_dtype_casts_the_rest_but_not_computed_buffers():
     assert model(TOKENS).logits.dtype == torch.bfloat16
 
 
-def test_a_dense_weight_is_gone_before_the_next_layer_is_quantized(monkeypatch):
+def test_each_dense_weight_is_freed_before_the_next_layer_is_quantized(monkeypatch):
     model = small_llama()
     weights = [weakref.ref(m.weight) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
     alive, original = [], quantizing._quantize_layer
@@ -132,11 +133,11 @@ REFUSED = [
     (
         {"nbits": 1, "group_size": 512},
         ValueError,
-        r"q_proj: its 2 rows of levels can't be packed 8 to a byte at 1 bits",
+        r"q_proj: its 2 rows of levels can't be packed 8 per byte at 1 bits",
     ),
     ({"compute_dtype": torch.int8}, TypeError, "compute_dtype must be a floating dtype, got torch.int8"),
     ({"skip_modules": "lm_head"}, ValueError, "skip_modules must be a list of names, got the string 'lm_head'"),
-    ({"overrides": {"no_proj": None}}, ValueError, r"overrides name no linear layer of the model: \['no_proj'\]"),
+    ({"overrides": {"no_proj": None}}, ValueError, r"overrides match no linear layer of the model: \['no_proj'\]"),
     ({"overrides": {"q_proj": {"bits": 3}}}, ValueError, r"overrides\['q_proj'\]: \['bits'\] are not among"),
     ({"overrides": {"q_proj": {"nbits": 9}}}, ValueError, r"overrides\['q_proj'\]: nbits must be one of"),
     ({"device": "nowhere"}, RuntimeError, "device"),
@@ -144,7 +145,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("settings", "error", "message"), REFUSED, ids=[str(list(s[0].items())) for s in REFUSED])
-def test_what_can_not_be_is_refused_before_anything_changes(settings, error, message):
+def test_invalid_settings_are_refused_before_anything_changes(settings, error, message):
     model, dense = small_llama(), small_llama()
     with pytest.raises(error, match=message):
         quantize_model(model, **{**SETTINGS, **settings})
@@ -170,10 +171,10 @@ def adapt(model):
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
-        (spoil_weight, ValueError, r"model.layers.1.mlp.up_proj: NaN or infinity in its weight"),
+        (spoil_weight, ValueError, r"model.layers.1.mlp.up_proj: its weight contains NaN or infinity"),
         (offload, ValueError, r"model.layers.1.mlp.up_proj is on the meta device"),
-        (hook, ValueError, r"model.layers.1.mlp.up_proj carries hooks, .* load the model without device_map"),
-        (adapt, TypeError, r"the model has adapters on it; quantize the base model, then add them"),
+        (hook, ValueError, r"model.layers.1.mlp.up_proj has hooks, .* load the model without device_map"),
+        (adapt, TypeError, r"the model has adapters; quantize the base model, then add the"),
     ],
 )
 def test_a_model_that_can_not_be_quantized_is_refused_before_anything_changes(spoil, error, message):
@@ -192,7 +193,7 @@ def assert_dense(model, dense):
 
 @pytest.mark.parametrize("error", [MemoryError("no room"), KeyboardInterrupt()])
 @pytest.mark.parametrize("nth", [0, 5, 13])
-def test_a_failure_leaves_a_model_that_computes_and_can_be_gone_on_with(monkeypatch, caplog, error, nth):
+def test_after_a_failure_the_model_computes_and_quantization_can_continue(monkeypatch, caplog, error, nth):
     model, whole = small_llama(), small_llama()
     quantize_model(whole, **SETTINGS)
     original, calls = quantizing._quantize_layer, []

@@ -1,4 +1,4 @@
-"""Saving that is killed, interrupted, out of room or forbidden: a directory is there whole or as it was."""
+"""Saves are atomic: after a kill, interrupt, full disk or denied access, a directory is complete or unchanged."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 import torch
 from small_llama import VOCABULARY, small_llama
 
-from hqq_oft import checkpoint, load_quantized, quantize_model, save_quantized
-from hqq_oft.staging import staged_directory
+from hqq_oft import load_quantized, quantize_model, save_quantized
+from hqq_oft.checkpoint import files as checkpoint
+from hqq_oft.checkpoint.atomic_directory import staged_directory
 
 TOKENS = torch.arange(6)[None] % VOCABULARY
 
@@ -44,7 +45,7 @@ import os, sys, time
 sys.path.insert(0, sys.argv[2])
 from small_llama import small_llama
 import hqq_oft
-from hqq_oft import checkpoint
+from hqq_oft.checkpoint import files as checkpoint
 
 model = small_llama(seed=1)
 hqq_oft.quantize_model(model, group_size=16, progress=False)
@@ -72,7 +73,7 @@ def kill_while_saving(target, function, nth):
 
 
 @pytest.mark.parametrize(("function", "nth"), [("write", 3), ("_write_json", 2)])
-def test_a_killed_save_leaves_nothing_that_passes_for_a_model(tmp_path, model, function, nth):
+def test_a_killed_save_never_leaves_a_loadable_partial_model(tmp_path, model, function, nth):
     save_quantized(model, tmp_path / "old")
     before = contents(tmp_path / "old")
     kill_while_saving(tmp_path / "old", function, nth)
@@ -80,9 +81,9 @@ def test_a_killed_save_leaves_nothing_that_passes_for_a_model(tmp_path, model, f
     (left,) = (path for path in tmp_path.iterdir() if path.name != "old")
     assert left.name.startswith(".old.partial-")
     assert any(left.glob("*.safetensors"))
-    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"contains no config\.json"):
         load_quantized(left)
-    save_quantized(model, tmp_path / "old", overwrite=True)  # what is left is in no one's way
+    save_quantized(model, tmp_path / "old", overwrite=True)  # leftovers of the killed save do not block the next one
 
 
 # --- Out of room, forbidden, interrupted -----------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def test_a_save_that_fails_changes_nothing(tmp_path, monkeypatch, model, other, 
             save_quantized(model, target, overwrite=True)
     if isinstance(error, OSError):
         assert raised.value.errno == error.errno
-        assert f"{error.strerror}: writing {target}, where nothing was changed" in str(raised.value)
+        assert f"{error.strerror}: writing {target}; nothing was changed" in str(raised.value)
     assert [path.name for path in tmp_path.iterdir()] == (["model"] if there else [])
     assert not there or contents(target) == before
     save_quantized(model, target, overwrite=True)
@@ -152,7 +153,7 @@ def test_a_save_that_fails_changes_nothing(tmp_path, monkeypatch, model, other, 
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_disk_that_fills_up_in_the_middle_of_a_tensor(tmp_path, monkeypatch, model):
+def test_a_save_to_a_full_disk_changes_nothing(tmp_path, monkeypatch, model):
     original, written = Path.open, []
 
     class Full:
@@ -176,7 +177,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_tensor(tmp_path, monkeypatch, m
         return Full(file) if mode == "xb" else file
 
     monkeypatch.setattr(Path, "open", opened)
-    with pytest.raises(OSError, match=r"No space left on device: writing .*model, where nothing was changed"):
+    with pytest.raises(OSError, match=r"No space left on device: writing .*model; nothing was changed"):
         save_quantized(model, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
@@ -184,14 +185,14 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_tensor(tmp_path, monkeypatch, m
 # --- What is there already -------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_overwritten_unasked_and_nothing_but_a_model_ever(tmp_path, model):
+def test_only_a_saved_model_is_overwritten_and_only_on_request(tmp_path, model):
     for name, make, overwrite, message in [
         ("model", lambda path: save_quantized(model, path), False, "model exists; choose another name, or replace it"),
         (
             "mine",
             lambda path: (path.mkdir(), (path / "thesis.txt").write_text("all")),
             True,
-            "holds no config.json, so",
+            "contains no config.json; only",
         ),
         ("file", lambda path: path.write_text("all"), True, "file exists and is not a directory"),
         ("link", lambda path: path.symlink_to(tmp_path / "file"), True, "file exists and is not a directory"),
@@ -203,7 +204,7 @@ def test_nothing_is_overwritten_unasked_and_nothing_but_a_model_ever(tmp_path, m
     assert {path.name for path in tmp_path.iterdir()} == {"model", "mine", "file", "link"}
 
 
-def test_an_empty_directory_is_filled_parents_are_made_and_links_followed(tmp_path, model):
+def test_saving_fills_an_empty_directory_creates_parents_and_follows_links(tmp_path, model):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     save_quantized(model, tmp_path / "link")
@@ -219,22 +220,22 @@ def test_overwriting_leaves_nothing_of_the_old_model(tmp_path, model, other):
     assert torch.equal(load_quantized(tmp_path / "model")(TOKENS).logits, model(TOKENS).logits)
 
 
-def test_extra_files_come_along_or_nothing_does(tmp_path, model):
+def test_extra_files_are_part_of_the_atomic_save(tmp_path, model):
     (tmp_path / "tokenizer.json").write_text("{}")
     save_quantized(model, tmp_path / "model", extra_files=[tmp_path / "tokenizer.json"])
     assert (tmp_path / "model" / "tokenizer.json").read_text() == "{}"
-    with pytest.raises(FileNotFoundError, match="where nothing was changed"):
+    with pytest.raises(FileNotFoundError, match="; nothing was changed"):
         save_quantized(model, tmp_path / "other", extra_files=[tmp_path / "lost.json"])
     assert not (tmp_path / "other").exists()
 
 
-def test_the_first_of_two_that_make_one_directory_wins(tmp_path):
+def test_of_two_concurrent_saves_to_one_directory_the_first_wins(tmp_path):
     def make(text, meanwhile=lambda: None):
         with staged_directory(tmp_path / "model") as staging:
             (staging / "config.json").write_text(text)
             meanwhile()
 
-    with pytest.raises(OSError, match="where nothing was changed"):
+    with pytest.raises(OSError, match="; nothing was changed"):
         make("second", meanwhile=lambda: make("first"))
     assert contents(tmp_path / "model") == {"config.json": b"first"}
     assert len(list(tmp_path.iterdir())) == 1

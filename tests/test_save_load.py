@@ -19,10 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hqq_oft
 from hqq_oft import CheckpointError, load_quantized, quantize_model, save_quantized
-from hqq_oft.checkpoint import Checkpoint
-from hqq_oft.safetensors_file import TensorFile, crc32, write
-from hqq_oft.saving import parse_size
-from hqq_oft.stored_layer import FIELDS, StoredLayer, tensors_of
+from hqq_oft.checkpoint.files import Checkpoint
+from hqq_oft.checkpoint.layer_format import FIELDS, StoredLayer, tensors_of
+from hqq_oft.checkpoint.safetensors_file import TensorFile, crc32, write
+from hqq_oft.checkpoint.save import parse_size
 
 TOKENS = torch.arange(12).reshape(2, 6) % VOCABULARY
 
@@ -41,7 +41,7 @@ def stored(tmp_path):
 
 
 def state(model):
-    """Every tensor that counts, by name."""
+    """Every tensor of the state, by name."""
     found = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, layer in model.named_modules():
         if isinstance(layer, HQQLinear):
@@ -61,7 +61,7 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_comes_back_bit_for_bit(tmp_path, dtype):
+def test_a_loaded_model_is_bitwise_equal_to_the_saved_one(tmp_path, dtype):
     model = quantized(compute_dtype=dtype, overrides={"down_proj": {"nbits": 8}, "up_proj": None})
     save_quantized(model, tmp_path / "model", max_shard_size="8KB")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
@@ -77,7 +77,7 @@ def test_a_model_comes_back_bit_for_bit(tmp_path, dtype):
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("nbits", [8, 6, 5, 4, 3, 2, 1.58, 1])
-def test_every_layer_comes_back_bit_for_bit_with_its_settings(tmp_path, nbits, axis):
+def test_every_loaded_layer_is_bitwise_equal_with_its_settings(tmp_path, nbits, axis):
     for number, layer in enumerate(
         [
             hqq_layer(nbits=nbits, axis=axis),
@@ -93,15 +93,17 @@ def test_every_layer_comes_back_bit_for_bit_with_its_settings(tmp_path, nbits, a
             found = StoredLayer.read(checkpoint, "l", linear)
             loaded = found.load(checkpoint, "l", linear.bias is not None, torch.device("cpu"))
         assert loaded.W_q.dtype == layer.W_q.dtype
-        assert crc32(loaded.W_q) == crc32(layer.W_q)  # bytes: numbers they pass for may be NaN
+        assert crc32(loaded.W_q) == crc32(layer.W_q)  # compare bytes: as floats, some values may be NaN
         assert torch.equal(loaded.dequantize(), layer.dequantize())
         assert loaded.bias is layer.bias or torch.equal(loaded.bias, layer.bias)
-        was, now = (hqq_oft.merging.quantization_settings(one)["weight_quant_params"] for one in (layer, loaded))
+        was, now = (
+            hqq_oft.quant.hqq_layer.quantization_settings(one)["weight_quant_params"] for one in (layer, loaded)
+        )
         assert was == now
         assert now["nbits"] == nbits
 
 
-def test_the_fields_are_those_of_hqq():
+def test_the_stored_fields_are_those_of_hqq():
     assert set(FIELDS) == HQQLinear(None, None).state_dict_keys()
 
 
@@ -149,7 +151,7 @@ def test_adapters_trained_before_saving_fit_the_loaded_model(tmp_path):
 
 PEAK = """
 import re, sys, torch, hqq_oft
-from hqq_oft.quantizing import stored_bytes
+from hqq_oft.quant.model import stored_bytes
 
 def status(field):
     return int(re.search(rf"{field}:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
@@ -163,7 +165,7 @@ print(status("VmHWM") - before, stored_bytes(model), dense)
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of memory is read from Linux")
-def test_loading_never_holds_the_dense_model(tmp_path, monkeypatch):
+def test_loading_never_materializes_the_dense_model(tmp_path, monkeypatch):
     monkeypatch.setattr(Quantizer, "optimize_weights", quick)
     config = LlamaConfig(
         vocab_size=64, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=8
@@ -186,14 +188,14 @@ def quick(tensor, scale, zero, min_max, axis, device):
 # --- What is refused on the way out ----------------------------------------------------------------------------------
 
 
-def test_what_can_not_be_saved_is_refused_before_anything_is_written(tmp_path):
+def test_an_unsupported_model_is_refused_before_anything_is_written(tmp_path):
     with hqq_oft.patch_peft():
         adapted = get_peft_model(quantized(), OFTConfig(r=0, oft_block_size=8, target_modules=["q_proj"]))
     offloaded = quantized()
     offloaded.lm_head.to("meta")
     for model, error, message in [
-        (adapted, TypeError, r"the model has adapters on it: merge them with model.merge_and_unload\(\)"),
-        (adapted.base_model.model, TypeError, "the model has adapters on it"),
+        (adapted, TypeError, r"the model has adapters: merge them with model.merge_and_unload\(\)"),
+        (adapted.base_model.model, TypeError, "the model has adapters"),
         (small_llama(), TypeError, "the model has no HQQ layer: call quantize_model first"),
         (nn.Sequential(hqq_layer()), TypeError, "expected a transformers model, got Sequential, which has no config"),
         (offloaded, ValueError, "lm_head.weight is on the meta device"),
@@ -207,7 +209,7 @@ def test_what_can_not_be_saved_is_refused_before_anything_is_written(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "size"), [(7, 7), ("500MB", 5 * 10**8), ("2GiB", 2**31), ("1.5 kb", 1500), ("9", 9)])
-def test_sizes(text, size):
+def test_shard_sizes_are_parsed(text, size):
     assert parse_size(text) == size
 
 
@@ -217,7 +219,7 @@ Q = "model.layers.0.self_attn.q_proj"
 
 
 def rewrite(directory: Path, change) -> None:
-    """Change tensors of a stored model, with nothing left that gives it away but what they say."""
+    """Change tensors of a stored model and keep every other file consistent, so that only the values are invalid."""
     path = directory / "model.safetensors"
     with TensorFile(path) as file:
         tensors = {name: file.read(name) for name in file.entries}
@@ -243,11 +245,11 @@ TENSORS = {
     ),
     "a norm of another shape": (
         lambda t: t.update({"model.norm.weight": torch.ones(31)}),
-        r"tensor 'model.norm.weight': its shape is \[31\], and should be \[32\]",
+        r"tensor 'model.norm.weight': its shape is \[31\], expected \[32\]",
     ),
     "a norm of whole numbers": (
         lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int32)}),
-        "tensor 'model.norm.weight': its dtype is torch.int32, and should be torch.float32",
+        "tensor 'model.norm.weight': its dtype is torch.int32, expected torch.float32",
     ),
     "code for a dtype": (
         lambda t: t.update({f"{Q}.compute_dtype": text("__import__('os').abort()")}),
@@ -263,7 +265,7 @@ TENSORS = {
     ),
     "a packing of other bits": (
         lambda t: t.update({f"{Q}.packing": text("2bit_u8")}),
-        rf"tensor '{Q}.packing': 2bit_u8 does not go with 4 bits",
+        rf"tensor '{Q}.packing': 2bit_u8 does not match 4 bits",
     ),
     "seven bits": (lambda t: t.update({f"{Q}.nbits": torch.tensor(7)}), rf"tensor '{Q}.nbits': 7 is not one of 8, 6"),
     "no number of bits": (
@@ -290,15 +292,15 @@ TENSORS = {
     ),
     "a huge shape": (
         lambda t: t.update({f"{Q}.shape": torch.tensor([2**40, 2**20])}),
-        rf"tensor '{Q}.shape': \(1099511627776, 1048576\), where config.json has \(32, 32\)",
+        rf"tensor '{Q}.shape': \(1099511627776, 1048576\), but config.json has \(32, 32\)",
     ),
     "a packed weight cut short": (
         lambda t: t.update({f"{Q}.W_q": t[f"{Q}.W_q"][:-1].clone()}),
-        rf"tensor '{Q}.W_q': its shape is \[31, 16\], and should be \[32, 16\]",
+        rf"tensor '{Q}.W_q': its shape is \[31, 16\], expected \[32, 16\]",
     ),
     "a packed weight of floats": (
         lambda t: t.update({f"{Q}.W_q": t[f"{Q}.W_q"].float()}),
-        rf"tensor '{Q}.W_q': its dtype is torch.float32, and should be torch.uint8",
+        rf"tensor '{Q}.W_q': its dtype is torch.float32, expected torch.uint8",
     ),
     "a scale of whole numbers": (
         lambda t: t.update({f"{Q}.scale": t[f"{Q}.scale"].int()}),
@@ -306,25 +308,25 @@ TENSORS = {
     ),
     "a scale of another shape": (
         lambda t: t.update({f"{Q}.scale": t[f"{Q}.scale"].T.contiguous()}),
-        rf"tensor '{Q}.scale': its shape is \[1, 64\], and should be \[64, 1\]",
+        rf"tensor '{Q}.scale': its shape is \[1, 64\], expected \[64, 1\]",
     ),
     "an infinite scale": (
         lambda t: t[f"{Q}.scale"].fill_(float("inf")),
-        rf"tensor '{Q}.scale': NaN or infinity in it",
+        rf"tensor '{Q}.scale': contains NaN or infinity",
     ),
     "a zero that is no number": (
         lambda t: t[f"{Q}.zero"][3].fill_(float("nan")),
-        rf"tensor '{Q}.zero': NaN or infinity in it",
+        rf"tensor '{Q}.zero': contains NaN or infinity",
     ),
     "a quantized scale": (
         lambda t: t.update({f"{Q}.quant_scale": torch.tensor(1, dtype=torch.uint8)}),
-        rf"tensor '{Q}.quant_scale': HQQ's deprecated form with it set can't be loaded",
+        rf"tensor '{Q}.quant_scale': must be 0; HQQ's deprecated formats",
     ),
 }
 
 
 @pytest.mark.parametrize("case", TENSORS)
-def test_tensors_that_do_not_fit_are_refused_by_name(stored, case):
+def test_tensors_with_invalid_shape_dtype_or_values_are_refused_by_name(stored, case):
     change, message = TENSORS[case]
     rewrite(stored, change)
     with pytest.raises(CheckpointError, match=message) as raised:
@@ -355,16 +357,16 @@ def index(weight_map):
     return lambda d: (d / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-NO_FILE = r"index.json: tensor 'w': .* is no file name \*.safetensors"
+NO_FILE = r"index.json: tensor 'w': .* is not a \*.safetensors file name"
 DIRECTORIES = {
-    "no directory": (lambda d: d.rename(d.with_name("other")), FileNotFoundError, "holds no config.json"),
-    "no config": (lambda d: (d / "config.json").unlink(), FileNotFoundError, "holds no config.json"),
+    "no directory": (lambda d: d.rename(d.with_name("other")), FileNotFoundError, "contains no config.json"),
+    "no config": (lambda d: (d / "config.json").unlink(), FileNotFoundError, "contains no config.json"),
     "no tensors": (lambda d: (d / "model.safetensors").unlink(), FileNotFoundError, "neither model.safetensors nor"),
-    "half a config": (lambda d: (d / "config.json").write_text('{"a": '), CheckpointError, "config.json: not the JSON"),
+    "half a config": (lambda d: (d / "config.json").write_text('{"a": '), CheckpointError, "config.json: not valid"),
     "a list for a config": (lambda d: (d / "config.json").write_text("[]"), CheckpointError, "not a JSON object"),
-    "a dense model": (lambda d: edit(d, "config.json", quantization_config=None), CheckpointError, "not one of HQQ"),
+    "a dense model": (lambda d: edit(d, "config.json", quantization_config=None), CheckpointError, "is not for HQQ"),
     "another method": (
-        lambda d: edit(d, "config.json", quantization_config={"quant_method": "gptq"}), CheckpointError, "not one of"
+        lambda d: edit(d, "config.json", quantization_config={"quant_method": "gptq"}), CheckpointError, "is not for"
     ),
     "an unknown class": (
         lambda d: edit(d, "config.json", architectures=["Mine"]), ValueError, r"architectures is \['Mine'\], which"
@@ -373,7 +375,7 @@ DIRECTORIES = {
         lambda d: edit(d, "config.json", architectures=["utils"]), ValueError, r"architectures is \['utils'\], which is"
     ),
     "a class that is no model": (
-        lambda d: edit(d, "config.json", architectures=["LlamaConfig"]), ValueError, "which is no model class"
+        lambda d: edit(d, "config.json", architectures=["LlamaConfig"]), ValueError, "which is not a model class"
     ),
     "no class": (lambda d: edit(d, "config.json", architectures=None), ValueError, "architectures is None"),
     "a million layers": (
@@ -388,16 +390,16 @@ DIRECTORIES = {
     "an immense vocabulary": (
         lambda d: edit(d, "config.json", vocab_size=2**40), CheckpointError, "'model.embed_tokens.weight': its shape is"
     ),
-    "a flipped bit": (flip_a_bit, CheckpointError, rf"tensor '{Q}.W_q': damaged: its checksum is not that of what"),
+    "a flipped bit": (flip_a_bit, CheckpointError, rf"tensor '{Q}.W_q': damaged: its checksum does not match"),
     "a cut file": (cut, CheckpointError, "model.safetensors: tensor .*truncated"),
     "a newer format": (
         lambda d: edit(d, "hqq_oft.json", format_version=2), CheckpointError, "format_version is 2; this hqq_oft"
     ),
-    "half a manifest": (lambda d: edit(d, "hqq_oft.json", crc32={}), CheckpointError, "it is not in both this file"),
+    "half a manifest": (lambda d: edit(d, "hqq_oft.json", crc32={}), CheckpointError, "not in both this file"),
     "checksums that are text": (
-        lambda d: edit(d, "hqq_oft.json", crc32={"w": "1"}), CheckpointError, "crc32 is not an object"
+        lambda d: edit(d, "hqq_oft.json", crc32={"w": "1"}), CheckpointError, "crc32 must be an object"
     ),
-    "an index of nothing": (index({}), CheckpointError, "weight_map is not an object"),
+    "an index of nothing": (index({}), CheckpointError, "weight_map must be an object"),
     "an index with a path": (index({"w": "../other.safetensors"}), CheckpointError, NO_FILE),
     "an index with an absolute path": (index({"w": "/etc/passwd"}), CheckpointError, NO_FILE),
     "an index with a folder": (index({"w": "sub/model.safetensors"}), CheckpointError, NO_FILE),
@@ -408,13 +410,13 @@ DIRECTORIES = {
         index({"w": "lost.safetensors"}), CheckpointError, "tensor 'w': the file lost.safetensors is missing"
     ),
     "an index with a tensor that is missing": (
-        index({"w": "model.safetensors"}), CheckpointError, "it is not in both the file and model"
+        index({"w": "model.safetensors"}), CheckpointError, "not in both the file and model"
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", DIRECTORIES)
-def test_a_directory_that_is_not_whole_is_refused(stored, case):
+def test_an_incomplete_or_invalid_directory_is_refused(stored, case):
     change, error, message = DIRECTORIES[case]
     change(stored)
     with pytest.raises(error, match=message) as raised:

@@ -1,4 +1,4 @@
-"""Serving several adapters over one quantized model: mixed batches, adapters that come and go, memory given back."""
+"""Serving several adapters over one quantized model: mixed batches, adapters added and removed, memory freed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def generate(model, tokens, **settings):
 
 
 def alone(model, tokens, name):
-    """What a model gives that has this adapter active and no other, for one sample."""
+    """The output for one sample with only this adapter active."""
     if name == "__base__":
         with model.disable_adapter():
             return generate(model, tokens)
@@ -56,10 +56,10 @@ def test_each_sample_of_a_batch_is_served_by_its_adapter(served, tokens, cache):
     for row, name in enumerate(NAMES):
         expected = alone(served, tokens[row : row + 1], name)[0]
         assert torch.equal(mixed[row, : len(expected)], expected)
-    assert len({tuple(row.tolist()) for row in mixed[:, 5:]}) > 2  # the adapters do differ
+    assert len({tuple(row.tolist()) for row in mixed[:, 5:]}) > 2  # the adapters give different outputs
 
 
-def test_the_same_inside_frozen_rotations(served, tokens):
+def test_each_sample_is_served_by_its_adapter_with_frozen_rotations(served, tokens):
     expected = generate(served, tokens, adapter_names=NAMES)
     with hqq_oft.frozen_rotations(served):
         for _ in range(2):
@@ -69,7 +69,7 @@ def test_the_same_inside_frozen_rotations(served, tokens):
         assert all(dict(layer._rotations._entries) == before[id(layer)] for layer in layers(served))
 
 
-def test_rotations_are_made_once_for_all_tokens(served, tokens, monkeypatch):
+def test_rotations_are_computed_once_for_all_tokens(served, tokens, monkeypatch):
     calls = []
     cayley = hqq_oft.functional.cayley
     monkeypatch.setattr(hqq_oft.functional, "cayley", lambda *a, **k: calls.append(1) or cayley(*a, **k))
@@ -79,7 +79,7 @@ def test_rotations_are_made_once_for_all_tokens(served, tokens, monkeypatch):
     assert len(calls) == 2 * len(layers(served))
 
 
-def test_an_adapter_that_is_removed_gives_back_its_memory(served, tokens):
+def test_deleting_an_adapter_frees_its_memory(served, tokens):
     generate(served, tokens, adapter_names=NAMES)
     refs = []
     for layer in layers(served):
@@ -92,8 +92,8 @@ def test_an_adapter_that_is_removed_gives_back_its_memory(served, tokens):
     assert torch.equal(generate(served, tokens[:1]), alone(served, tokens[:1], "first"))
 
 
-def test_what_is_served_follows_every_change(served, tokens):
-    """Add, switch, replace, train, load, remove: the next batch is that of a model which never served anything."""
+def test_every_change_of_adapters_takes_effect_on_the_next_batch(served, tokens):
+    """Add, switch, replace, train, load, remove: the next batch equals that of a model without cached state."""
 
     def check():
         for layer in layers(served):

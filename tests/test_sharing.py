@@ -1,4 +1,4 @@
-"""Rotations shared by the layers of a model: the same numbers, fewer launches, and none where it can't be right."""
+"""Rotations shared by the layers of a model: the same results with fewer launches, and the per-layer fallback."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hqq_oft
-from hqq_oft import functional, ops, rotation_step, share_rotations
+from hqq_oft import functional, share_rotations
+from hqq_oft.ops import table as ops
+from hqq_oft.tuner import rotation_batch as rotation_step
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAYERS = 14
@@ -107,7 +109,7 @@ def test_adapters_in_a_row_and_changed_parameters(tokens, launches):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_computes_its_own_the_second_time(tokens, launches, reentrant):
+def test_recomputation_under_gradient_checkpointing_does_not_share(tokens, launches, reentrant):
     model = adapted()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -141,7 +143,7 @@ class Twice(nn.Module):
         return self.layer(x).sum() * checkpoint(self.layer, x, use_reentrant=False)
 
 
-def test_evaluation_and_merged_layers_are_left_alone(tokens, launches):
+def test_evaluation_and_merged_layers_do_not_share(tokens, launches):
     model = adapted().eval()
     with share_rotations(model), torch.no_grad():
         expected = model(input_ids=tokens).logits
@@ -156,7 +158,7 @@ def test_evaluation_and_merged_layers_are_left_alone(tokens, launches):
         assert "cayley" not in launches
 
 
-def test_a_parameter_changed_within_the_forward_is_not_taken_from_before():
+def test_a_parameter_changed_during_the_forward_is_recomputed():
     model = nn.Sequential(layers(adapted())[0])
     v, before = model[0].oft_R["default"].weight, []
 
@@ -175,7 +177,7 @@ def test_a_parameter_changed_within_the_forward_is_not_taken_from_before():
 
 
 @pytest.mark.parametrize("where", ["before the step", "in a layer"])
-def test_a_failed_forward_ends_its_step_alone(tokens, where):
+def test_a_failed_forward_ends_only_its_own_step(tokens, where):
     model, outer = adapted(), nn.Identity()
     share_rotations(model)
     rotation_step.enter(rotation_step.RotationStep(outer, []))
@@ -191,7 +193,7 @@ def test_a_failed_forward_ends_its_step_alone(tokens, where):
     hook.remove()
 
 
-def test_a_step_that_an_interrupt_leaves_behind_ends_with_the_next(tokens):
+def test_a_step_left_open_by_an_interrupt_is_ended_by_the_next_forward(tokens):
     model = adapted()
     expected = step(model, tokens)
     share_rotations(model)
@@ -211,7 +213,7 @@ def interrupt(*args):
     raise KeyboardInterrupt
 
 
-def test_threads_have_steps_of_their_own(tokens):
+def test_each_thread_has_its_own_step(tokens):
     models = [adapted() for _ in range(2)]
     expected = [step(model, tokens) for model in models]
     got: list = [None, None]
@@ -228,7 +230,7 @@ def test_threads_have_steps_of_their_own(tokens):
     assert all(same(results, expected[index]) for index in range(2) for results in got[index])
 
 
-def test_compiled_layers_compute_their_own():
+def test_compiled_layers_do_not_share():
     torch._dynamo.reset()
     model = nn.Sequential(layers(adapted())[0])
     x = torch.randn(4, model[0].in_features)
@@ -237,6 +239,6 @@ def test_compiled_layers_compute_their_own():
         assert torch.allclose(torch.compile(model, backend=COMPILE_BACKEND, fullgraph=True)(x), expected, atol=1e-5)
 
 
-def test_models_without_our_layers():
+def test_sharing_in_a_model_without_oft_layers_raises():
     with pytest.raises(ValueError, match="the model has no HqqOFTLinear layer: there are no rotations to share"):
         share_rotations(nn.Linear(2, 2))

@@ -1,4 +1,4 @@
-"""Long use: memory stays flat, and at the end everything is what it was or should be."""
+"""Long use: memory stays constant, and the final state is correct."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="residen
 
 @linux
 @pytest.mark.parametrize("shared", [False, True])
-def test_training_keeps_no_memory_and_repeats_itself(shared):
+def test_training_does_not_leak_memory_and_is_reproducible(shared):
     """Half of all the steps, as the same run twice, in which memory is compared early and at the end."""
     settings = {"module_dropout": 0.25, "coft": True, "eps": 1.0} if not shared else {}
     results = []
@@ -76,7 +76,7 @@ def check_flat(memory):
 
 
 @linux
-def test_merging_and_unmerging_over_and_over():
+def test_repeated_merging_and_unmerging_is_exact_and_does_not_leak_memory():
     layer = oft_layer(hqq_layer(64, 96), adapter="a").eval()
     add_adapter(layer, "b", oft_block_size=4)
     x, pristine = torch.randn(3, 96), packed_bytes(layer.get_base_layer())
@@ -105,7 +105,7 @@ def outputs(layer: HqqOFTLinear, names, x):
 
 
 @linux
-def test_adapters_that_come_and_go_leave_nothing():
+def test_added_and_deleted_adapters_do_not_leak_memory():
     layer = oft_layer(adapter="kept").eval()
     x, memory = torch.randn(3, 96), []
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Random calls on random layers, held against a model of what each should leave behind.
+"""Random calls on random layers, compared with a model of the expected state.
 
 A layer's state, as its user sees it: which adapters there are, with which parameters, which are active, merged,
 disabled, and what the layer computes. After every call the state is the expected one; after one that raises, the one
@@ -134,7 +134,7 @@ class Layer(RuleBasedStateMachine):
         if name not in self.adapters or self.adapters[name][1].numel() == 0:
             return
         if self.adapters[name][0]["use_cayley_neumann"] and self.adapters[name][0]["num_cayley_neumann_terms"] == 1:
-            return  # one term is the identity, whatever the parameter
+            return  # one term is the identity for every parameter
         weight = self.layer.oft_R[name].weight
         with torch.no_grad():
             weight[0, 0] = value
@@ -287,7 +287,7 @@ class Layer(RuleBasedStateMachine):
             self._near(out, self._rotated(X, self.active))
 
 
-def test_random_calls_leave_what_they_should():
+def test_random_sequences_of_calls_give_the_expected_state():
     warnings.simplefilter("ignore")  # merging twice, unmerging nothing: each warns, and has tests of its own
     bounds = settings(
         max_examples=250,

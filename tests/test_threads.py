@@ -1,4 +1,4 @@
-"""Forwards in some threads while others change the layer: every output is one of a state that there was."""
+"""Forwards in some threads while others change the layer: every output matches a state between two changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import add_adapter, hqq_layer, oft_layer, packed_bytes, same_bytes
 
-from hqq_oft.state_lock import StateLock
+from hqq_oft.tuner.state_lock import StateLock
 
 SECONDS = 2.0
 
@@ -20,7 +20,7 @@ SECONDS = 2.0
 @pytest.fixture(autouse=True)
 def _switch_often():
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)  # a change of threads in the middle of everything
+    sys.setswitchinterval(1e-5)  # switches threads as often as possible
     yield
     sys.setswitchinterval(interval)
 
@@ -48,7 +48,7 @@ def change_state(layer, number):
 
 
 def run_threads(*workers):
-    """Each worker over and over until the time is up, or one fails; what they raised."""
+    """Repeat each worker until the time is up or one fails; return the exceptions."""
     errors: list[BaseException] = []
     until = time.monotonic() + SECONDS
 
@@ -73,7 +73,7 @@ def run_threads(*workers):
 
 @pytest.mark.filterwarnings("ignore:Already unmerged")
 @pytest.mark.parametrize("training", [False, True])
-def test_no_forward_meets_half_a_change(training):
+def test_no_forward_sees_a_partial_change(training):
     layer, x = two_adapters(), torch.randn(3, 48)
     pristine = packed_bytes(layer.get_base_layer())
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_no_forward_meets_half_a_change(training):
     assert same_bytes(layer.get_base_layer(), pristine)
 
 
-def test_adapters_come_and_go_while_others_serve():
+def test_adapters_are_added_and_deleted_while_others_serve():
     layer, x = two_adapters(), torch.randn(3, 48)
     with torch.no_grad():
         expected = layer(x)
@@ -122,7 +122,7 @@ def test_adapters_come_and_go_while_others_serve():
         raise errors[0]
 
 
-def test_merges_in_several_threads_take_turns():
+def test_merges_in_several_threads_are_serialized():
     layer = two_adapters()
     layer.set_adapter(["a", "b"])
     pristine = packed_bytes(layer.get_base_layer())
@@ -141,7 +141,7 @@ def test_merges_in_several_threads_take_turns():
         assert same_bytes(layer.get_base_layer(), pristine)
 
 
-def test_a_waiting_change_gets_its_turn_and_one_thread_may_do_both():
+def test_writers_are_not_starved_and_the_lock_is_reentrant():
     lock = StateLock()
     with lock.reading(), lock.reading(), lock.writing(), lock.writing(), lock.reading():
         pass
@@ -179,7 +179,7 @@ def test_a_waiting_change_gets_its_turn_and_one_thread_may_do_both():
     assert order == ["first reader", "writer", "second reader"]
 
 
-def test_two_forwards_that_both_change_their_layer_do_not_wait_for_each_other():
+def test_two_forwards_that_both_change_their_layer_do_not_deadlock():
     lock, errors, changed = StateLock(), [], []
     both_read = threading.Barrier(2)
 
@@ -204,7 +204,7 @@ def test_two_forwards_that_both_change_their_layer_do_not_wait_for_each_other():
         pass
 
 
-def test_copies_of_a_lock_are_free():
+def test_a_copy_of_a_held_lock_is_not_held():
     lock = StateLock()
     with lock.writing():
         for copied in (copy.deepcopy(lock), pickle.loads(pickle.dumps(lock))):

@@ -1,4 +1,4 @@
-"""Training the way people do: transformers' Trainer, accumulation, resuming, checkpointing, autocast, compilation."""
+"""Common training setups: transformers' Trainer, accumulation, resuming, checkpointing, autocast, compilation."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_compiled_model_is_one_graph():
     tokens = torch.stack([row["input_ids"] for row in dataset(4)])
     model = adapted().train()
     results = []
-    # What breaks graphs is found by tracing; generating code for them, which takes most of the time, adds nothing.
+    # Tracing finds graph breaks; generating code would take most of the time and find nothing more.
     for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         model.zero_grad()
         loss = run(input_ids=tokens, labels=tokens, use_cache=False).loss

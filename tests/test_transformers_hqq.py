@@ -53,7 +53,7 @@ def test_a_model_that_transformers_stored_loads(dense, tmp_path, settings):
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_a_model_of_transformers_and_one_of_ours_are_stored_alike(dense, tmp_path):
+def test_models_quantized_by_transformers_and_by_this_package_are_stored_alike(dense, tmp_path):
     model, ours = from_transformers(dense), small_llama()
     quantize_model(ours, group_size=16, progress=False)
     save_quantized(model, tmp_path / "theirs")
@@ -62,7 +62,7 @@ def test_a_model_of_transformers_and_one_of_ours_are_stored_alike(dense, tmp_pat
         assert (tmp_path / "theirs" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
 
 
-def test_transformers_loads_what_we_store(tmp_path):
+def test_transformers_loads_a_saved_model(tmp_path):
     model = small_llama()
     overrides = {"down_proj": {"nbits": 8}, "model.layers.0.mlp.up_proj": None}
     quantize_model(model, group_size=16, overrides=overrides, progress=False)
@@ -99,7 +99,7 @@ def test_from_pretrained_then_get_peft_model(dense, tmp_path):
     assert torch.equal(logits(load_quantized(tmp_path / "merged")), logits(merged))
 
 
-def test_a_dense_merge_is_a_plain_model(dense, tmp_path):
+def test_a_model_merged_into_dense_is_a_plain_model(dense, tmp_path):
     config = OFTConfig(r=0, oft_block_size=8, target_modules=r".*_proj")
     adapted = get_peft_model(from_transformers(dense), config).eval()
     randomize(adapted, 0.1)

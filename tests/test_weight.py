@@ -29,7 +29,7 @@ def test_dequantize_agrees_with_the_oracle_and_with_hqq(nbits, axis, group_size)
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("nbits", [4, 3, 2])
-def test_half_precision_is_no_further_from_the_truth_than_hqq(dtype, nbits):
+def test_half_precision_is_at_least_as_accurate_as_hqq(dtype, nbits):
     base = hqq_layer(64, 192, nbits=nbits, group_size=64, dtype=dtype)
     truth = oracle.of_layer(base)
     ours = relative_error(functional.dequantize(QuantizedWeight.from_hqq(base)), truth)
@@ -49,7 +49,7 @@ def test_packed_levels_are_shared_not_copied():
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("nbits", [4, 3])
-def test_groups_may_straddle_rows(axis, nbits):
+def test_groups_may_span_rows(axis, nbits):
     base = hqq_layer(40, 48, nbits=nbits, group_size=64, axis=axis)  # 64 divides neither 40 nor 48
     assert relative_error(functional.dequantize(QuantizedWeight.from_hqq(base)), oracle.of_layer(base)) <= 1e-6
 
@@ -62,7 +62,7 @@ def test_view_as_float(nbits):
 
 
 def test_rows_that_do_not_pack_are_refused_with_the_reason():
-    # HQQ packs such a weight without a word, loses rows, and fails when it is dequantized.
+    # HQQ packs such a weight without an error, loses rows, and fails when dequantizing.
     packed, meta = Quantizer.quantize(torch.randn(9, 8), nbits=1, group_size=8, axis=1, device="cpu")
     with pytest.raises(ValueError, match="9 rows of levels cannot be packed 8 to a byte at 1 bits"):
         QuantizedWeight.from_parts(packed, meta)
@@ -131,14 +131,14 @@ def test_a_single_group(n, k, nbits, axis):
     assert torch.equal(functional.dequantize(QuantizedWeight.from_hqq(base)), base.dequantize())
 
 
-def test_what_is_no_hqq_layer():
+def test_an_object_that_is_not_an_hqq_layer_raises():
     with pytest.raises(
         TypeError, match=r"expected an hqq.core.quantize.HQQLinear, got Linear; quantize the layer first"
     ):
         QuantizedWeight.from_hqq(nn.Linear(4, 4))
 
 
-def test_an_uninitialised_layer():
+def test_an_uninitialised_layer_raises():
     config = BaseQuantizeConfig(nbits=4, group_size=32)
     base = HQQLinear(nn.Linear(32, 8), config, compute_dtype=torch.float32, device="cpu", initialize=False)
     with pytest.raises(ValueError, match="not initialised: it holds no packed weight"):
@@ -158,7 +158,7 @@ def test_an_uninitialised_layer():
         ({"zero": torch.zeros(32, dtype=torch.int32)}, "zero must be a floating point tensor"),
     ],
 )
-def test_parts_that_do_not_fit_together(change, message):
+def test_inconsistent_shapes_and_settings_raise(change, message):
     parts = {
         "packed": torch.zeros(16, 8, dtype=torch.uint8),
         "scale": torch.ones(32),
@@ -174,7 +174,7 @@ def test_parts_that_do_not_fit_together(change, message):
         QuantizedWeight(**{**parts, **change})
 
 
-def test_meta_data_that_lacks_a_part():
+def test_missing_meta_data_raises():
     base = hqq_layer()
     del base.meta["zero"]
     with pytest.raises(ValueError, match="holds no zero"):

@@ -1,4 +1,4 @@
-"""The whole path as a user walks it, in processes of their own and on real text: every number of it is checked."""
+"""The whole workflow, in separate processes and on real text; every result is checked."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def test_training_learns(folder):
         assert found["adapted"][name] < found["quantized"][name] - 0.1
 
 
-def test_another_process_serves_and_merges_what_was_trained(folder):
+def test_another_process_serves_and_merges_the_trained_adapters(folder):
     run("serve.py", folder, "one")
     trained, served = facts(folder, "one", "facts.json"), facts(folder, "one", "served.json")
     assert served["adapted"] == trained["adapted"]
     assert served["logits"] == trained["logits"]
 
-    # The same prompt thrice: each row of the batch is what its adapter alone gives, and not what another one gives.
+    # The same prompt three times: each row of the batch matches the output of its own adapter, and of no other.
     assert served["together"] == served["one by one"]
     for row, differences in enumerate(served["off"].values()):
         assert differences.pop(row) < 1e-5
@@ -65,7 +65,7 @@ def test_another_process_serves_and_merges_what_was_trained(folder):
 
     merged, report = served["merged"], served["report"]
     adapted, quantized = trained["adapted"]["prose"], trained["quantized"]["prose"]
-    # Four bits lose something of what the adapter has learnt, eight next to nothing, a dense layer rounding alone.
+    # Four bits lose part of what the adapter has learned, eight almost nothing, a dense layer only rounding.
     assert report["dense"] < 1e-6 < report["8"] < 0.02 < report["None"] < 0.2
     assert merged["dense"]["logits off the adapter's"] < 1e-5
     assert merged["8"]["logits off the adapter's"] < 0.03 < merged["None"]["logits off the adapter's"]
@@ -78,7 +78,7 @@ def test_another_process_serves_and_merges_what_was_trained(folder):
     assert merged["8"]["saved bit for bit"]
 
 
-def test_two_processes_train_as_one(folder):
+def test_two_processes_train_like_one(folder):
     run("train.py", folder, "two", processes=2)
     one, two = facts(folder, "one", "facts.json"), facts(folder, "two", "facts.json")
     for key in ("plain", "quantized"):

@@ -1,6 +1,6 @@
-// What the products on bfloat16 levels share: AVX-512's bfloat16 dot product multiplies pairs, and a level becomes
-// bfloat16 by a lookup (vpermw) of the low five bits of a 16-bit word, in a table that repeats itself where a level has
-// fewer, so that bits above the level's do not matter.
+// Shared by the products of bfloat16 levels. AVX-512's bfloat16 dot product multiplies pairs. A level is converted to
+// bfloat16 by table lookup (vpermw) with the low five bits of a 16-bit word; for levels of fewer bits the table
+// repeats, so that the bits above the level do not matter.
 #pragma once
 
 #include <immintrin.h>
@@ -12,7 +12,7 @@ namespace {
 
 inline __m512bh as_bf16(__m512i v) { return reinterpret_cast<__m512bh>(v); }
 
-// Rows of accumulators: with two or three vectors in each enough to hide the latency of a dot product.
+// Rows of accumulators: enough, with two or three vectors each, to hide the latency of the dot product.
 constexpr int kRowsAtATime = 8;
 
 // The pair of bfloat16 at p, in every lane.
@@ -22,7 +22,7 @@ inline __m512bh broadcast_pair(const uint16_t* p) {
   return as_bf16(_mm512_set1_epi32(pair));
 }
 
-// Levels 0 ... 2^bits - 1 again and again.
+// Levels 0 ... 2^bits - 1, repeated.
 inline Vec level_vector(int64_t bits) {
   alignas(64) float level[kLanes];
   for (int i = 0; i < kLanes; ++i) level[i] = static_cast<float>(i & ((1 << bits) - 1));
@@ -40,7 +40,7 @@ inline Vec group_weights(Vec levels, const S& scale, const S& zero) {
   return mul(sub(levels, set(float_of(zero))), set(float_of(scale)));
 }
 
-// Sixteen vectors of sixteen 32-bit words.
+// Transposes a 16 x 16 matrix of 32-bit words.
 inline void transpose(__m512i* v) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 4) {
@@ -59,7 +59,7 @@ inline void transpose(__m512i* v) {
   }
 }
 
-// `total` things in shares of at most `most`, as equal as can be: f(first, count).
+// Splits `total` items into the fewest shares of at most `most`, as equal as possible: f(first, count).
 template <class F>
 inline void share_out(int64_t total, int64_t most, F&& f) {
   int64_t shares = ceil_div(total, most);
@@ -70,11 +70,12 @@ inline void share_out(int64_t total, int64_t most, F&& f) {
   }
 }
 
-// Thirty-two rows of W that share packed bytes: sixteen of a band, and those of the next band in the same bytes.
+// Thirty-two rows of W that share packed bytes: sixteen of one band, and the sixteen of the next band in the same
+// bytes.
 struct RowTile {
   int64_t rows;               // of each band; fewer in the last tile
   int64_t first[2];           // row of W, by band
-  int64_t packed[kBandRows];  // rows of bytes; past the last one, it once more
+  int64_t packed[kBandRows];  // rows of bytes; the last one is repeated
   int shift[2];               // right, to bring a level to the low bits
 
   RowTile(const Weight& w, int64_t band_pair, int64_t tile) {
@@ -89,7 +90,7 @@ struct RowTile {
   const uint8_t* bytes(const Weight& w, int64_t row) const {
     return static_cast<const uint8_t*>(w.packed) + packed[row] * w.K;
   }
-  // Row of W of which the tile's `row` is in a band.
+  // Row of W for the tile's `row` in a band.
   int64_t row_of_w(int band, int64_t row) const { return first[band] + smaller(row, rows - 1); }
 };
 

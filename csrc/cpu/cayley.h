@@ -1,4 +1,4 @@
-// D = R - I from skew parameters, and its gradient, one block at a time; formulas as in hqq_oft/reference.py.
+// D = R - I from skew parameters, and its gradient, one block at a time; formulas as in hqq_oft/ops/reference.py.
 #pragma once
 
 #include "types.h"
@@ -22,13 +22,13 @@ inline void add_scaled(float* to, const float* from, float factor, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes) store(to + i, fma(set(factor), load(from + i), load(to + i)));
 }
 
-// What the upper triangle of Q is multiplied by, so that its Frobenius norm is bounded as `project` of the reference does.
+// Factor for the upper triangle of Q that bounds its Frobenius norm, as `project` in the reference.
 inline double bound(const Cayley& map, const float* q) {
   if (!map.max_norm) return 1;
   double squares = 0;
   for (int64_t i = 0; i < map.block(); ++i) squares += static_cast<double>(q[i]) * q[i];
   double norm = __builtin_sqrt(2 * squares);
-  // a norm may exceed the bound by float32's rounding, so that projecting again changes nothing
+  // tolerates float32 rounding, so that the projection is idempotent
   return norm <= *map.max_norm * (1 + 0x1p-23) ? 1 : *map.max_norm / norm;
 }
 
@@ -47,8 +47,8 @@ inline void fill_skew(const Cayley& map, int64_t block, float* q) {
     for (int64_t j = i + 1; j < b; ++j) q[j * stride + i] = -q[i * stride + j];
 }
 
-// d = -2 (I + Q)^-1 Q by Gauss-Jordan elimination of `a` = I + Q. The symmetric part of a is I, so no pivot is below 1
-// in the Schur complements' symmetric parts, and none needs choosing.
+// d = -2 (I + Q)^-1 Q by Gauss-Jordan elimination of `a` = I + Q. The symmetric part of a is I, so all pivots
+// are >= 1 (Schur complements keep a symmetric part >= I), and no pivoting is needed.
 inline void exact_map(int64_t b, const float* q, float* a, float* d) {
   int64_t stride = padded(b);
   for (int64_t i = 0; i < b * stride; ++i) a[i] = q[i], d[i] = -2 * q[i];
@@ -70,7 +70,7 @@ inline void exact_map(int64_t b, const float* q, float* a, float* d) {
   }
 }
 
-// The series of four coefficients, PEFT's default, in two products in place of three: with P = Q^2,
+// The series of four coefficients, PEFT's default, in two products instead of three: with P = Q^2,
 // D = c1 Q + c2 P + P (c3 Q + c4 P).
 inline bool in_pairs(const Cayley& map) { return !map.exact && map.terms == 4; }
 
@@ -118,7 +118,7 @@ void cayley(const CayleyForward& op, int64_t begin, int64_t end, float* scratch)
   }
 }
 
-// Sum of the gradients of all blocks of the result that a stored one was spread to.
+// Sum of the gradients of all result blocks that share a stored block.
 inline void gather_gradient(const CayleyBackward& op, int64_t block, float* row, float* g) {
   const Cayley& map = op.map;
   int64_t b = map.b, stride = padded(b);
@@ -163,8 +163,8 @@ inline void series_gradient(const Cayley& map, const float* q, const float* g, f
   add_scaled(dq, gk, 1, size);
 }
 
-// Of the series in pairs, with S = c3 Q + c4 P: dS = P G, dP = c2 G + G S^T + c4 dS, dQ = c1 G + c3 dS - dP Q - Q dP,
-// as P is symmetric and Q^T = -Q.
+// Gradient of the series in pairs, with S = c3 Q + c4 P: dS = P G, dP = c2 G + G S^T + c4 dS, dQ = c1 G + c3 dS - dP Q
+// - Q dP, as P is symmetric and Q^T = -Q.
 inline void pairs_gradient(const Cayley& map, float* q, const float* g, float* p, float* s, float* ds, float* dp,
                            float* dq) {
   int64_t b = map.b, size = map.block();

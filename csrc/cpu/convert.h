@@ -1,4 +1,4 @@
-// Between float32, in which everything is computed, and the types that tensors have.
+// Conversions between float32, the compute type, and the tensors' types.
 #pragma once
 
 #include "types.h"
@@ -11,7 +11,7 @@ struct Type {
   using type = T;
 };
 
-// f(Type<T>()) with the T of a type known at run time.
+// Dispatches f(Type<T>()) on a type known at run time.
 template <class F>
 inline void with_type(DType type, F&& f) {
   switch (type) {

@@ -1,4 +1,4 @@
-// Packed levels to float32 weights, and the dequantizing passes made of it.
+// Packed levels to float32 weights, and the dequantization kernels.
 #pragma once
 
 #include "types.h"
@@ -70,8 +70,7 @@ inline void dequantize_plain(const Dequantize& op, int64_t begin, int64_t end, f
   }
 }
 
-// Bring what a row of the window will read and write into the cache: rows are too far apart for the processor to look
-// ahead.
+// Prefetches what a row of the window will read and write: rows are too far apart for the hardware prefetcher.
 inline void look_ahead(const Dequantize& op, int64_t row, int64_t column, int64_t columns) {
   int64_t size = op.w.bits == 3 ? 4 : 1;
   auto packed = static_cast<const char*>(op.w.packed) +
@@ -81,8 +80,8 @@ inline void look_ahead(const Dequantize& op, int64_t row, int64_t column, int64_
   for (int64_t i = 0; i < columns * size_of(op.out.type); i += 64) __builtin_prefetch(out + i, 1);
 }
 
-// For each slice of tasks begin ... end, `next_slice(first block, blocks)`, then f(rows of W, how many, column, blocks) for
-// tiles of rows that are decoded into `plain`.
+// For each slice of tasks begin ... end, `next_slice(first block, blocks)`, then f(rows of W, count, column, blocks)
+// for tiles of rows that are decoded into `plain`.
 template <class N, class F>
 inline void for_tiles(const Dequantize& op, int64_t begin, int64_t end, float* plain, N&& next_slice, F&& f) {
   const Blocks& blocks = op.blocks;

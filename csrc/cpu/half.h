@@ -38,7 +38,7 @@ inline float float_of(F16 value) {
   return sign ? -magnitude : magnitude;
 }
 
-// To nearest, ties to even; any NaN becomes the quiet one.
+// Rounds to nearest, ties to even; every NaN becomes the canonical quiet NaN.
 inline BF16 bf16_of(float value) {
   if (value != value) return {0x7fc0};
   uint32_t bits = bits_of(value);
@@ -51,7 +51,7 @@ inline F16 f16_of(float value) {
   uint32_t half;
   if (magnitude > 0x7f800000) {
     half = 0x7e00;
-  } else if (magnitude >= 0x477ff000) {  // 65520: what rounds to 2^16 is out of range
+  } else if (magnitude >= 0x477ff000) {  // 65520 and above round to 2^16: infinity
     half = 0x7c00;
   } else if (magnitude >= 0x38800000) {  // 2^-14: normal
     half = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;

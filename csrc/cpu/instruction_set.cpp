@@ -15,7 +15,7 @@ std::vector<const Kernels*> detect() {
   std::vector<const Kernels*> found{&portable_kernels};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  // These ask the operating system too, which must save the wide registers.
+  // These also check that the operating system saves the wide registers.
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

@@ -1,4 +1,4 @@
-// Which instruction set's kernels run.
+// Selects the instruction set whose kernels run.
 #pragma once
 
 #include <string>
@@ -8,13 +8,13 @@
 
 namespace hqq_oft::cpu {
 
-// Kernels that were compiled and that this processor can run, the fastest last.
+// Compiled kernels that this processor supports, the fastest last.
 const std::vector<const Kernels*>& available();
 
-// Those in force: the last of `available()`, or what `select` chose.
+// The selected kernels: the last of `available()`, or what `select` chose.
 const Kernels& kernels();
 
-// Choose by name; false where there are none of that name.
+// Selects kernels by name; false if that name is not available.
 bool select(const std::string& name);
 
 }  // namespace hqq_oft::cpu

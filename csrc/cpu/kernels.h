@@ -1,8 +1,8 @@
 // The kernels of one instruction set: a translation unit defines HQQ_OFT_ISA, includes its vectors, then this.
 //
-// Everything is in a namespace of that name and local to the translation unit, and nothing of the standard library's
-// templates is used: a function that the linker could share with other units would carry these instructions to machines
-// that do not have them.
+// Everything is in a namespace of that name and local to the translation unit, and no standard library templates are
+// used: the linker could merge their instances with those of other units, which would then execute unsupported
+// instructions on older processors.
 #pragma once
 
 #include "convert.h"

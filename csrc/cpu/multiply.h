@@ -1,4 +1,4 @@
-// The one matrix product that rotations and Cayley maps are made of: small, float32, operands in cache.
+// The matrix product used by rotations and Cayley maps: small, float32, operands in cache.
 #pragma once
 
 #include "types.h"
@@ -41,8 +41,8 @@ inline void multiply_rows(const float* a, int64_t row_stride, int64_t k_stride, 
                            c_stride);
 }
 
-// c = init + a * b, or a * b where init is null; c may be init. a may be given transposed: its element (r, i) is
-// a[r * row_stride + i * k_stride]. Columns are rounded up to whole vectors: b, init and c need the room.
+// c = init + a * b, or a * b if init is null; c may alias init. a may be given transposed: its element (r, i) is
+// a[r * row_stride + i * k_stride]. Columns are rounded up to whole vectors: b, init and c must be padded accordingly.
 inline void multiply(const float* a, int64_t row_stride, int64_t k_stride, const float* b, int64_t b_stride,
                      int64_t rows, int64_t k, int64_t columns, const float* init, int64_t init_stride, float* c,
                      int64_t c_stride) {

@@ -1,7 +1,7 @@
 // Large pages for large results.
 //
-// The C library maps a large tensor anew each time, and its first writes fault once per 4 KiB page: for a dequantized
-// weight that costs more than the arithmetic. Asked for, the kernel hands out 2 MiB at a time instead.
+// The C library maps new pages for every large tensor, and first writes fault once per 4 KiB page; for a dequantized
+// weight that costs more than the arithmetic. With transparent huge pages (madvise) a fault maps 2 MiB.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +15,7 @@ namespace hqq_oft::cpu {
 
 constexpr size_t kLargePage = size_t{2} << 20;
 
-// Memory that nothing has written yet. What a system can't do is left undone: this changes no result.
+// For memory not yet written. No-op on systems without huge pages; never affects results.
 inline void ask_for_large_pages([[maybe_unused]] void* begin, [[maybe_unused]] size_t bytes) {
 #ifdef __linux__
   const auto first = (reinterpret_cast<uintptr_t>(begin) + kLargePage - 1) / kLargePage * kLargePage;

@@ -1,4 +1,4 @@
-// y = x * W^T + bias for few rows of x: a few rows of W are decoded into cache and met by all rows of x.
+// y = x * W^T + bias for few rows of x: a few rows of W are decoded into cache and multiplied by all rows of x.
 #pragma once
 
 #include "types.h"

@@ -1,8 +1,8 @@
-// y = x * W^T + bias for a few bfloat16 rows of x: bound by memory.
+// y = x * W^T + bias for a few bfloat16 rows of x: memory-bound.
 //
-// A byte is looked up once per field: the 16-bit word that holds the levels of columns 2i and 2i + 1, shifted, is an
-// index into a table of levels. Even and odd columns come out apart, and x is laid out likewise. Per group,
-// s * (q . x) - s * z * sum(x).
+// Each field takes two table lookups per 16-bit word: the word holds the levels of columns 2i and 2i + 1 and, shifted,
+// is an index into a table of levels. Even and odd columns are decoded separately, and x has the same layout. Per
+// group, s * (q . x) - s * z * sum(x).
 #pragma once
 
 #include "bf16_levels.h"
@@ -10,7 +10,7 @@
 namespace hqq_oft::cpu::HQQ_OFT_ISA {
 namespace {
 
-// Of each 64 columns of x the even and the odd ones apart, and each row's sum over each group.
+// Separates the even and odd columns of each 64 columns of x, and sums each row over each group.
 void prepare_bf16(const PrepareBF16& op, int64_t begin, int64_t end, float*) {
   const __m512i ones = _mm512_set1_epi16(0x3f80);
   int64_t groups = op.K / op.group_size;
@@ -38,8 +38,8 @@ struct PackedRows {
   __m128i even[2], odd[2];
 };
 
-// The processor looks ahead within a page of 4 KiB alone: two pages on, and the next one is there in time. Past the end
-// nothing is read.
+// The hardware prefetcher stops at 4 KiB page boundaries, so prefetch two pages ahead. Prefetching past the end is
+// harmless.
 constexpr int64_t kBytesAhead = 8192;
 
 // totals[w][m] += s * (q . x) of each group in columns begin ... end, for ROWS rows of x and two of W, which share
@@ -104,7 +104,7 @@ void product_bf16(const ProductBF16& op, int64_t begin, int64_t end, float* scra
     PackedRows rows[kRowsOfW / 2];
     int64_t number_of[kRowsOfW];
     for (int i = 0; i < kRowsOfW; ++i) {
-      // past the last row, it once more
+      // repeats the last row past the end
       int64_t row = order.row(smaller(task * kRowsOfW + i, w.N - 1));
       int shift = static_cast<int>(w.bits * (w.fields() - 1 - row / band_rows));
       rows[i / 2].bytes = static_cast<const uint8_t*>(w.packed) + row % band_rows * K;

@@ -1,9 +1,9 @@
 // y = x * W^T + bias for more than a few bfloat16 rows of x: a matrix product on levels.
 //
 // Lanes are rows of W. Sixteen rows of bytes are transposed as 32-bit words, so that a lane holds four columns of its
-// row; a word's bytes 0 and 2, or 1 and 3, looked up, are what one dot product instruction takes of a row, and the same
-// pair of columns of x is broadcast to all lanes. Two bands share each broadcast. Scale and zero are folded in once per
-// 64 columns: s * (q . x - z * sum(x)).
+// row. Table lookup of a word's bytes 0 and 2, or 1 and 3, gives a row's operand of one dot product instruction; the
+// same pair of columns of x is broadcast to all lanes. Two bands share each broadcast. Scale and zero are applied once
+// per 64 columns: s * (q . x - z * sum(x)).
 #pragma once
 
 #include "bf16_levels.h"
@@ -13,8 +13,8 @@ namespace {
 
 using Tile = ProductTileBF16;
 
-// Columns of x, unit by unit of 64, all rows of a unit together; of each four, the middle two change places. Sums are
-// those of a row over a unit.
+// Rearranges x into units of 64 columns, with all rows of a unit together; swaps the middle two of each four columns.
+// Sums each row over each unit.
 void prepare_tile_bf16(const PrepareTileBF16& op, int64_t begin, int64_t end, float*) {
   const __m512i ones = _mm512_set1_epi16(0x3f80);
   auto swapped = [](__m512i v) { return _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(v, 0xd8), 0xd8); };
@@ -30,13 +30,13 @@ void prepare_tile_bf16(const PrepareTileBF16& op, int64_t begin, int64_t end, fl
     }
 }
 
-// Of 64 columns from `column` on: the levels of one pair of columns after the other, of both bands, 16 rows in each.
+// Decodes 64 columns from `column` on: levels of one pair of columns after another, of 16 rows in each of both bands.
 inline void decode_tile(const Weight& w, const RowTile& tile, int64_t column, __m512i table, uint16_t* levels) {
   __m512i v[16];
   for (int i = 0; i < 16; ++i) {
     const uint8_t* from = tile.bytes(w, i) + column;
     v[i] = _mm512_loadu_si512(from);
-    // sixteen streams are more than the processor looks ahead in; past the end nothing is read
+    // sixteen streams are too many for the hardware prefetcher; prefetching past the end is harmless
     _mm_prefetch(reinterpret_cast<const char*>(from + Tile::kColumns), _MM_HINT_T0);
   }
   transpose(v);
@@ -90,7 +90,7 @@ void tile_dots(const uint16_t* levels, const uint16_t* x, const float* sums, con
 }
 
 using TileDots = void (*)(const uint16_t*, const uint16_t*, const float*, const float*, const float*, float*);
-// Rows of x at a time: 24 accumulators. Registers are left for two rows more, which make nothing faster.
+// Rows of x at a time: 24 accumulators. Registers would suffice for two more rows, but without a speedup.
 constexpr int64_t kMostRows = 12;
 constexpr TileDots kTileDots[kMostRows + 1] = {nullptr,       tile_dots<1>,  tile_dots<2>, tile_dots<3>, tile_dots<4>,
                                                tile_dots<5>,  tile_dots<6>,  tile_dots<7>, tile_dots<8>, tile_dots<9>,

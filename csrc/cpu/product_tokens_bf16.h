@@ -1,8 +1,8 @@
 // y = x * W^T + bias for many bfloat16 rows of x.
 //
-// Lanes are rows of x, which is transposed for that: one vector holds a pair of columns of sixteen of them. Scale and
-// zero are looked up with the level: per group of a row there is a table of its weights as bfloat16 (vpermw), and a pair
-// of weights is broadcast to all lanes.
+// Lanes are rows of x, which is transposed: one vector holds a pair of columns of sixteen rows. Scale and zero are part
+// of the lookup (vpermw): each group of a row has a table of its weights in bfloat16. A pair of weights is broadcast to
+// all lanes.
 #pragma once
 
 #include "bf16_levels.h"
@@ -52,7 +52,7 @@ inline void decode_rows(const Weight& w, const RowTile& tile, int64_t column, in
             _mm512_storeu_si512(to + half * 32, _mm512_permutexvar_epi16(index, table));
           }
         }
-        // past the end nothing is read
+        // prefetching past the end is harmless
         _mm_prefetch(reinterpret_cast<const char*>(from + j + Tokens::kColumns), _MM_HINT_T1);
       }
     }

@@ -1,8 +1,8 @@
 // g = dy * W for bfloat16 rows: the other product of a layer, summed over rows of W.
 //
-// Lanes are columns of W. Two bands share each packed byte, so that a byte gives one column of a pair of rows, which is
-// what one dot product instruction takes; the same pair of dy is broadcast. Scale and zero belong to the rows that are
-// summed over: per pair and group there is one table of its 2 x 16 weights as bfloat16, looked up by level (vpermw).
+// Lanes are columns of W. Two bands share each packed byte, so that a byte gives one column of a pair of rows, the
+// operand of one dot product instruction; the same pair of dy is broadcast. Scale and zero belong to the rows that are
+// summed over: each pair and group has one table of its 2 x 16 weights in bfloat16, looked up by level (vpermw).
 #pragma once
 
 #include "bf16_levels.h"
@@ -12,8 +12,7 @@ namespace {
 
 using Transposed = ProductTransposedBF16;
 
-// Pairs of columns of dy that are in neighbouring bands side by side, chunk by chunk of pairs, all rows of a chunk
-// together.
+// Interleaves columns of dy that belong to adjacent bands, one chunk of pairs at a time, all rows of a chunk together.
 void prepare_pairs_bf16(const PreparePairsBF16& op, int64_t begin, int64_t end, float*) {
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     int64_t first = chunk * Transposed::kPairs, count = smaller(Transposed::kPairs, op.N / 2 - first);
@@ -51,12 +50,12 @@ inline void decode_pairs(const Weight& w, int64_t first, int64_t count, int64_t 
       int shift = static_cast<int>(w.bits * (w.fields() - 2 - 2 * bands));  // of the second row's level
       __m128i to_first = _mm_cvtsi32_si128(shift + static_cast<int>(w.bits)), to_second = _mm_cvtsi32_si128(16 - shift);
       const uint8_t* from = packed + row * w.K + column;
-      // the rows are too far apart for the processor to look ahead; past the end nothing is read
+      // the rows are too far apart for the hardware prefetcher; prefetching past the end is harmless
       _mm_prefetch(reinterpret_cast<const char*>(from + Transposed::kPairs * w.K), _MM_HINT_T1);
       for (int64_t j = 0; j < Transposed::kColumns; j += 16) {
         __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j)));
         __m512i first_level = _mm512_and_si512(_mm512_srl_epi32(bytes, to_first), mask);
-        // of the upper half of a word, the lookup takes five bits: the level, bits above it, and which table
+        // lookup bits of a word's upper half: the level, the bits above it, and bit 4, which selects the table
         __m512i index = _mm512_ternarylogic_epi32(first_level, _mm512_sll_epi32(bytes, to_second), second_table, 0xfe);
         _mm512_storeu_si512(out + j * 2, _mm512_permutexvar_epi16(index, table));
       }
@@ -84,7 +83,7 @@ void pair_dots(const uint16_t* weights, const uint16_t* dy, int64_t count, float
 }
 
 using PairDots = void (*)(const uint16_t*, const uint16_t*, int64_t, float*);
-// As many rows of dy as there are registers for, beside four vectors of W and one of dy.
+// As many rows of dy as registers allow besides four vectors of W and one of dy.
 constexpr int64_t kMostPairRows = 6;
 constexpr PairDots kPairDots[kMostPairRows + 1] = {nullptr,      pair_dots<1>, pair_dots<2>, pair_dots<3>,
                                                    pair_dots<4>, pair_dots<5>, pair_dots<6>};

@@ -1,4 +1,4 @@
-// Rotations of rows by blocks, y = x + x * blockdiag(D), and the gradient of D.
+// Block rotations of rows, y = x + x * blockdiag(D), and the gradient of D.
 #pragma once
 
 #include "types.h"
@@ -6,7 +6,7 @@
 namespace hqq_oft::cpu::HQQ_OFT_ISA {
 namespace {
 
-// Blocks of one slice as float32 rows of padded(b), transposed where asked; `row` is room for one of them.
+// Blocks of one slice as float32 rows of padded(b), transposed if `blocks.transpose`; `row` is scratch for one row.
 inline void pack_slice(const Blocks& blocks, int64_t adapter, int64_t first, int64_t count, float* row, float* out) {
   int64_t b = blocks.b, stride = padded(b);
   for (int64_t block = 0; block < count; ++block) {
@@ -28,7 +28,7 @@ inline void pack_slice(const Blocks& blocks, int64_t adapter, int64_t first, int
   }
 }
 
-// y = x + x * D on a tile of rows of one slice. Vectors reach past a block into the next, which is computed after it.
+// y = x + x * D on a tile of rows of one slice. Vectors may extend into the next block, which is computed later.
 inline void rotate_tile(const float* x, int64_t rows, const Blocks& blocks, int64_t count, const float* packed,
                         float* y) {
   int64_t b = blocks.b, stride = blocks.tile_stride();
@@ -49,7 +49,7 @@ inline Range rows_of(const RowsByAdapter& rows, int64_t adapter, int64_t begin, 
 }
 
 // f(adapter, first block, blocks, range of its rows) for each slice of tasks begin ... end. Rows without an adapter are
-// copied, by way of `room` for one of them.
+// copied through `room`, scratch for one row.
 template <class F>
 inline void for_slices(const Rotate& op, int64_t begin, int64_t end, float* room, F&& f) {
   const Blocks& blocks = op.blocks;
@@ -90,8 +90,8 @@ void rotate(const Rotate& op, int64_t begin, int64_t end, float* scratch) {
   });
 }
 
-// For each part of tasks begin ... end: zeros in `acc`, f(position, rows, column, blocks) for `rows` rows at a time,
-// which adds to it, and the sums where the part has its place.
+// For each part of tasks begin ... end: clears `acc`, calls f(position, rows, column, blocks) for `rows` rows at a time
+// to accumulate into it, and stores the sums into the part.
 template <class F>
 inline void for_parts(const RotateGradient& op, int64_t begin, int64_t end, int64_t rows, float* acc, F&& f) {
   const Blocks& blocks = op.blocks;

@@ -1,5 +1,5 @@
-// Rotations of bfloat16 rows, or weights, by bfloat16 blocks, and the gradient of D, by AVX-512's bfloat16 dot product: pairs of what
-// is summed over meet in one instruction.
+// Rotations of bfloat16 rows, or weights, by bfloat16 blocks, and the gradient of D, with AVX-512's bfloat16 dot
+// product: one instruction multiplies and sums pairs along the summation index.
 #pragma once
 
 #include "bf16_levels.h"
@@ -9,7 +9,7 @@
 namespace hqq_oft::cpu::HQQ_OFT_ISA {
 namespace {
 
-// D of one slice by pairs of the index that is summed over, each pair as one 32-bit word: [block][b / 2][b].
+// D of one slice with pairs along the summation index packed into 32-bit words: [block][b / 2][b].
 inline void pack_pairs(const Blocks& blocks, int64_t adapter, int64_t first, int64_t count, uint16_t* out) {
   int64_t b = blocks.b;
   for (int64_t block = 0; block < count; ++block, out += b * b) {
@@ -79,7 +79,7 @@ inline void rotate_rows(const Rotate& op, int64_t position, int64_t column, int6
     const BF16* own[ROWS];
     for (int r = 0; r < ROWS; ++r) {
       from[r] = x[r];
-      if (b > kTogether) {  // y may be x, and is written before all of x is read
+      if (b > kTogether) {  // y may alias x and is written before all of x is read
         __builtin_memcpy(copy + r * b, x[r], b * sizeof *copy);
         from[r] = copy + r * b;
       }
@@ -110,7 +110,7 @@ void rotate_bf16(const Rotate& op, int64_t begin, int64_t end, float* scratch) {
 
 // --- Weights ---------------------------------------------------------------------------------------------------------
 
-// W + W * D: the first exact, the second of W rounded to bfloat16.
+// W + W * D, with W exact in the first term and rounded to bfloat16 in the second.
 template <int ROWS>
 inline void rotate_decoded(const float* plain, int64_t stride, uint16_t* rounded, const uint16_t* pairs, int64_t b,
                            int64_t count, uint16_t* const* out) {
@@ -149,10 +149,11 @@ void dequantize_bf16(const Dequantize& op, int64_t begin, int64_t end, float* sc
 
 // --- Gradient --------------------------------------------------------------------------------------------------------
 
-// Rows of x that are summed over at a time, two by two.
+// Rows of x summed over at a time, in pairs.
 constexpr int64_t kGradientRows = 2 * kTileRows;
 
-// Rows position ... position + n of a slice, two by two as 32-bit words: [pair][columns]. An odd last one meets zeros.
+// Rows position ... position + n of a slice, in pairs as 32-bit words: [pair][columns]. An odd last row is paired with
+// zeros.
 inline void interleave_rows(const Source& from, int64_t row_stride, const RowsByAdapter& rows, int64_t position,
                             int64_t n, int64_t column, int64_t columns, uint16_t* out) {
   auto data = static_cast<const uint16_t*>(from.data) + column;

@@ -1,4 +1,4 @@
-// Arguments of the CPU kernels, and the table of kernels that each instruction set fills in. Free of PyTorch.
+// Arguments of the CPU kernels, and the table of kernels of each instruction set. Independent of PyTorch.
 #pragma once
 
 #include <cstdint>
@@ -26,11 +26,11 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Rows of blocks in scratch begin at multiples of this many floats: the widest vector.
+// Rows of blocks in scratch start at multiples of this many floats, the widest vector.
 constexpr int64_t kPad = 16;
 constexpr int64_t padded(int64_t n) { return ceil_div(n, kPad) * kPad; }
 
-// Rows of bytes that some kernels take at a time, one in each lane of AVX-512: with two bands, twice as many rows of W.
+// Rows of bytes per tile of some kernels, one per AVX-512 lane; with two bands, twice as many rows of W.
 constexpr int64_t kBandRows = 16;
 constexpr int64_t kTwoBands = 2 * kBandRows;
 
@@ -43,7 +43,7 @@ struct Weight {
   int64_t N, K, bits, group_size, axis;
 
   int64_t fields() const { return bits == 3 ? 10 : 8 / bits; }
-  // Where each band is whole rows, at two bands a time: tiles of sixteen rows of bytes.
+  // If each band is whole rows: pairs of bands, and tiles of sixteen rows of bytes.
   int64_t band_pairs() const { return fields() / 2; }
   int64_t row_tiles() const { return ceil_div(N / fields(), kBandRows); }
   int64_t groups() const { return N * K / group_size; }
@@ -53,8 +53,8 @@ struct Weight {
   }
 };
 
-// Rows first ... first + count of W, those that share packed bytes one after another, so that the bytes are still in
-// cache: one row of each band, then the next.
+// Order of rows first ... first + count of W in which rows that share packed bytes are adjacent, so that the bytes are
+// still in cache: one row of each band, then the next.
 struct RowOrder {
   int64_t first, count, fields, stride;
 
@@ -80,7 +80,7 @@ struct Blocks {
   int64_t count() const { return K / b; }
   int64_t elements() const { return stored * b * b; }  // of one adapter
   int64_t offset(int64_t block) const { return (stored == 1 ? 0 : block) * b * b; }
-  // Neighbouring blocks that one task takes together, for long runs of memory.
+  // Adjacent blocks per task, for long contiguous accesses.
   int64_t per_slice() const { return smaller(larger(256 / b, 1), count()); }
   int64_t slices() const { return ceil_div(count(), per_slice()); }
   struct Slice {
@@ -91,13 +91,13 @@ struct Blocks {
     return {first, blocks, first * b, blocks * b};
   }
   int64_t slice_columns() const { return per_slice() * b; }
-  // A tile of rows in scratch has room for a vector that begins in its last column.
+  // Includes padding for a vector that starts in the last column.
   int64_t tile_stride() const { return padded(slice_columns()) + kPad; }
   int64_t packed_floats() const { return per_slice() * b * padded(b); }
 };
 
-// Rows grouped by adapter: order[first[a] ... first[a + 1]] are adapter a's rows; those from first[adapters] on have
-// none. Without an order: one adapter, all rows.
+// Rows grouped by adapter: order[first[a] ... first[a + 1]] are adapter a's rows; rows from first[adapters] on have
+// none. If order is null: one adapter, all rows.
 struct RowsByAdapter {
   int64_t adapters;
   const int64_t* order;
@@ -109,7 +109,7 @@ struct RowsByAdapter {
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kChunkRows = 512;
 
-// y = x + x * blockdiag(D), [M, K]; y may be x.
+// y = x + x * blockdiag(D), [M, K]; y may alias x.
 struct Rotate {
   Source x;
   Sink y;
@@ -122,7 +122,7 @@ struct Rotate {
   int64_t cost() const { return smaller(M, kChunkRows) * blocks.slice_columns() * blocks.b; }
 };
 
-// dD_i = left_i^T * right_i, in `parts` that are added in their order: parts do not depend on the number of threads.
+// dD_i = left_i^T * right_i, as `parts` added in a fixed order: independent of the number of threads.
 struct RotateGradient {
   Source left, right;
   int64_t left_stride, right_stride, M;
@@ -130,7 +130,7 @@ struct RotateGradient {
   RowsByAdapter rows;
   float* part;  // [parts, adapters, stored, b, b]
 
-  // Where there are too few blocks to share out, tokens are.
+  // Splits tokens if there are too few blocks to distribute.
   int64_t chunks() const {
     int64_t independent = blocks.slices() * rows.adapters;
     return independent >= 16 ? 1 : larger(1, smaller(ceil_div(M, kChunkRows), 16));
@@ -148,7 +148,7 @@ struct Dequantize {
   Sink out;
   int64_t first_row, rows, first_column, columns, out_stride;
   bool rotated;
-  Blocks blocks;  // transposed; those of the columns alone
+  Blocks blocks;  // transposed; only those of the selected columns
 
   RowOrder order() const { return RowOrder::of(w, first_row, rows); }
   int64_t slice_columns() const { return rotated ? blocks.slice_columns() : smaller(columns, 4096); }
@@ -181,15 +181,15 @@ struct Product {
 
 // The same for a few bfloat16 rows and levels that bfloat16 holds exactly.
 struct ProductBF16 {
-  const uint16_t* x;   // [M, K], the even and the odd ones of each 64 columns apart
+  const uint16_t* x;   // [M, K], even and odd columns of each 64 separated
   const float* sums;   // [M, K / group_size], of x over each group
   Weight w;
   const Source* bias;
   Sink y;
   int64_t M;
 
-  // What the products by bfloat16's dot product serve: bands within bytes; whole vectors in each group, whole groups in
-  // each row, whole rows in each band.
+  // Whether the products with the bfloat16 dot product support w: bands within bytes; whole vectors in each group,
+  // whole groups in each row, whole rows in each band.
   static bool serves(const Weight& w, DType x) {
     return x == DType::bf16 && w.axis == 1 && w.bits != 3 && w.bits != 8 && w.group_size % 64 == 0 &&
            w.K % w.group_size == 0 && w.N % w.fields() == 0;
@@ -198,7 +198,7 @@ struct ProductBF16 {
 
   RowOrder order() const { return RowOrder::of(w, 0, w.N); }
   int64_t row_groups() const { return w.K / w.group_size; }
-  // Columns of which all rows of x stay in the first-level cache while the task's rows of W pass.
+  // Number of columns for which all rows of x stay in the L1 cache while the task iterates over its rows of W.
   int64_t slice_columns() const { return larger(16384 / M / w.group_size, 1) * w.group_size; }
   int64_t tasks() const { return ceil_div(w.N, kRows); }
   int64_t scratch() const { return kRows * (2 * padded(row_groups()) + M * kPad); }
@@ -217,9 +217,9 @@ struct PrepareBF16 {
   int64_t cost() const { return K; }
 };
 
-// The same product of what `ProductBF16::serves`, for more rows of x.
+// The same product, for weights that `ProductBF16::serves`, with more rows of x.
 struct ProductTileBF16 {
-  const uint16_t* x;  // [K / 64, M, 64], the middle two of each four columns in each other's place
+  const uint16_t* x;  // [K / 64, M, 64], with the middle two of each four columns swapped
   const float* sums;  // [K / 64, M], of x over 64 columns
   Weight w;
   const Source* bias;
@@ -227,7 +227,7 @@ struct ProductTileBF16 {
   int64_t M;
 
   static constexpr int64_t kFrom = 5;      // rows of x from which it is faster than `ProductBF16`
-  static constexpr int64_t kColumns = 64;  // that are decoded at a time
+  static constexpr int64_t kColumns = 64;  // decoded at a time
 
   int64_t tasks() const { return w.band_pairs() * w.row_tiles(); }
   int64_t scratch() const { return kColumns * kBandRows + kTwoBands * (2 * w.K / w.group_size + M); }
@@ -255,9 +255,9 @@ struct ProductTokensBF16 {
   int64_t M;
 
   static constexpr int64_t kFrom = 64;      // rows of x from which it is faster than `ProductTileBF16`
-  static constexpr int64_t kColumns = 256;  // that are decoded at a time, into the first-level cache
+  static constexpr int64_t kColumns = 256;  // decoded at a time, into the L1 cache
   static constexpr int64_t kRowsOfX = 16;   // in a vector
-  static constexpr int64_t kVectors = 32;   // in a task, whose totals stay in the second-level cache
+  static constexpr int64_t kVectors = 32;   // in a task, whose totals stay in the L2 cache
 
   static int64_t vectors(int64_t M) { return ceil_div(M, kRowsOfX); }
   int64_t vectors_of_a_task() const { return smaller(vectors(M), kVectors); }
@@ -277,17 +277,17 @@ struct PrepareTokensBF16 {
   int64_t cost() const { return M * ProductTokensBF16::kColumns; }
 };
 
-// g = dy * W, [M, K], of what `ProductBF16::serves`. Rows of W in the bands 2 i and 2 i + 1 that share bytes are a pair:
-// pair p is rows p / band_rows * 2 * band_rows + p % band_rows and band_rows on.
+// g = dy * W, [M, K], for weights that `ProductBF16::serves`. Rows of W in the bands 2 i and 2 i + 1 that share bytes
+// are a pair: pair p is rows p / band_rows * 2 * band_rows + p % band_rows and band_rows on.
 struct ProductTransposedBF16 {
   const uint16_t* dy;  // [chunks of kPairs, M, pairs of the chunk, 2]
   Weight w;
   uint16_t* g;  // bfloat16, as dy
   int64_t M;
 
-  static constexpr int64_t kPairs = 128;   // of rows of W that are decoded at a time, into the first-level cache
+  static constexpr int64_t kPairs = 128;   // of rows of W decoded at a time, into the L1 cache
   static constexpr int64_t kColumns = 64;  // of W in a task: within one group
-  static constexpr int64_t kTokens = 512;  // rows of dy in a task, whose totals stay in the second-level cache
+  static constexpr int64_t kTokens = 512;  // rows of dy in a task, whose totals stay in the L2 cache
 
   int64_t tasks() const { return w.K / kColumns * ceil_div(M, kTokens); }
   int64_t scratch() const { return kColumns * (kPairs + smaller(M, kTokens)); }
@@ -305,7 +305,7 @@ struct PreparePairsBF16 {
   int64_t cost() const { return 2 * ProductTransposedBF16::kPairs * M; }
 };
 
-// D = R - I from skew parameters v [stored, b(b-1)/2]; coefficients[k] is that of Q^(k + 1), none for the exact map.
+// D = R - I from skew parameters v [stored, b(b-1)/2]; coefficients[k] multiplies Q^(k + 1); unused by the exact map.
 struct Cayley {
   Source v;
   int64_t stored, b, count;  // count: blocks of the result
@@ -348,7 +348,7 @@ struct Kernels {
   void (*cayley)(const CayleyForward&, int64_t begin, int64_t end, float* scratch);
   void (*cayley_backward)(const CayleyBackward&, int64_t begin, int64_t end, float* scratch);
   void (*widen)(Source from, float* to, int64_t n);
-  // Null where the processor has no dot product of bfloat16.
+  // Null for instruction sets without a bfloat16 dot product.
   void (*prepare_bf16)(const PrepareBF16&, int64_t begin, int64_t end, float* scratch) = nullptr;
   void (*product_bf16)(const ProductBF16&, int64_t begin, int64_t end, float* scratch) = nullptr;
   void (*prepare_tile_bf16)(const PrepareTileBF16&, int64_t begin, int64_t end, float* scratch) = nullptr;

@@ -27,7 +27,7 @@ inline Vec load(const BF16* p) {
 }
 inline Vec load(const F16* p) { return _mm512_cvtph_ps(load_32(p)); }
 
-// To nearest, ties to even, as `bf16_of`; the instruction makes numbers below 2^-126 zero.
+// To nearest, ties to even, as `bf16_of`; the instruction flushes denormals to zero.
 inline void store(BF16* p, Vec v) {
 #ifdef __AVX512BF16__
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));

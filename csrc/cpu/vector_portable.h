@@ -1,4 +1,4 @@
-// Eight float lanes in plain C++, for every compiler: it finds SSE2 or NEON by itself.
+// Eight float lanes in portable C++, which compilers auto-vectorize to SSE2 or NEON.
 #pragma once
 
 #include <cstring>

@@ -1,4 +1,4 @@
-// What the kernels are given: tensors as device pointers, sizes, and the plan. 16-bit values are raw bits.
+// Kernel arguments: tensors as device pointers, sizes, and the plan. 16-bit values are raw bits.
 #pragma once
 
 #include <cstdint>
@@ -9,11 +9,11 @@ struct RotationArguments {
   const uint16_t* x;             // [tokens, in_features]
   int64_t x_stride;              // elements between rows
   const uint16_t* d;             // [adapters, stored blocks, b, b]; null for no rotation
-  const int64_t* adapter_index;  // [tokens], -1 for none; null where all rows have the one adapter
+  const int64_t* adapter_index;  // [tokens], -1 for none; null if all rows use the same adapter
   int tokens;
   int in_features;
   int block_size;
-  int stored_blocks;  // in_features / block_size, or 1 that all share
+  int stored_blocks;  // in_features / block_size, or 1 if all blocks share it
 };
 
 struct DecodeArguments {
@@ -23,8 +23,8 @@ struct DecodeArguments {
   const uint16_t* zero;
   const uint16_t* bias;  // [out_features] or null
   uint16_t* y;           // [tokens, out_features]
-  float* partial;        // workspace, as `partial_elements` counts it
-  uint64_t* tickets;     // as `ticket_count` counts them; may hold anything
+  float* partial;        // workspace of `partial_elements` floats
+  uint64_t* tickets;     // `ticket_count` of them; may be uninitialized
   uint64_t stamp;        // see decode.cuh; its low 16 bits are 0
   int out_features, band_rows;  // band_rows: out_features / fields
   int group_size, groups_per_row;

@@ -1,7 +1,7 @@
-// The operator `linear` of `hqq_oft_native` for CUDA tensors: check, allocate, take the stream, launch.
+// The operator `linear` of `hqq_oft_native` for CUDA tensors: check, allocate, get the stream, launch.
 //
-// PyTorch's stable ABI alone is used. What the kernel cannot serve is refused, in words for users, by
-// hqq_oft/_native/cuda.py; the checks here keep a wrong call from reading or writing what it may not.
+// Uses only PyTorch's stable ABI. hqq_oft/ops/native/cuda.py rejects unsupported calls with messages for users; the checks
+// here prevent out-of-bounds access by invalid calls.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -15,7 +15,7 @@
 
 #include "launch.h"
 
-// A PyTorch without CUDA has no such function, and this library is to load there too.
+// Weak, because this library must also load with a PyTorch without CUDA, which lacks this function.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace {
@@ -35,8 +35,8 @@ void check(int error) {
   STD_TORCH_CHECK(error == 0, "the CUDA decode kernel could not be launched: ", error_text(error));
 }
 
-// A launch's stamp on its tickets (decode.cuh): no other launch's, nor what memory is likely to hold. Its low 16 bits
-// are 0. The counter, begun at the time of day, is scattered over all bits (SplitMix64, Steele et al. 2014).
+// A unique stamp for a launch's tickets (decode.cuh), unlikely to be in uninitialized memory. Its low 16 bits are 0. A
+// counter initialized from the clock is hashed with SplitMix64 (Steele et al. 2014).
 uint64_t next_stamp() {
   static std::atomic<uint64_t> counter{
       static_cast<uint64_t>(std::chrono::system_clock::now().time_since_epoch().count())};

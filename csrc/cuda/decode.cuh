@@ -1,16 +1,16 @@
-// y = x blockdiag(I + D) W^T + bias for 1 to 16 tokens, from HQQ's own bytes. Include the instructions (ptx.cuh) first.
+// y = x blockdiag(I + D) W^T + bias for 1 to 16 tokens, from HQQ's packed bytes. Include ptx.cuh first.
 //
 // Bytes: the packed levels once, and their scales and zeros once: bits / 8 + 4 / group_size per weight, 0.5625 at 4
-// bits and groups of 64. Operations: 2 N K tokens, on matrix units that pad the tokens to 8 or 16. A 32-bit word of
-// packed levels is four columns of one row; of 4-bit ones it takes about 20 instructions in all (8 to make pairs of its
-// levels, 1 or 2 mma, the rest copies, reads, scale and zero), where the time for its bytes allows about 31 (H200: 4.3
-// TB/s copied, 132 multiprocessors at 1.75 GHz). So memory bounds it: no less than 2.2 us at N x K = 4096 x 4096, 7.7
-// us at 14336 x 4096, 31 us at 28672 x 8192. What D and partial sums add is weighed in plan.h.
+// bits and groups of 64. Operations: 2 N K tokens, on tensor cores, with tokens padded to 8 or 16. A 32-bit word of
+// packed levels is four columns of one row; with 4 bits it takes about 20 instructions in total (8 to convert pairs of
+// levels, 1 or 2 mma, the rest copies, loads, scale and zero), and memory bandwidth leaves time for about 31 (H200: 4.3
+// TB/s copied, 132 multiprocessors at 1.75 GHz). So the kernel is memory-bound: at least 2.2 us at N x K = 4096 x 4096,
+// 7.7 us at 14336 x 4096, 31 us at 28672 x 8192. plan.h accounts for the bytes of D and of partial sums.
 //
-// Every warp streams packed rows of its own through its own pipeline of asynchronous copies and meets the others only
-// while x is put into shared memory, for which the copies do not wait. Scale and zero are applied to a span's sum, in
-// float32: y += s (sum x q - z sum x), where sum x q is of exact products. Partial sums of a split K are added in the
-// order of the splits by the warp that arrives last, so runs repeat bit for bit.
+// Every warp streams its own packed rows through its own pipeline of asynchronous copies; warps synchronize only while
+// x is written to shared memory, and the copies continue meanwhile. Scale and zero are applied to a span's sum, in
+// float32: y += s (sum x q - z sum x), where the products x q are exact. The last warp to arrive adds the partial sums
+// of a split K in split order, so results are bitwise reproducible.
 #pragma once
 
 #include "arguments.h"
@@ -21,7 +21,7 @@
 namespace hqq_oft::cuda {
 
 // One warp's stream of stages: TILE_ROWS rows of a tile by STAGE_COLUMNS columns; tile by tile, and each from the
-// slice's first column to its last. A tile's scales travel with its first stage.
+// slice's first column to its last. A tile's scales are copied with its first stage.
 template <int BITS>
 struct Stream {
   using P = Packing<BITS>;
@@ -48,7 +48,7 @@ struct Stream {
     tile_end = band_end < a.tiles ? band_end : a.tiles;
   }
 
-  // Copies the next stage, if there is one; always a group, so that groups can be counted.
+  // Copies the next stage, if any; always commits a group, so that groups can be counted.
   __device__ __forceinline__ void copy_next() {
     if (tile < tile_end) {
       if (stage == 0) begin_tile();
@@ -67,7 +67,7 @@ struct Stream {
   static constexpr int UNITS = P::ROW_BYTES / UNIT;
   static constexpr int ROWS = WARP / UNITS;  // that the lanes copy at a time
 
-  // This lane's unit of the next stage in the first of its rows. What does not exist is not read: no bytes of it are.
+  // This lane's unit of the next stage in the first of its rows. Out-of-range units copy zero bytes.
   const uint8_t* from;
   int rows_left, columns_left;
 
@@ -115,7 +115,7 @@ struct Stream {
   }
 };
 
-// The block's slice of x, rotated, in the order of `x_position`, and for each span and token its sum.
+// Writes the block's slice of rotated x in the order of `x_position`, and the sum of each span and token.
 template <class Format, int BITS, int SPAN, int TOKEN_TILES>
 __device__ __forceinline__ void fill_x(const RotationArguments& a, const SharedLayout& layout, int slice) {
   constexpr int RUN_STEPS = RUN<BITS, SPAN>;
@@ -149,14 +149,14 @@ __device__ __forceinline__ void fill_x(const RotationArguments& a, const SharedL
   sync_block();
 }
 
-// A lane's share of a tile's sums: of each field and tile of tokens four, placed as `accumulator_row` and `_token` say.
+// A lane's share of a tile's sums: four per field and tile of tokens, placed by `accumulator_row` and `_token`.
 template <int BITS, int TOKEN_TILES>
 struct Accumulators {
   float value[Packing<BITS>::FIELDS][TOKEN_TILES][4] = {};
 };
 
-// Where a lane is in shared memory: all that it reads next for a tile. What moves is kept moving, chunk by chunk, since
-// the compiler would else work it out again for each.
+// A lane's positions in shared memory for the next reads of a tile. They are advanced chunk by chunk, since the
+// compiler would otherwise recompute them for each chunk.
 template <int BITS, int SPAN, int TOKEN_TILES>
 struct Reader {
   using P = Packing<BITS>;
@@ -191,8 +191,8 @@ struct Reader {
   }
 };
 
-// Adds the products of the chunk at `chunk` columns into the stage. `odd` is `scale_is_odd` of even and odd fields;
-// `columns` are left of W, and behind them there are no scales.
+// Adds the products of the chunk that starts `chunk` columns into the stage. `odd` is `scale_is_odd` of even and odd
+// fields; `columns` of W remain; there are no scales past them.
 template <class Format, int BITS, int SPAN, int TOKEN_TILES>
 __device__ __forceinline__ void multiply_chunk(Accumulators<BITS, TOKEN_TILES>& sum,
                                                Reader<BITS, SPAN, TOKEN_TILES>& reader, const unsigned char* stage,
@@ -269,7 +269,8 @@ __device__ __forceinline__ void multiply_chunk(Accumulators<BITS, TOKEN_TILES>& 
 }
 
 // Whether this warp is the last of `splits` to arrive at a ticket. A ticket holds a launch's stamp and, in its low 16
-// bits, how many have arrived. Whatever else it holds is of no launch: it need not be cleared before, and is after.
+// bits, how many have arrived. A ticket with another stamp counts as no arrivals, so it need not be cleared before a
+// launch; the last warp clears it.
 __device__ __forceinline__ bool arrive_last(uint64_t* ticket, uint64_t stamp, int splits) {
   uint64_t seen = stamp, next = stamp + 1;
   for (;;) {
@@ -283,8 +284,7 @@ __device__ __forceinline__ bool arrive_last(uint64_t* ticket, uint64_t stamp, in
   return last;
 }
 
-// Calls `visit(value, token, field, row)` for all that a lane holds of tokens and of packed rows of the tile that
-// exist.
+// Calls `visit(value, token, field, row)` for all sums of a lane whose token and packed row exist.
 template <int BITS, int TOKEN_TILES, class Visit>
 __device__ __forceinline__ void for_each_sum(Accumulators<BITS, TOKEN_TILES>& sum, int tokens, int rows, Visit visit) {
   const int group = lane_index() / 4, quad = lane_index() % 4;
@@ -298,8 +298,8 @@ __device__ __forceinline__ void for_each_sum(Accumulators<BITS, TOKEN_TILES>& su
   }
 }
 
-// Leaves this split's part of the tile in the workspace; in the warp that arrives last, the sum of all, in their order.
-// Of each tile there are [splits, tokens, fields, rows] floats.
+// Stores this split's partial sums in the workspace, [splits, tokens, fields, rows] floats per tile; the last warp to
+// arrive then sums all splits in order and returns true.
 template <int BITS, int TOKEN_TILES>
 __device__ __forceinline__ bool sum_splits(Accumulators<BITS, TOKEN_TILES>& sum, const DecodeArguments& a, int tile) {
   constexpr int SIZE = Packing<BITS>::FIELDS * TILE_ROWS;  // of one token
@@ -309,7 +309,7 @@ __device__ __forceinline__ bool sum_splits(Accumulators<BITS, TOKEN_TILES>& sum,
   for_each_sum<BITS, TOKEN_TILES>(sum, tokens, TILE_ROWS, [&](float value, int token, int field, int row) {
     own[token * SIZE + field * TILE_ROWS + row] = value;
   });
-  // The first lane's ticket speaks for all: it is drawn behind the others' writes, and they read behind its answer.
+  // Lane 0 increments the ticket for the warp: after all lanes' writes (release) and before their reads (acquire).
   sync_warp();
   fence();
   int last = 0;
@@ -371,7 +371,7 @@ __global__ void __launch_bounds__(WARPS * WARP, max_resident(BITS, TOKEN_TILES))
     int columns_left = columns;
     for (int stage = 0; stage < stream.slice_stages; ++stage) {
       wait_copies<P::STAGES - 2>();
-      sync_warp();  // every lane's copies have come, and every lane has read what the next copy overwrites
+      sync_warp();  // all lanes' copies are complete, and all have read what the next copy overwrites
       stream.copy_next();
 #pragma unroll
       for (int chunk = 0; chunk < P::STAGE_COLUMNS && columns_left > 0; chunk += CHUNK, columns_left -= CHUNK) {

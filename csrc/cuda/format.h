@@ -1,4 +1,4 @@
-// The two 16-bit formats of x, D, scale, zero and y, as the kernels see them: raw bits and the facts of the encoding.
+// The two 16-bit formats of x, D, scale, zero and y, as raw bits, and constants of their encoding.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ HQQ_OFT_HOST_DEVICE constexpr uint32_t power_of_two(int exponent) {
   return static_cast<uint32_t>(exponent + Format::EXPONENT_BIAS) << Format::MANTISSA_BITS;
 }
 
-// Two 16-bit values in one register, the first in the low half as the matrix units want it.
+// Two 16-bit values in one register, the first in the low half, as tensor cores expect.
 HQQ_OFT_HOST_DEVICE uint32_t pack(uint32_t first, uint32_t second) { return (first & 0xFFFFu) | (second << 16); }
 
 }  // namespace hqq_oft::cuda

@@ -64,7 +64,7 @@ int launch_decode(Element element, const Problem& problem, const Plan& plan, con
   const Kernel kernel =
       element == Element::HALF ? by_bits<Half>(problem.bits, plan) : by_bits<BFloat16>(problem.bits, plan);
   const int shared = shared_layout(packing_facts(problem.bits), plan).total;
-  // The function's for all threads of the host, so always the same: what this launch takes is less.
+  // The attribute is global to the function and host threads share it, so always set the device's maximum.
   if (const cudaError_t error =
           cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                device.shared_per_block);

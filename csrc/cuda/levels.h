@@ -1,9 +1,8 @@
 // Packed levels to pairs of 16-bit floats, exactly.
 //
-// A level q of BITS bits put into the top of the mantissa of 2^BITS reads as 2^BITS + q: one shift and one logical
-// operation for two levels. The bias 2^BITS is of the levels' own order, so nothing is lost in the products' float32
-// sum, and it goes away together with the zero: sum x (2^BITS + q - (2^BITS + z)). Include the instructions (ptx.cuh)
-// first.
+// Inserting a level q of BITS bits at the top of the mantissa of 2^BITS gives 2^BITS + q: one shift and one logical
+// operation for two levels. The bias 2^BITS has the magnitude of the levels, so the float32 sum of the products loses
+// no precision; it is subtracted together with the zero: sum x (2^BITS + q - (2^BITS + z)). Include ptx.cuh first.
 #pragma once
 
 #include "layout.h"
@@ -17,7 +16,7 @@ struct Levels {
   static constexpr int POSITION = Format::MANTISSA_BITS - BITS;  // of the level's lowest bit
   static constexpr uint32_t MASK = ((1u << BITS) - 1u) << POSITION;
 
-  // The level at bit `bit` of each half of `word`, as a pair. Bits that a shift carries over a half's border are
+  // The level at bit `bit` of each half of `word`, as a pair. Bits shifted across a half's boundary are
   // masked.
   static __device__ __forceinline__ uint32_t pair_at(uint32_t word, int bit) {
     const int shift = bit - POSITION;
@@ -38,7 +37,7 @@ struct Levels {
   }
 };
 
-// bfloat16 has seven bits of mantissa; a byte is exact in its eight significant bits, and is made by way of float32.
+// bfloat16 has seven bits of mantissa; a byte is exact in its eight significant bits, and is converted through float32.
 template <>
 struct Levels<BFloat16, 8> {
   static constexpr int BIAS = 0;
@@ -49,7 +48,7 @@ struct Levels<BFloat16, 8> {
   }
 
  private:
-  // 2^23 + byte, less 2^23.
+  // (2^23 + byte) - 2^23.
   static __device__ __forceinline__ float byte_value(uint32_t byte) {
     return from_bits(0x4B000000u | byte) - 8388608.0f;
   }

@@ -1,8 +1,8 @@
-// How a product is cut into blocks and how much shared memory a block takes: plain C++, decided before each launch.
+// How a product is divided into blocks, and their shared memory: plain C++, decided before each launch.
 //
-// A block owns a band of outputs and a slice of the columns K. It puts its slice of x, rotated, into shared memory once
+// A block owns a band of outputs and a slice of the columns K. It writes its slice of rotated x to shared memory once
 // and then streams the band's packed rows through it. Wide bands and narrow slices read D less often; wide slices have
-// fewer partial sums. `choose` weighs the two.
+// fewer partial sums. `choose_plan` minimizes the total cost.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@ struct Problem {
   int bits;
   int group_size;
   int block_size;  // of the rotation; 0 for none
-  int adapters;    // that the rows of x may have between them
+  int adapters;    // that the rows of x use, at most
 };
 
 struct Device {
@@ -29,7 +29,7 @@ struct Device {
   int shared_per_multiprocessor;  // bytes
 };
 
-// What depends on the packing alone, by value: see `Packing`.
+// Values that depend only on the packing: see `Packing`.
 struct PackingFacts {
   int fields, element_bytes, stage_columns, stage_bytes, stages, scale_word_stride;
 };
@@ -62,10 +62,10 @@ struct Plan {
   int scale_words;    // 32-bit words of scales that one row of a slice may need
   int scale_buffers;  // tiles whose scales are in shared memory at once
   int resident;       // blocks that share a multiprocessor
-  bool chained;       // x is rotated by a launch of its own, to which this one is chained
+  bool chained;       // a separate launch rotates x, and this one is chained to it
 };
 
-// Byte offsets in a block's shared memory. Of each warp's own: `stages`, then scales and zeros.
+// Byte offsets in a block's shared memory. Each warp has its own `stages`, scales and zeros.
 struct SharedLayout {
   int x, sums, stages, scales, total;
   int x_stride;      // elements
@@ -91,7 +91,7 @@ inline SharedLayout shared_layout(const PackingFacts& p, const Plan& plan) {
 
 inline int ceil_div(int value, int divisor) { return (value + divisor - 1) / divisor; }
 
-// The plan with bands of `band_tiles` tiles and slices of `slice_stages` stages; shared memory is not looked at.
+// The plan with bands of `band_tiles` tiles and slices of `slice_stages` stages; ignores the shared memory limit.
 inline Plan make_plan(const Problem& problem, int warps, int band_tiles, int slice_stages, bool chained) {
   const PackingFacts p = packing_facts(problem.bits);
   Plan plan{};
@@ -105,11 +105,11 @@ inline Plan make_plan(const Problem& problem, int warps, int band_tiles, int sli
   plan.splits = ceil_div(problem.in_features, plan.slice);
   const int group = problem.group_size, groups_per_row = problem.in_features / group;
   const bool whole = plan.slice % group == 0;
-  // A slice that begins inside a group sees one more; it never sees more than a row has.
+  // A slice that starts inside a group overlaps one more, but never more than a row has.
   const int groups = std::min(groups_per_row, whole ? plan.slice / group : plan.slice / group + 2);
   const bool may_begin_odd = groups_per_row % 2 != 0 || !whole || (plan.slice / group) % 2 != 0;
   plan.scale_words = ceil_div(groups + (may_begin_odd ? 1 : 0), 2);
-  // The copies run at most stages - 1 stages ahead of the products: over more tiles where a slice, as the last, is
+  // The copies run at most stages - 1 stages ahead of the products: across more tiles if a slice, such as the last, is
   // short.
   const int last_slice = problem.in_features - (plan.splits - 1) * plan.slice;
   plan.scale_buffers = ceil_div(p.stages - 1, ceil_div(last_slice, p.stage_columns)) + 1;
@@ -118,14 +118,14 @@ inline Plan make_plan(const Problem& problem, int warps, int band_tiles, int sli
   return plan;
 }
 
-// About what the L2 cache delivers in the 1.5 us that a second, chained launch takes: reading D more than this is
-// dearer.
+// Approximate L2 throughput during the 1.5 us of a second, chained launch: reading more bytes of D costs more than the
+// launch.
 constexpr int64_t CHAIN_BYTES = 8 << 20;
-// Bytes of shared memory that the system keeps for each block.
+// Bytes of shared memory that the system reserves per block.
 constexpr int BLOCK_SHARED = 1024;
-// Bytes that the L2 cache delivers at least: narrow slices of few groups read more of the scales than they use.
+// Minimum size of an L2 read: narrow slices of few groups read more of the scales than they use.
 constexpr int SECTOR = 32;
-// What starting a block costs, in the bytes that a multiprocessor could have streamed meanwhile.
+// Cost of starting a block, in bytes that a multiprocessor could stream in that time.
 constexpr int64_t BLOCK_BYTES = 8 << 10;
 
 // Bytes of D that all blocks together read if each rotates its own slice of x.
@@ -146,7 +146,7 @@ inline int64_t cost(const Problem& problem, const Plan& plan, int slots) {
   return waves * (levels + scales + partial + BLOCK_BYTES) + whole / (static_cast<int64_t>(plan.bands) * plan.splits);
 }
 
-// The cheapest plan for so many blocks to a multiprocessor, of so many warps; one of no bands where none fits it.
+// The cheapest plan for `resident` blocks per multiprocessor of `warps` warps; a plan with 0 bands if none fits.
 inline Plan cheapest_plan(const Problem& problem, const Device& device, int resident, int warps) {
   const PackingFacts p = packing_facts(problem.bits);
   const int tiles = ceil_div(problem.out_features / p.fields, TILE_ROWS);
@@ -155,7 +155,7 @@ inline Plan cheapest_plan(const Problem& problem, const Device& device, int resi
   const int limit = std::min(device.shared_per_block, device.shared_per_multiprocessor / resident - BLOCK_SHARED);
   Plan best{};
   int64_t best_cost = INT64_MAX;
-  // Of the sizes that give as many bands the smallest is the cheapest: the next to try is that for a band fewer.
+  // Among band sizes with the same number of bands the smallest is cheapest, so try one size per number of bands.
   for (int band_tiles = warps;;) {
     const int bands = ceil_div(tiles, band_tiles);
     int slice_stages = ceil_div(stages, std::max(1, slots / bands));
@@ -173,8 +173,8 @@ inline Plan cheapest_plan(const Problem& problem, const Device& device, int resi
   }
 }
 
-// The cheapest plan. With two blocks on a multiprocessor one streams while the other begins or ends; where their shared
-// memory does not suffice for that there is one (sm_89), of half the warps if need be (many scales to a byte).
+// The cheapest plan. With two blocks per multiprocessor one streams while the other starts or ends. If shared memory
+// does not suffice (sm_89), use one block, with fewer warps if necessary (many scales per byte).
 inline Plan choose_plan(const Problem& problem, const Device& device) {
   const int token_tiles = ceil_div(std::max(problem.tokens, 1), TOKENS);
   Plan best{};
@@ -188,14 +188,14 @@ inline Plan choose_plan(const Problem& problem, const Device& device) {
   return best;
 }
 
-// Elements of the workspace in which partial sums wait (float32), and its tickets (64 bits each); 0 where K is whole.
+// Elements of the workspace for partial sums (float32), and number of tickets (64 bits each); 0 if K is not split.
 inline int64_t partial_elements(const Problem& problem, const Plan& plan) {
   const int64_t tile = TILE_ROWS * packing_facts(problem.bits).fields * problem.tokens;
   return plan.splits == 1 ? 0 : tile * plan.tiles * plan.splits;
 }
 inline int64_t ticket_count(const Plan& plan) { return plan.splits == 1 ? 0 : plan.tiles; }
 
-// Enters the sizes of the problem and the plan into the kernel's arguments.
+// Copies the sizes of the problem and the plan into the kernel's arguments.
 inline void apply_plan(const Problem& problem, const Plan& plan, DecodeArguments* a) {
   a->out_features = problem.out_features;
   a->band_rows = problem.out_features / packing_facts(problem.bits).fields;

@@ -1,4 +1,4 @@
-// The machine's instructions that the kernels use, each as a function; the emulation has the same functions for a host.
+// PTX instructions used by the kernels, wrapped as functions; the emulation implements the same functions on the host.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -50,14 +50,14 @@ __device__ __forceinline__ uint32_t narrow<BFloat16>(float first, float second) 
   return bits;
 }
 
-// (value & mask) | bits in one instruction, which two constants keep the compiler from finding by itself.
+// (value & mask) | bits in one instruction, which the compiler does not generate for two constants.
 __device__ __forceinline__ uint32_t and_or(uint32_t value, uint32_t mask, uint32_t bits) {
   uint32_t result;
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(value), "r"(mask), "r"(bits));
   return result;
 }
 
-// --- Matrix units ----------------------------------------------------------------------------------------------------
+// --- Tensor cores ----------------------------------------------------------------------------------------------------
 
 // c += a b on 16 x 16 by 16 x 8 (mma.m16n8k16), with float32 sums.
 template <class Format>
@@ -79,14 +79,14 @@ __device__ __forceinline__ void mma<BFloat16>(float (&c)[4], const uint32_t (&a)
 
 // --- Asynchronous copies ---------------------------------------------------------------------------------------------
 
-// A policy for lines that are read once: they are the first to leave the L2 cache.
+// A policy for lines that are read once: evicted from the L2 cache first.
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 
-// Copies `bytes` (0 or 16) to shared memory past the L1 cache, and zeros in place of the rest of 16.
+// Copies `bytes` (0 or 16) to shared memory, bypassing the L1 cache, and zero-fills the rest of 16.
 __device__ __forceinline__ void copy_unit_async(void* shared, const void* global, int bytes, uint64_t policy) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(address), "l"(global),
@@ -94,7 +94,7 @@ __device__ __forceinline__ void copy_unit_async(void* shared, const void* global
                : "memory");
 }
 
-// Copies `bytes` (0, 2 or 4) to shared memory, and zeros in place of the rest of 4.
+// Copies `bytes` (0, 2 or 4) to shared memory, and zero-fills the rest of 4.
 __device__ __forceinline__ void copy_word_async(void* shared, const void* global, int bytes) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
@@ -102,7 +102,7 @@ __device__ __forceinline__ void copy_word_async(void* shared, const void* global
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most PENDING of this thread's committed groups are under way.
+// Waits until at most PENDING of this thread's committed groups are in flight.
 template <int PENDING>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
@@ -127,17 +127,17 @@ __device__ __forceinline__ void sync_block() { __syncthreads(); }
 // Lane 0's value, in every lane.
 __device__ __forceinline__ int broadcast(int value) { return __shfl_sync(0xFFFFFFFFu, value, 0); }
 
-// What this thread has stored, or seen stored, comes before what it stores afterwards, to every thread of the device.
+// Acquire-release fence at device scope.
 __device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 __device__ __forceinline__ uint64_t compare_and_swap(uint64_t* address, uint64_t expected, uint64_t desired) {
   return atomicCAS(reinterpret_cast<unsigned long long*>(address), expected, desired);
 }
 
-// Reads past this multiprocessor's L1 cache, which knows nothing of the other blocks' stores.
+// Bypasses this multiprocessor's L1 cache, which is not coherent with the other blocks' stores.
 __device__ __forceinline__ float load_past_l1(const float* address) { return __ldcg(address); }
 
-// Lets the next launch of a chain begin, where the architecture can: it still has to wait for this one's results.
+// Lets the next launch of a chain start, if the architecture supports it; that launch must still wait for the results.
 __device__ __forceinline__ void release_next_launch() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

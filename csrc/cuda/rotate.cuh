@@ -1,8 +1,8 @@
-// x + x blockdiag(D), sixteen columns by a warp. Include the instructions (ptx.cuh) first.
+// x + x blockdiag(D), sixteen columns per warp. Include ptx.cuh first.
 //
 // x is A (16 tokens x 16 columns of one block) and D is B. D is stored [row k, column n], and B wants pairs along k, so
-// a lane reads two neighbouring columns of four rows and regroups them: two tiles of eight columns, the even and the
-// odd ones. D goes from global memory straight to registers, every element once.
+// a lane reads two adjacent columns of four rows and regroups them: two tiles of eight columns, the even and the
+// odd ones. D is loaded from global memory directly into registers, each element once.
 #pragma once
 
 #include "arguments.h"
@@ -10,7 +10,7 @@
 
 namespace hqq_oft::cuda {
 
-// A lane's share of 16 rotated columns: four neighbours, for tokens `group` and `group + 8`.
+// A lane's share of 16 rotated columns: four adjacent ones, for tokens `group` and `group + 8`.
 struct RotatedColumns {
   float value[2][4];  // [token < 8 or not][column]
 };
@@ -31,7 +31,7 @@ __device__ __forceinline__ Four load_four(const RotationArguments& a, int token,
   return *reinterpret_cast<const Four*>(a.x + token * a.x_stride + column);
 }
 
-// Adds x D for the rows of x that `mine` says have this adapter.
+// Adds x D for the rows of x that use this adapter, according to `mine`.
 template <class Format>
 __device__ __forceinline__ void add_rotation(RotatedColumns& columns, const RotationArguments& a, const uint16_t* d,
                                              int first_column, const bool (&mine)[2], int lane) {
@@ -69,8 +69,8 @@ __device__ __forceinline__ void add_rotation(RotatedColumns& columns, const Rota
   }
 }
 
-// Columns first_column ... + 15 of the rotated x, rounded once: of a lane the four at 4 quad, as two pairs per token.
-// Tokens and columns that do not exist are zero.
+// Columns first_column ... + 15 of the rotated x, rounded once: each lane has the four at 4 quad, as two pairs
+// per token. Out-of-range tokens and columns are zero.
 template <class Format>
 __device__ __forceinline__ void rotated_columns(const RotationArguments& a, int first_column, int lane,
                                                 Four (&out)[2]) {
@@ -101,7 +101,7 @@ __device__ __forceinline__ void rotated_columns(const RotationArguments& a, int 
   }
 }
 
-// Rotated x in memory, for blocks of D too large to be read again by every band. Grid: 16 WARPS columns to a block.
+// Writes rotated x to memory, for a D too large for every band to read again. Grid: 16 WARPS columns per block.
 template <class Format>
 __global__ void __launch_bounds__(WARPS * WARP) rotate_kernel(const RotationArguments a, uint16_t* out) {
   release_next_launch();

@@ -1,1 +1,1 @@
-"""Tile tables, one JSON file per device; `default.json` for every other."""
+"""Tile tables, one JSON file per device; `default.json` for devices without one."""

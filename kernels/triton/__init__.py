@@ -1,4 +1,4 @@
-"""Triton kernels, one file per operation, and the table of operations that they serve."""
+"""Triton kernels, one file per operation, and the table of operations that they implement."""
 
 from collections.abc import Callable
 from importlib.util import find_spec

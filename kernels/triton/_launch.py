@@ -1,9 +1,8 @@
-"""What the launchers share: which calls Triton serves, on which device they run, how outputs are made."""
+"""Shared by the launchers: which calls Triton supports, the launch device, output allocation, precision, splits."""
 
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,75 +10,126 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hqq_oft import backends
-from hqq_oft.backends import Unsupported
-from hqq_oft.device_tables import table_name
+from hqq_oft.ops.backends import Unsupported
+from hqq_oft.ops.device_tables import table_name
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-# The interpreter has no multiprocessors; this many make it split sums as a GPU does.
+# Assumed under the interpreter, which has no multiprocessors, so that it splits sums as a GPU would.
 _INTERPRETED_MULTIPROCESSORS = 8
 
 
-def check_device(tensor: Tensor) -> None:
-    """Raise `Unsupported` where Triton has no business with the tensor."""
+def check_device(tensor: Tensor, by_name: bool) -> None:
+    """Raise `Unsupported` if Triton cannot run on the tensor's device or in its dtype.
+
+    Args:
+        tensor: an argument of the call.
+        by_name: whether the user selected Triton, not `auto`.
+    """
     kind = tensor.device.type
     if kind == "cuda":
         if torch.version.hip is None and _properties(tensor.device.index).major < 8:
             raise Unsupported("the Triton kernels need compute capability 8.0 (Ampere) or later")
         if tensor.dtype == torch.float64:
-            raise Unsupported("the Triton kernels compute in float32 on a GPU, and the input is float64")
+            raise Unsupported("the Triton kernels compute in float32 on a GPU, but the input is float64")
         return
     if kind != "cpu":
-        raise Unsupported(f"the Triton kernels run on CUDA and ROCm devices, and the tensor is on {tensor.device}")
+        raise Unsupported(f"the Triton kernels run on CUDA and ROCm devices, but the tensor is on {tensor.device}")
     if not INTERPRETED:
         raise Unsupported(
             "the tensor is on the CPU; Triton needs a GPU (or its interpreter: TRITON_INTERPRET=1 before Python starts)"
         )
-    if backends.selected_backend() == "auto":
-        raise Unsupported("on the CPU Triton only interprets its kernels, for tests: ask for it by name")
+    if not by_name:
+        raise Unsupported("on the CPU Triton only interprets its kernels, for tests: select it explicitly")
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Launch on the tensor's device, on its current stream."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return nullcontext()
+class Launch:
+    """One kernel with its grid and constants, compiled at the first call; later ones skip Triton's argument binder.
+
+    All calls must have arguments of the same dtypes, integer values and pointer alignment, which a plan guarantees.
+
+    Args:
+        kernel: a `triton.jit` function whose constants follow its other parameters.
+        grid: number of programs in up to three dimensions.
+        operands: dtype of the operands of its products, whose precision the user may change at any time.
+        **constants: its `tl.constexpr` parameters, and Triton's options.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], operands: Any = None, **constants: Any) -> None:
+        self._kernel, self._grid, self._operands = kernel, grid + (1,) * (3 - len(grid)), operands
+        self._constants = {"enable_fp_fusion": True, **constants}
+        if operands is not None:
+            self._constants["PRECISION"] = product_precision(operands)
+        self._compiled: Any = None
+        self._rest: tuple[Any, ...] = ()
+
+    def __call__(self, *args: Any) -> None:
+        """Launch on the device of the first argument, a tensor, on its current stream."""
+        device = args[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._launch(device.index, args)
+        else:
+            self._launch(device.index, args)
+
+    def _launch(self, device: int | None, args: tuple[Any, ...]) -> None:
+        if self._operands == tl.float32:
+            precision = product_precision(self._operands)
+            if precision != self._constants["PRECISION"]:
+                self._constants["PRECISION"], self._compiled = precision, None
+        if self._compiled is not None:
+            stream = triton.runtime.driver.active.get_current_stream(device or 0)
+            self._compiled(*args, *self._rest, stream=stream)
+            return
+        compiled = self._kernel[self._grid](*args, **self._constants)
+        if compiled is not None:  # not interpreted
+            self._rest = tuple(self._constants[name] for name in self._kernel.arg_names[len(args) :])
+            self._compiled = compiled[self._grid]
 
 
 def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised output. All of them are made here, so that tests can fill them with NaN."""
+    """An uninitialized output. All outputs are allocated here, so that tests can fill them with NaN."""
     return like.new_empty(shape, dtype=dtype or like.dtype)
 
 
+def optional(tensor: Tensor | None, placeholder: Tensor) -> Tensor:
+    """`tensor`, contiguous, or the pointer that a kernel takes and never reads where there is none."""
+    return placeholder if tensor is None else tensor.contiguous()
+
+
+def adapters(d: Tensor | None, adapter_index: Tensor | None) -> tuple[int, int]:
+    """Stride between the rotations of adapters, and their number; of one rotation for all rows, 0 and 1."""
+    return (0, 1) if d is None or adapter_index is None else (d.stride(0), d.shape[0])
+
+
 def rows_contiguous(x: Tensor) -> Tensor:
-    """`x` with unit stride in its last dimension; its rows may be apart."""
+    """`x` with unit stride in its last dimension; the row stride is arbitrary."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def wide(*dtypes: torch.dtype) -> Any:
-    """The dtype that kernels compute in: float64 where any input has it, else float32."""
+    """The dtype that kernels compute in: float64 if any input is float64, else float32."""
     return tl.float64 if torch.float64 in dtypes else tl.float32
 
 
 def operand(*dtypes: torch.dtype) -> Any:
-    """The dtype of a product's operands: that of all where they agree, else the wider one."""
+    """The dtype of a product's operands: the common dtype if all agree, else the accumulator dtype."""
     if len(set(dtypes)) == 1:
         return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtypes[0], wide(*dtypes))
     return wide(*dtypes)
 
 
 def float32_precision() -> str:
-    """Three TF32 products in place of a float32 one: all but its last bits (2^-21), on tensor cores.
+    """Three TF32 products instead of a float32 one: on tensor cores, accurate to about 2^-21.
 
-    Without them the compiler keeps whole operands in registers and spills. Where there are none: float32 products.
+    Plain float32 products keep whole operands in registers and spill. Without TF32 (ROCm, interpreter): float32.
     """
     return "ieee" if INTERPRETED or torch.version.hip is not None else "tf32x3"
 
 
 def product_precision(operands: Any) -> str:
-    """How products of such operands are computed: one TF32 product only where the user allowed it for matrix products.
+    """Input precision of products of such operands: a single TF32 product only if PyTorch is set to allow TF32 matmuls.
 
-    16-bit operands have exact products, to which this does not apply.
+    Not relevant for 16-bit operands, whose products are exact.
     """
     if operands != tl.float32:
         return "ieee"
@@ -99,12 +149,12 @@ def multiprocessors(tensor: Tensor) -> int:
 
 
 def device_name(tensor: Tensor) -> str:
-    """Name of the tensor's device, as the files of tuned tiles are named: `nvidia_h100_80gb_hbm3`."""
+    """Name of the tensor's device as in the names of tile tables: `nvidia_h100_80gb_hbm3`."""
     return table_name(_properties(tensor.device.index).name if tensor.is_cuda else "interpreter")
 
 
 def split_buffers(like: Tensor, splits: int, shape: tuple[int, int], tiles: int) -> tuple[Tensor, Tensor]:
-    """What `_pieces.sum_splits` needs: room for the parts, and a zero for each tile. Nothing where nothing is split."""
+    """Buffers for `_pieces.sum_splits`: partial sums, and a zeroed counter per tile. Not allocated for one split."""
     if splits == 1:
         return like, like
     part = empty(like, (splits, *shape), torch.promote_types(like.dtype, torch.float32))
@@ -112,7 +162,7 @@ def split_buffers(like: Tensor, splits: int, shape: tuple[int, int], tiles: int)
 
 
 def splits_for(programs: int, steps: int, tensor: Tensor, most: int = 16) -> int:
-    """Into how many parts, a power of two, to split a sum of `steps` so that `programs` tiles fill the device twice."""
+    """Number of splits, a power of two, of a loop of `steps` so that `programs` tiles fill the device twice."""
     splits = 1
     while splits < most and programs * splits < 2 * multiprocessors(tensor) and 4 * splits <= steps:
         splits *= 2

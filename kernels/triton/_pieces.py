@@ -1,13 +1,13 @@
-"""What the kernels share: the matrix product, a decoded tile of the weight, a tile of the rotation, the split sum.
+"""Shared by the kernels: the matrix product, dequantized weight tiles, rotation tiles, the split-K reduction.
 
-Symbols: tokens M, in-features K, out-features N, OFT block size b. Names carry their role: `i_` a program's index, `o_`
-offsets, `m_` masks, `p_` pointers.
+Symbols: tokens M, in-features K, out-features N, OFT block size b. Prefixes of names: `i_` program
+indices, `o_` offsets, `m_` masks, `p_` pointers.
 """
 
 import triton
 import triton.language as tl
 
-# Kernels are interpreted, on CPU tensors, or compiled: fixed when they are decorated, that is at import.
+# Whether kernels are interpreted (on CPU tensors) or compiled is fixed when they are decorated, at import.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -15,7 +15,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """`acc + a * b` in the dtype of `acc`. Every product goes through here.
 
-    The interpreter computes wrongly with bfloat16 operands, so there they are widened first, which changes nothing:
+    The interpreter gives wrong results for bfloat16 operands, so it gets widened ones; the result is the same because
     products of 16-bit numbers are exact in float32.
     """
     if INTERPRETED:
@@ -26,7 +26,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
-    """`x` rounded to DTYPE, to nearest even. Results go through here: the interpreter truncates to bfloat16."""
+    """`x` rounded to DTYPE, to nearest even. All stores use this because the interpreter truncates to bfloat16."""
     if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -37,10 +37,10 @@ def narrow(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def tile_rows(start, limit, band_rows, FIELDS: tl.constexpr, BANDED: tl.constexpr, BN: tl.constexpr):
-    """Rows of the weight in one tile and which of them exist.
+    """Row numbers of a weight tile and the mask of valid rows.
 
     In the banded layout (see `weight_tile`) `start` and `limit` count packed rows, and a tile holds the FIELDS bands of
-    BN / FIELDS packed rows, band by band; otherwise they count rows of the weight.
+    BN / FIELDS packed rows, one band after another; otherwise they count rows of the weight.
 
     Returns:
         Row numbers [BN], int64, and their mask [BN].
@@ -60,20 +60,20 @@ def weight_tile(
     BITS: tl.constexpr, FIELDS: tl.constexpr, GROUP: tl.constexpr, AXIS: tl.constexpr, BANDED: tl.constexpr,
     ALIGNED: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """`(level - zero) * scale` for rows `o_n` and columns `o_k`, [BN, BK] in ACC; masked elements are 0 times a scale.
+    """`(level - zero) * scale` for rows `o_n` and columns `o_k`, [BN, BK] in ACC; masked levels and scales are 0.
 
-    HQQ packs the levels, in the order of the flattened weight, as FIELDS consecutive bands, one field of every packed
-    element each: level `e` is field `e // band_elements` of element `e % band_elements`, the first field in the high
-    bits. Where FIELDS divides N (BANDED) a band is a range of whole rows, so one packed tile, loaded once, decodes to
-    FIELDS tiles of the weight; elsewhere every level is fetched on its own.
+    HQQ packs the levels, in the order of the flattened weight, as FIELDS consecutive bands; a band is one field of
+    every packed element: level `e` is field `e // band_elements` of element `e % band_elements`, with the first
+    field in the high bits. If FIELDS divides N (BANDED), a band is a range of whole rows, and one packed tile, loaded
+    once, decodes to FIELDS tiles of the weight; otherwise every level is loaded separately.
 
     Args:
-        start, limit: of the packed rows, as for `tile_rows`; used where BANDED.
-        k0: first column; a multiple of BK where GROUPS.
+        start, limit: range of packed rows, as for `tile_rows`; used if BANDED.
+        k0: first column; a multiple of BK if GROUPS > 0.
         groups: N * K / GROUP.
         ALIGNED: whether GROUP divides K (AXIS 1) or N (AXIS 0).
-        GROUPS: how many whole groups, or 1 for part of one, make up a row of the tile (AXIS 1); 0 if none do, and every
-            level's scale is fetched on its own.
+        GROUPS: number of whole groups in a row of the tile (AXIS 1), or 1 if the row lies within one group; otherwise
+            0, with a separate load of every level's scale.
     """
     MASK: tl.constexpr = (1 << BITS) - 1
     if BANDED:
@@ -128,7 +128,7 @@ def rotation_tile(
 ):
     """Rows `o_i` and columns `o_j` of `blockdiag(D)`, or its transpose, within slice `i_slice`: 0 outside the blocks.
 
-    A slice is WIDTH / B whole blocks side by side, so that small blocks fill a tile.
+    A slice consists of WIDTH / B adjacent blocks, so that small blocks fill a tile.
     """
     block = (i_slice * (WIDTH // B) + o_i // B).to(tl.int64)
     if SHARED:
@@ -144,22 +144,22 @@ def rotation_tile(
 
 @triton.jit
 def sum_splits(acc, part_ptr, count_ptr, i_tile, i_split, o_out, m_out, size, SPLITS: tl.constexpr):
-    """Sum of the SPLITS programs' `acc`, in their order, in the program that arrives last.
+    """Sum `acc` over the SPLITS programs, in split order, in the last program to arrive.
 
     Args:
         part_ptr: [SPLITS, size] partial sums.
-        count_ptr: one zero per tile.
+        count_ptr: one arrival counter per tile, initially 0.
         o_out: offsets of `acc` within `size`, int64.
 
     Returns:
-        The sum, and `m_out` where this is the program that has it, else nothing.
+        The sum and `m_out` in the last program to arrive; an all-false mask in the others.
     """
     tl.store(part_ptr + i_split.to(tl.int64) * size + o_out, acc, mask=m_out)
-    tl.debug_barrier()  # all threads' parts are written before one of them says so
+    tl.debug_barrier()  # all threads' partial sums are written before the arrival is counted
     arrived = tl.atomic_add(count_ptr + i_tile, 1, sem="acq_rel")
     if arrived == SPLITS - 1:
         acc = tl.zeros_like(acc)
         for i in range(SPLITS):
-            # .cg: not from this multiprocessor's own cache, which knows nothing of the other programs' stores
+            # .cg bypasses the L1 cache, which is not coherent with the other programs' stores
             acc += tl.load(part_ptr + i * size + o_out, mask=m_out, other=0.0, cache_modifier=".cg")
     return acc, m_out & (tl.zeros_like(acc).to(tl.int32) + arrived == SPLITS - 1)

@@ -1,8 +1,8 @@
-"""Tile choice as data: `kernels/configs/<device>.json`, or `default.json` where a device has no table.
+"""Tile selection from tables: `kernels/configs/<device>.json`, or `default.json` for a device without one.
 
-A table maps an operation to entries with the largest M each is meant for; the entry nearest to M from above (the last
-one, beyond it) is taken. `regimes` holds the boundaries between the ways to run an operation. Nothing is tuned at run
-time.
+A table maps an operation to entries, each valid up to its `m`; the entry with the smallest `m >= M` is used, or the
+last one if M exceeds all. `regimes` holds the thresholds between implementations of an operation. There is no
+autotuning at run time.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from typing import Any
 
 from torch import Tensor
 
-from hqq_oft.device_tables import own_table
+from hqq_oft.ops.backends import forget_plans
+from hqq_oft.ops.device_tables import own_table
 
 from ._launch import device_name
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One choice: tile sizes, and how many warps and pipeline stages run it.
+    """Launch configuration: tile sizes, number of warps and of pipeline stages.
 
     Attributes:
-        m: the largest M this is meant for.
+        m: the largest M this is used for.
         bm: rows of x, tokens.
         bn: rows of the weight, out-features.
         bk: columns, in-features.
-        warps: of 32 threads.
-        stages: of the software pipeline over the loop.
+        warps: number of warps.
+        stages: number of software pipeline stages.
     """
 
     m: int
@@ -46,7 +47,7 @@ _changes: dict[str, Any] = {}
 
 @contextmanager
 def using(changes: dict[str, Any]) -> Iterator[None]:
-    """Entries in place of every device's own, for tuning: an operation's tiles, or `regimes`."""
+    """Override entries of every device's table, for tuning: an operation's tiles, or `regimes`."""
     global _changes
     before, _changes = _changes, _changes | changes
     _forget()
@@ -60,17 +61,18 @@ def using(changes: dict[str, Any]) -> Iterator[None]:
 def _forget() -> None:
     for cached in (table, tiles, _choose):
         cached.cache_clear()
+    forget_plans()
 
 
 @functools.lru_cache
 def table(device: str) -> dict[str, Any]:
-    """The table of a device, with the default's operations where it lacks them."""
+    """The table of a device, completed with the default's entries."""
     return own_table("default") | own_table(device) | _changes
 
 
 @functools.lru_cache
 def tiles(device: str, operation: str) -> tuple[Tile, ...]:
-    """All entries of an operation, by rising M.
+    """All entries of an operation, in ascending order of `m`.
 
     Raises:
         ValueError: the table's entry for the operation is malformed.
@@ -95,5 +97,5 @@ def choose(tensor: Tensor, operation: str, m: int) -> Tile:
 
 
 def regime(tensor: Tensor, boundary: str) -> int:
-    """A boundary between two ways to run an operation on the tensor's device."""
+    """A threshold between two implementations of an operation on the tensor's device."""
     return int(table(device_name(tensor))["regimes"][boundary])

@@ -1,17 +1,17 @@
 """Cayley map and Cayley-Neumann series: packed skew parameters `v` to `D = R - I`, and `dL/dD` to `dL/dv`.
 
-Series, with c_k the coefficient of Q^k: `D = c_1 Q + Q (c_2 Q + Q (... + Q c_n Q))`, each step one product of Q with
-a panel of columns. Its gradient, with A = Q^T, is `dQ = sum_ij c_(i+j+1) A^i G A^j`; what `v` takes is dQ - dQ^T, and
-since A^T = -A that is the same sum over `G - G^T` where i + j is even and `G + G^T` where it is odd. Both factors of
-each term follow from Horner's rule, in panels of columns again. Closed forms after the definitions in
-`hqq_oft.reference.cayley`.
+Series, with c_k the coefficient of Q^k: `D = c_1 Q + Q (c_2 Q + Q (... + Q c_n Q))`; each step is a product of Q with
+a panel of columns. Its gradient, with A = Q^T, is `dQ = sum_ij c_(i+j+1) A^i G A^j`. The gradient of `v` is dQ - dQ^T;
+since A^T = -A, it is the same sum over `G - G^T` for even i + j and over `G + G^T` for odd i + j. Both factors of each
+term are computed by Horner's rule, also in panels of columns. See `hqq_oft.ops.reference.cayley` for the definitions.
 
-Blocks up to 128 take one launch: Q is built from `v` in registers. Larger blocks, and the exact map, which takes a
-library's batched solve, go through dense Q and the library's batched products. The linear term, most of D, is exact.
+Blocks up to 128 take one launch, which builds Q from `v` in registers. Larger blocks and the exact map use dense Q with
+PyTorch's batched products and batched solve. The linear term, which dominates D, is exact.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hqq_oft.reference import series_coefficients
+from hqq_oft.ops.backends import Planner
+from hqq_oft.ops.reference import series_coefficients
 
-from ._launch import check_device, empty, float32_precision, on_device, wide
+from ._launch import Launch, check_device, empty, float32_precision, optional, wide
 from ._pieces import dot, narrow
 
 _LARGEST_BLOCK = 128  # in one launch
@@ -41,9 +42,9 @@ def skew_tile(p_v, o_i, o_j, factor, B: tl.constexpr, ACC: tl.constexpr, BOUNDED
 
 @triton.jit
 def bound_factor(p_v, max_norm, B: tl.constexpr, ACC: tl.constexpr):
-    """What scales a block to Frobenius norm `max_norm`, 1 if it is within; in float64, as `hqq_oft.reference.project`.
+    """Factor that scales a block to Frobenius norm `max_norm`, 1 if within; float64, as the reference's `project`.
 
-    The norm may exceed the bound by ACC's rounding, so that projecting what is projected changes nothing.
+    The norm may exceed the bound by the rounding error of ACC, so that the projection is idempotent.
     """
     SIZE: tl.constexpr = B * (B - 1) // 2
     EPSILON: tl.constexpr = 2.220446049250313e-16 if tl.float64 == ACC else 1.1920928955078125e-07
@@ -65,7 +66,7 @@ def skew_times(
 ):  # fmt: skip
     """`SIGN * Q * y` for a panel `y` of columns, [BP, columns]; Q is taken in panels of BC columns.
 
-    Where BC < BP, the rows of `y` that a panel meets come back from `p_scratch`: a register tile can't be sliced.
+    If BC < BP, a panel's rows of `y` are reloaded from `p_scratch`, because register tiles cannot be sliced.
     """
     acc = tl.zeros_like(y)
     if BC == BP:
@@ -80,7 +81,7 @@ def skew_times(
             q = skew_tile(p_v, o_i, o_c, factor, B, ACC, BOUNDED)
             y_c = tl.load(p_scratch + o_c[:, None] * WIDTH + o_s[None, :])
             acc = dot(q, y_c, acc, PRECISION)
-        tl.debug_barrier()  # before the next store to the same place
+        tl.debug_barrier()  # before the next store to the same address
     return acc * SIGN
 
 
@@ -90,7 +91,7 @@ def cayley_fwd_kernel(
     B: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, TERMS: tl.constexpr, LAST: tl.constexpr,
     ONE_STORED: tl.constexpr, DROPPED: tl.constexpr, BOUNDED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`D` of one block, BN columns of it: `D = sum_k c_k Q^k`, c = 2 but for the last of the TERMS, which is LAST.
+    """`D` of one block, BN columns of it: `D = sum_k c_k Q^k`, c_k = 2 except for the last of the TERMS, which is LAST.
 
     Grid: (blocks, panels of BN columns).
     """
@@ -107,7 +108,7 @@ def cayley_fwd_kernel(
         d = 2 * q + skew_times(p_v, factor, d, p_scratch, o_i, o_s, 1, B, BP, BC, ACC, BOUNDED, PRECISION)
     if DROPPED:
         kept = tl.load(keep_ptr + i_b).to(tl.int1)
-        d = tl.where(kept, d, 0.0)  # not a product: what is dropped may be NaN
+        d = tl.where(kept, d, 0.0)  # not a product: dropped blocks may hold NaN
     p_d = d_ptr + i_b * (B * B) + o_i[:, None] * B + o_j[None, :]
     tl.store(p_d, narrow(d, d_ptr.dtype.element_ty), mask=(o_i < B)[:, None] & (o_j < B)[None, :])
 
@@ -148,9 +149,9 @@ def cayley_bwd_kernel(
     B: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, TERMS: tl.constexpr, LAST: tl.constexpr,
     DROPPED: tl.constexpr, BOUNDED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`dv` of one stored block, from BN columns of `dQ - dQ^T`; the formula stands at the top of the file.
+    """`dv` of one stored block, from BN columns of `dQ - dQ^T`; see the formula at the top of the file.
 
-    `even` and `odd` hold the part of `sum_j c_(i+j+1) A^j` with i + j even and odd; i runs from the last term down.
+    `even` and `odd` hold the part of `sum_j c_(i+j+1) A^j` with i + j even and odd; i is descending.
 
     Grid: (stored blocks, panels of BN columns).
     """
@@ -161,7 +162,7 @@ def cayley_bwd_kernel(
     p_v, p_g = v_ptr + i_b * SIZE, g_ptr + i_b * (B * B)
     p_scratch = scratch_ptr + (i_b * tl.num_programs(1) + i_c) * (BP * BN)
     factor = bound_factor(p_v, norm_ptr, B, ACC) if BOUNDED else 1.0
-    # i = TERMS - 1, the last term: one of the two is LAST * I, and its product with G needs no product.
+    # For i = TERMS - 1 one of the two is LAST * I and the other is 0, so no matrix product is needed.
     ODD_LAST: tl.constexpr = (TERMS - 1) % 2
     identity = (o_i[:, None] == o_j[None, :]).to(ACC)
     even, odd = identity * (LAST * (1 - ODD_LAST)), identity * (LAST * ODD_LAST)
@@ -212,7 +213,7 @@ def unskew_kernel(dq_ptr, dv_ptr, B: tl.constexpr, BT: tl.constexpr, ACC: tl.con
 
 
 def _panels(block_size: int) -> dict[str, int]:
-    """Tile sizes and warps for a block size, the largest that spill nowhere and fit 99 KiB of shared memory."""
+    """Tile sizes and warps for a block size: the largest that never spill and fit 99 KiB of shared memory."""
     padded = max(16, triton.next_power_of_2(block_size))
     chunk = padded if padded <= 32 else 16
     return {"BP": padded, "BN": min(padded, 32), "BC": chunk, "num_warps": max(4, padded // 16), "num_stages": 1}
@@ -223,12 +224,12 @@ def _precision(v: Tensor) -> str:
 
 
 def _norm(max_norm: float | None, v: Tensor) -> Tensor:
-    """The bound where kernels read it; float64, as a Python number would reach them as float32."""
+    """The bound as a tensor: float64, because Triton passes Python floats as float32."""
     return v if max_norm is None else torch.full((1,), max_norm, dtype=torch.float64, device=v.device)
 
 
 def _scratch(v: Tensor, blocks: int, panels: dict[str, int]) -> Tensor:
-    """One panel per program, where Q is taken in chunks."""
+    """One panel per program if Q is processed in chunks."""
     if panels["BC"] == panels["BP"]:
         return v
     dtype = torch.promote_types(v.dtype, torch.float32)
@@ -236,81 +237,100 @@ def _scratch(v: Tensor, blocks: int, panels: dict[str, int]) -> Tensor:
 
 
 def _coefficients(terms: int) -> tuple[int, int]:
-    """Number of powers of Q in the series, and the coefficient of the last; all others have 2."""
+    """Number of powers of Q in the series, and the coefficient of the last; the others are 2."""
     coefficients = series_coefficients(terms)
     return len(coefficients), coefficients[-1] if coefficients else 0
 
 
-def cayley(
-    v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None, dtype: torch.dtype
-) -> Tensor:
-    """`hqq_oft.reference.cayley` in one launch, for blocks up to 128 and a series; see the top of the file."""
-    check_device(v)
+def plan_cayley(
+    by_name: bool, v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None,
+    dtype: torch.dtype,
+) -> Callable[..., Tensor]:  # fmt: skip
+    """Of `hqq_oft.ops.reference.cayley`; one launch for blocks up to 128 and a series, see the top of the file."""
+    check_device(v, by_name)
     blocks = v.shape[0] if keep is None else keep.shape[0]
-    d = empty(v, (blocks, block_size, block_size), dtype)
+    shape = (blocks, block_size, block_size)
     powers, last = _coefficients(terms) if terms is not None else (1, 1)
     if block_size == 1 or powers == 0 or blocks == 0:
-        return d.zero_()
-    v = v.contiguous()
+        return lambda v, *_: empty(v, shape, dtype).zero_()
     if terms is None or block_size > _LARGEST_BLOCK:
-        return _dense_cayley(v, block_size, terms, keep, max_norm, d)
+        return _dense_cayley
     panels = _panels(block_size)
-    with on_device(v):
-        cayley_fwd_kernel[(blocks, triton.cdiv(block_size, panels["BN"]))](
-            v, d, v if keep is None else keep.contiguous(), _norm(max_norm, v), _scratch(v, blocks, panels),
-            B=block_size, TERMS=powers, LAST=last, ONE_STORED=v.shape[0] == 1, DROPPED=keep is not None,
-            BOUNDED=max_norm is not None, ACC=wide(v.dtype), PRECISION=_precision(v), enable_fp_fusion=True, **panels,
-        )  # fmt: skip
-    return d
+    launch = Launch(
+        cayley_fwd_kernel, (blocks, triton.cdiv(block_size, panels["BN"])), B=block_size, TERMS=powers, LAST=last,
+        ONE_STORED=v.shape[0] == 1, DROPPED=keep is not None, BOUNDED=max_norm is not None, ACC=wide(v.dtype),
+        PRECISION=_precision(v), **panels,
+    )  # fmt: skip
+
+    def cayley(
+        v: Tensor, block_size: int, terms: int, keep: Tensor | None, max_norm: float | None, dtype: Any
+    ) -> Tensor:
+        d, v = empty(v, shape, dtype), v.contiguous()
+        launch(v, d, optional(keep, v), _norm(max_norm, v), _scratch(v, blocks, panels))
+        return d
+
+    return cayley
 
 
-def cayley_backward(
-    grad: Tensor, v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None
-) -> Tensor:
-    """`hqq_oft.reference.cayley_backward` in one launch, for blocks up to 128 and a series."""
-    check_device(v)
-    dv = empty(v, tuple(v.shape))
+def plan_cayley_backward(
+    by_name: bool, grad: Tensor, v: Tensor, block_size: int, terms: int | None, keep: Tensor | None,
+    max_norm: float | None,
+) -> Callable[..., Tensor]:  # fmt: skip
+    """Of `hqq_oft.ops.reference.cayley_backward`; one launch for blocks up to 128 and a series."""
+    check_device(v, by_name)
+    stored = v.shape[0]
     powers, last = _coefficients(terms) if terms is not None else (1, 1)
-    if block_size == 1 or powers == 0 or v.shape[0] == 0:
-        return dv.zero_()
-    v = v.contiguous()
-    if grad.shape[0] != v.shape[0]:  # one stored block, spread over all positions by `keep`
-        if keep is not None:
-            grad = torch.where(keep[:, None, None], grad, torch.zeros_like(grad))
-        grad, keep = grad.sum(dim=0, keepdim=True, dtype=torch.promote_types(grad.dtype, torch.float32)), None
-    grad = grad.contiguous()
+    if block_size == 1 or powers == 0 or stored == 0:
+        return lambda grad, v, *_: empty(v, tuple(v.shape)).zero_()
+    if grad.shape[0] != stored:
+        plan = plan_cayley_backward(by_name, _sum_positions(grad, keep), v, block_size, terms, None, max_norm)
+        return lambda grad, v, block_size, terms, keep, max_norm: plan(
+            _sum_positions(grad, keep), v, block_size, terms, None, max_norm
+        )
     if terms is None or block_size > _LARGEST_BLOCK:
-        return _dense_cayley_backward(grad, v, block_size, terms, keep, max_norm, dv)
+        return _dense_cayley_backward
     panels = _panels(block_size)
-    with on_device(v):
-        cayley_bwd_kernel[(v.shape[0], triton.cdiv(block_size, panels["BN"]))](
-            grad, v, dv, v if keep is None else keep.contiguous(), _norm(max_norm, v),
-            _scratch(v, v.shape[0], panels), B=block_size, TERMS=powers, LAST=last, DROPPED=keep is not None,
-            BOUNDED=max_norm is not None, ACC=wide(v.dtype), PRECISION=_precision(v), enable_fp_fusion=True, **panels,
-        )  # fmt: skip
-    return dv
+    launch = Launch(
+        cayley_bwd_kernel, (stored, triton.cdiv(block_size, panels["BN"])), B=block_size, TERMS=powers, LAST=last,
+        DROPPED=keep is not None, BOUNDED=max_norm is not None, ACC=wide(v.dtype), PRECISION=_precision(v), **panels,
+    )  # fmt: skip
+
+    def cayley_backward(
+        grad: Tensor, v: Tensor, block_size: int, terms: int, keep: Tensor | None, max_norm: float | None
+    ) -> Tensor:
+        dv, v = empty(v, tuple(v.shape)), v.contiguous()
+        launch(grad.contiguous(), v, dv, optional(keep, v), _norm(max_norm, v), _scratch(v, stored, panels))
+        return dv
+
+    return cayley_backward
+
+
+def _sum_positions(grad: Tensor, keep: Tensor | None) -> Tensor:
+    """The gradient of one shared block, expanded to all positions by `keep`."""
+    if keep is not None:
+        grad = torch.where(keep[:, None, None], grad, torch.zeros_like(grad))
+    return grad.sum(dim=0, keepdim=True, dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
 def _dense_skew(v: Tensor, block_size: int, max_norm: float | None) -> Tensor:
     q = empty(v, (v.shape[0], block_size, block_size), torch.promote_types(v.dtype, torch.float32))
     tile = min(64, max(16, triton.next_power_of_2(block_size)))
     tiles = triton.cdiv(block_size, tile)
-    with on_device(v):
-        skew_kernel[(v.shape[0], tiles, tiles)](
-            v, q, _norm(max_norm, v), B=block_size, BT=tile, ACC=wide(v.dtype), BOUNDED=max_norm is not None,
-            enable_fp_fusion=True,
-        )  # fmt: skip
+    launch = Launch(
+        skew_kernel, (v.shape[0], tiles, tiles), B=block_size, BT=tile, ACC=wide(v.dtype), BOUNDED=max_norm is not None
+    )
+    launch(v.contiguous(), q, _norm(max_norm, v))
     return q
 
 
 def _exact(q: Tensor) -> Tensor:
-    """`D = -2 Q (I + Q)^-1`; I + Q is never singular, so nothing is checked, which would wait for the device."""
+    """`D = -2 Q (I + Q)^-1`; I + Q is never singular, so the check, which synchronizes, is skipped."""
     identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     return torch.linalg.solve_ex(identity + q, -2 * q, left=False, check_errors=False).result
 
 
 def _dense_cayley(
-    v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None, out: Tensor
+    v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None, dtype: torch.dtype
 ) -> Tensor:
     q = _dense_skew(v, block_size, max_norm)
     if terms is None:
@@ -322,12 +342,13 @@ def _dense_cayley(
             d = torch.baddbmm(q, q, d, beta=2)
     if keep is not None:
         d = torch.where(keep[:, None, None], d, torch.zeros_like(d))
-    return out.copy_(d)
+    return empty(v, tuple(d.shape), dtype).copy_(d)
 
 
 def _dense_cayley_backward(
-    grad: Tensor, v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None, dv: Tensor
+    grad: Tensor, v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None
 ) -> Tensor:
+    dv = empty(v, tuple(v.shape))
     q = _dense_skew(v, block_size, max_norm)
     grad = grad.to(q.dtype)
     if keep is not None:
@@ -340,15 +361,13 @@ def _dense_cayley_backward(
         dq = _series_gradient(grad, q, *_coefficients(terms))
     tile = min(64, max(16, triton.next_power_of_2(block_size)))
     tiles = triton.cdiv(block_size, tile)
-    with on_device(v):
-        unskew_kernel[(v.shape[0], tiles, tiles)](
-            dq.contiguous(), dv, B=block_size, BT=tile, ACC=wide(v.dtype), enable_fp_fusion=True
-        )
+    launch = Launch(unskew_kernel, (v.shape[0], tiles, tiles), B=block_size, BT=tile, ACC=wide(v.dtype))
+    launch(dq.contiguous(), dv)
     return dv
 
 
 def _series_gradient(grad: Tensor, q: Tensor, powers: int, last: int) -> Tensor:
-    """`sum_ij c_(i+j+1) A^i G A^j` with A = Q^T = -Q, for i from the last term down: both factors by Horner's rule."""
+    """`sum_ij c_(i+j+1) A^i G A^j` with A = Q^T = -Q, for descending i: both factors by Horner's rule."""
     h = torch.zeros_like(q)
     dq = torch.zeros_like(q)
     for step in range(powers):
@@ -358,4 +377,4 @@ def _series_gradient(grad: Tensor, q: Tensor, powers: int, last: int) -> Tensor:
     return dq
 
 
-OPERATIONS: dict[str, Any] = {"cayley": cayley, "cayley_backward": cayley_backward}
+OPERATIONS: dict[str, Planner] = {"cayley": plan_cayley, "cayley_backward": plan_cayley_backward}

@@ -6,6 +6,7 @@ rotation: 2 b per weight.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hqq_oft.weight import LEVELS_PER_ELEMENT
+from hqq_oft.ops.backends import Planner
+from hqq_oft.ops.packing import LEVELS_PER_ELEMENT
+from hqq_oft.ops.weight import QuantizedWeight
 
 from . import _tiles
-from ._launch import check_device, empty, on_device, operand, product_precision, wide
+from ._launch import Launch, check_device, empty, operand, optional, wide
 from ._pieces import dot, narrow, rotation_tile, tile_rows, weight_tile
 from .rotate import holds_slices, rotate, slice_width
 
-_TILES = 4  # tiles of rows that share a tile of D
+_TILES = 4  # tiles of rows per tile of D
 
 
 @triton.jit(do_not_specialize=["first_row", "rows"])
@@ -32,14 +35,14 @@ def dequantize_kernel(
     SHARED: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`W`, or `W + W * blockdiag(D)^T`, of a range of rows and columns into `out`, WIDTH columns a program.
+    """`W`, or `W + W * blockdiag(D)^T`, for a range of rows and columns into `out`, WIDTH columns per program.
 
-    A program goes through TILES tiles of BN rows with one tile of D, which else would be read as often as W is written.
+    A program loads one tile of D for TILES tiles of BN rows; otherwise D would be reloaded for every tile of W.
 
-    In the banded layout the range counts packed rows, and `out` holds the bands' rows one band after the other:
-    [FIELDS * rows, columns]; elsewhere it is [rows, columns].
+    In the banded layout the range counts packed rows, and `out` holds the rows of one band after another:
+    [FIELDS * rows, columns]; otherwise it is [rows, columns].
 
-    Grid: (TILES tiles of rows each, slices of columns).
+    Grid: (groups of TILES row tiles, slices of columns).
     """
     i_slice = tl.program_id(1)
     TILE_ROWS: tl.constexpr = BN // FIELDS if BANDED else BN
@@ -58,7 +61,7 @@ def dequantize_kernel(
             BITS, FIELDS, GROUP, AXIS, BANDED, ALIGNED, GROUPS, BN, BK, ACC,
         )  # fmt: skip
         if ROTATED:
-            # columns outside the slice hold decoded rubbish, which must not meet the rotation: 0 * NaN is NaN
+            # padding columns may decode to NaN; zero them before the dot, where 0 * NaN would be NaN
             w = dot(narrow(tl.where(m_k[None, :], w, 0.0), OPERAND), d, w, PRECISION)
         if BANDED:
             o_out = (o_n // band_rows) * rows + o_n % band_rows - first_row
@@ -69,24 +72,20 @@ def dequantize_kernel(
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A quantized weight as the kernels see it; the fields are those of `hqq_oft.QuantizedWeight`."""
+class Packing:
+    """How the levels of a quantized weight lie in its packed elements; the fields are those of `QuantizedWeight`."""
 
-    packed: Tensor
-    scale: Tensor
-    zero: Tensor
     N: int
     K: int
     bits: int
     group: int
     axis: int
+    elements: int
 
     @classmethod
-    def of(
-        cls, packed: Tensor, scale: Tensor, zero: Tensor, N: int, K: int, bits: int, group: int, axis: int
-    ) -> Packed:
-        """From an operator's arguments, with all tensors contiguous."""
-        return cls(packed.contiguous(), scale.contiguous(), zero.contiguous(), N, K, bits, group, axis)
+    def of(cls, weight: QuantizedWeight) -> Packing:
+        """The packing of a weight."""
+        return cls(*weight.shape, weight.bits, weight.group_size, weight.axis, weight.packed.numel())
 
     @property
     def fields(self) -> int:
@@ -95,7 +94,7 @@ class Packed:
 
     @property
     def banded(self) -> bool:
-        """Whether the bands of levels are whole rows."""
+        """Whether each band of levels consists of whole rows."""
         return self.bits != 3 and self.N % self.fields == 0
 
     @property
@@ -104,9 +103,9 @@ class Packed:
         return self.N // self.fields if self.banded else self.N
 
     def fit_rows(self, bn: int, groups: int) -> int:
-        """`bn` made smaller where decoding takes more registers than at 4 bits, with whole `groups` in a row.
+        """`bn`, reduced where dequantization needs more registers than for 4 bits with whole `groups` in a row.
 
-        Scales, or packed elements, that are fetched one for each level take as many registers as the levels.
+        Scales or packed elements that are loaded per level take as many registers as the levels.
         """
         if groups == 0:
             bn //= 4
@@ -117,15 +116,15 @@ class Packed:
         return max(bn, 2 * self.fields if self.banded else 16)
 
     def tile_rows(self, bn: int) -> int:
-        """Packed rows, or rows where not banded, in a tile of `bn` rows of the weight."""
+        """Packed rows (rows if not banded) in a tile of `bn` rows of the weight."""
         return bn // self.fields if self.banded else bn
 
     def sizes(self) -> tuple[int, int, int, int, int]:
         """The kernels' N, K, band_rows, band_elements, groups."""
-        return self.N, self.K, self.band_rows, self.packed.numel(), self.N * self.K // self.group
+        return self.N, self.K, self.band_rows, self.elements, self.N * self.K // self.group
 
     def constants(self, bk: int) -> dict[str, Any]:
-        """The kernels' constants for tiles that step through the columns by `bk`."""
+        """The kernels' constexpr arguments for tiles of `bk` columns."""
         aligned = (self.K if self.axis == 1 else self.N) % self.group == 0
         return {
             "BITS": self.bits,
@@ -139,15 +138,20 @@ class Packed:
 
 
 def _groups_per_row(group: int, bk: int) -> int:
-    """Groups in `bk` columns, 1 for part of one, 0 if they do not fit together."""
+    """Groups in `bk` columns: 1 if they lie within a group, 0 if neither divides the other."""
     if group % bk == 0:
         return 1
     return bk // group if bk % group == 0 else 0
 
 
+def tensors(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed levels, scale and zero, contiguous."""
+    return weight.packed.contiguous(), weight.scale.contiguous(), weight.zero.contiguous()
+
+
 def dequantize_into(
     out: Tensor,
-    weight: Packed,
+    weight: QuantizedWeight,
     d: Tensor | None = None,
     *,
     rows: tuple[int, int] | None = None,
@@ -158,63 +162,63 @@ def dequantize_into(
     Args:
         out: `[rows, columns]`; for a banded weight `[fields * rows, columns]`.
         weight: the weight.
-        d: `[B or 1, b, b]` whose slices a tile holds (`holds_slices`), or None; with it the range takes all columns.
+        d: `[B or 1, b, b]` whose slices fit in a tile (`holds_slices`), or None; with it the range has all columns.
         rows: first and past the last row, of the packed rows if the weight is banded; by default all.
         columns: first and past the last column, the first a multiple of 128; by default all.
 
     Returns:
         `out`.
     """
-    first_row, end_row = rows or (0, weight.band_rows)
-    first_column, end_column = columns or (0, weight.K)
+    packing = Packing.of(weight)
+    first_row, end_row = rows or (0, packing.band_rows)
+    first_column, end_column = columns or (0, packing.K)
     b = 1 if d is None else d.shape[-1]
-    tile = _tiles.choose(out, "dequantize", weight.N)
-    width = tile.bk if d is None else slice_width(b, weight.K)
-    if d is not None and width < tile.bk and tile.bk % width == 0 and tile.bk <= weight.K:
+    tile = _tiles.choose(out, "dequantize", packing.N)
+    width = tile.bk if d is None else slice_width(b, packing.K)
+    if d is not None and width < tile.bk and tile.bk % width == 0 and tile.bk <= packing.K:
         width = tile.bk
     bk = max(16, triton.next_power_of_2(width))
     accumulator = torch.promote_types(out.dtype, weight.scale.dtype)
     halves = d is not None and d.dtype == out.dtype and out.element_size() == 2
     operands = operand(out.dtype) if halves else wide(accumulator)
-    constants = weight.constants(bk)
+    constants = packing.constants(bk)
     if width != bk:
-        constants["GROUPS"] = 0  # a slice that is padded begins anywhere in a group
-    bn = weight.fit_rows(tile.bn if d is None or halves else tile.bn // 2, constants["GROUPS"])
-    n_tiles = triton.cdiv(end_row - first_row, weight.tile_rows(bn))
+        constants["GROUPS"] = 0  # a padded slice may start anywhere within a group
+    bn = packing.fit_rows(tile.bn if d is None or halves else tile.bn // 2, constants["GROUPS"])
+    n_tiles = triton.cdiv(end_row - first_row, packing.tile_rows(bn))
     tiles = 1 if d is None else min(_TILES, triton.next_power_of_2(n_tiles))
-    with on_device(out):
-        dequantize_kernel[(triton.cdiv(n_tiles, tiles), triton.cdiv(end_column - first_column, width))](
-            weight.packed, weight.scale, weight.zero, out if d is None else d.contiguous(), out, *weight.sizes(),
-            first_row, end_row - first_row, first_column, end_column - first_column, **constants,
-            ROTATED=d is not None, B=b, WIDTH=width, SHARED=d is not None and d.shape[0] == 1, TILES=tiles,
-            BN=bn, BK=bk, ACC=wide(accumulator), OPERAND=operands, PRECISION=product_precision(operands),
-            enable_fp_fusion=True, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    launch = Launch(
+        dequantize_kernel, (triton.cdiv(n_tiles, tiles), triton.cdiv(end_column - first_column, width)), operands,
+        **constants, ROTATED=d is not None, B=b, WIDTH=width, SHARED=d is not None and d.shape[0] == 1, TILES=tiles,
+        BN=bn, BK=bk, ACC=wide(accumulator), OPERAND=operands, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    launch(
+        *tensors(weight), optional(d, out), out, *packing.sizes(), first_row, end_row - first_row, first_column,
+        end_column - first_column,
+    )  # fmt: skip
     return out
 
 
-def dequantize(
-    packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int, bits: int, group_size: int,
-    axis: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """`hqq_oft.reference.dequantize`."""
-    check_device(packed)
-    weight = Packed.of(packed, scale, zero, out_features, in_features, bits, group_size, axis)
-    return dequantize_into(empty(packed, (out_features, in_features), dtype), weight)
+def plan_dequantize(by_name: bool, weight: QuantizedWeight, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Of `hqq_oft.ops.reference.dequantize`."""
+    check_device(weight.packed, by_name)
+    return lambda weight, dtype: dequantize_into(empty(weight.packed, weight.shape, dtype), weight)
 
 
-def dequantize_rotate(
-    packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int, bits: int, group_size: int,
-    axis: int, d: Tensor, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """`hqq_oft.reference.dequantize_rotate`; blocks that no tile holds are rotated in a second pass."""
-    check_device(packed)
-    weight = Packed.of(packed, scale, zero, out_features, in_features, bits, group_size, axis)
-    if holds_slices(dtype, d, in_features):
-        return dequantize_into(empty(packed, (out_features, in_features), dtype), weight, d)
-    wide_out = torch.promote_types(dtype, torch.promote_types(scale.dtype, torch.float32))
-    dense = dequantize_into(empty(packed, (out_features, in_features), wide_out), weight)
-    return rotate(dense, d, None, True).to(dtype)
+def plan_dequantize_rotate(
+    by_name: bool, weight: QuantizedWeight, d: Tensor, dtype: torch.dtype
+) -> Callable[..., Tensor]:
+    """Of `hqq_oft.ops.reference.dequantize_rotate`; blocks too large for a tile are rotated in a second pass."""
+    check_device(weight.packed, by_name)
+    if holds_slices(dtype, d, weight.in_features):
+        return lambda weight, d, dtype: dequantize_into(empty(weight.packed, weight.shape, dtype), weight, d)
+    wide_out = torch.promote_types(dtype, torch.promote_types(weight.scale.dtype, torch.float32))
+
+    def in_two_passes(weight: QuantizedWeight, d: Tensor, dtype: torch.dtype) -> Tensor:
+        dense = dequantize_into(empty(weight.packed, weight.shape, wide_out), weight)
+        return rotate(dense, d, None, True).to(dtype)
+
+    return in_two_passes
 
 
-OPERATIONS: dict[str, Any] = {"dequantize": dequantize, "dequantize_rotate": dequantize_rotate}
+OPERATIONS: dict[str, Planner] = {"dequantize": plan_dequantize, "dequantize_rotate": plan_dequantize_rotate}

@@ -1,20 +1,20 @@
 """`y = x * blockdiag(R) * W^T + bias` from packed bytes.
 
-Three ways, by M (`regimes` of the tile tables):
+M selects one of two paths (`regimes` of the tile tables):
 
-- decode and the middle: one launch. A program rotates a slice of x once and multiplies it with a wide band of decoded
-  outputs; where the grid is short, K is split, and the last program to arrive adds the parts in their order. Rotating
-  again for every band reads D `N / BN` times, so bands are wide. Bytes: the packed weight once, bits / 8 + 4 / group
-  per weight with 16-bit scales.
-- training and prefill: `W * R^T` is decoded and rotated in one pass into a bounded scratch, chunk by chunk, each
-  multiplied by the vendor's GEMM. Rotating W is free in a pass bound by memory; rotating x would be one more pass.
+- Small M (decoding): one fused launch. A program rotates a slice of x and multiplies it by a wide tile of dequantized
+  rows of W. If the grid is too small to fill the device, K is split, and the last program to arrive adds the partial
+  sums in split order. Every tile of outputs rotates x again and so reads D `N / BN` times; hence the wide tiles. Bytes:
+  the packed weight once, bits / 8 + 4 / group per weight with 16-bit scales.
+- Large M (training, prefill): `W * R^T` is dequantized and rotated in one pass into bounded scratch, chunk by chunk;
+  the vendor's GEMM multiplies each chunk. Rotating W is free in a memory-bound pass; rotating x would add a pass.
 
-Rotations that no tile holds (blocks over 64, or that do not divide it) are applied to x by a launch of their own.
+Rotations that do not fit a tile (blocks over 64, or that do not divide it) are applied to x by a separate launch.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import triton
@@ -22,22 +22,27 @@ import triton.language as tl
 from torch import Tensor
 
 from hqq_oft._config import scratch_bytes
+from hqq_oft.ops.backends import Planner
+from hqq_oft.ops.weight import QuantizedWeight
 
 from . import _tiles
 from ._launch import (
+    Launch,
+    adapters,
     check_device,
     empty,
-    on_device,
     operand,
-    product_precision,
+    optional,
     rows_contiguous,
     split_buffers,
     splits_for,
     wide,
 )
 from ._pieces import dot, narrow, rotation_tile, sum_splits, tile_rows, weight_tile
-from .dequantize import Packed, dequantize_into
-from .rotate import holds_slices, rotate
+from .dequantize import Packing, dequantize_into, tensors
+from .rotate import holds_slices, plan_rotate, rotate
+
+Linear = Callable[[Tensor, QuantizedWeight, Tensor | None, Tensor | None, Tensor | None], Tensor]
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -49,7 +54,7 @@ def linear_fwd_kernel(
     SHARED: tl.constexpr, BIASED: tl.constexpr, B: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BM, BN] of y over one of SPLITS parts of K. The rotated x is rounded to its dtype, as W is.
+    """One tile [BM, BN] of y over one of SPLITS parts of K. Rotated x and W are rounded to the dtype of x.
 
     Grid: (tiles of rows, tiles of outputs, SPLITS).
     """
@@ -103,69 +108,82 @@ def linear_fwd_kernel(
 # --- Launchers -------------------------------------------------------------------------------------------------------
 
 
-_ROWS = 128  # chunks of the scratch begin at multiples of it where they can: the vendor's GEMM wants aligned outputs
+_ROWS = 128  # scratch chunks start at multiples of this if possible: the vendor's GEMM prefers aligned outputs
 
 
 def rotates_in_tile(d: Tensor, bk: int) -> bool:
-    """Whether whole blocks fill the tile's columns."""
+    """Whether the tile's columns are a whole number of blocks."""
     return bk % d.shape[-1] == 0
 
 
-def fused_linear(
-    x: Tensor, d: Tensor | None, weight: Packed, bias: Tensor | None, adapter_index: Tensor | None
-) -> Tensor:
-    """The product in one launch, two where no tile holds the rotation."""
+def plan_fused_linear(
+    x: Tensor, weight: QuantizedWeight, d: Tensor | None, bias: Tensor | None, adapter_index: Tensor | None
+) -> Linear:
+    """Of the product in one launch, two where the rotation does not fit in a tile."""
     M, K = x.shape
     tile = _tiles.choose(x, "linear_rotated", M)
     if d is not None and not rotates_in_tile(d, tile.bk):
-        x, d, adapter_index = rotate(x, d, adapter_index, False), None, None
+        rotate_first = plan_rotate(True, x, d, adapter_index, False)
+        product = plan_fused_linear(empty(x, (M, K)), weight, None, bias, None)
+        return lambda x, weight, d, bias, adapter_index: product(
+            rotate_first(x, d, adapter_index, False), weight, None, bias, None
+        )
     if d is None:
         tile = _tiles.choose(x, "linear", M)
-    x = rows_contiguous(x)
-    y = empty(x, (M, weight.N))
-    constants = weight.constants(tile.bk)
-    bn = weight.fit_rows(tile.bn, constants["GROUPS"])
-    m_tiles, n_tiles = triton.cdiv(M, tile.bm), triton.cdiv(weight.band_rows, weight.tile_rows(bn))
+    packing = Packing.of(weight)
+    constants, sizes = packing.constants(tile.bk), packing.sizes()
+    bn = packing.fit_rows(tile.bn, constants["GROUPS"])
+    m_tiles, n_tiles = triton.cdiv(M, tile.bm), triton.cdiv(packing.band_rows, packing.tile_rows(bn))
     splits = splits_for(m_tiles * n_tiles, triton.cdiv(K, tile.bk), x)
     accumulator = wide(x.dtype)
-    part, count = split_buffers(x, splits, (M, weight.N), m_tiles * n_tiles)
-    with on_device(x):
-        linear_fwd_kernel[(m_tiles, n_tiles, splits)](
-            x, x if d is None else d.contiguous(), x if adapter_index is None else adapter_index.contiguous(),
-            weight.packed, weight.scale, weight.zero, x if bias is None else bias.contiguous(), y, part, count,
-            M, *weight.sizes(), x.stride(0), d.stride(0) if d is not None and adapter_index is not None else 0,
-            d.shape[0] if d is not None and adapter_index is not None else 1, **constants,
-            EVEN=K % tile.bk == 0,
-            ROTATED=d is not None, INDEXED=d is not None and adapter_index is not None,
-            SHARED=d is not None and d.shape[-3] == 1, BIASED=bias is not None, B=1 if d is None else d.shape[-1],
-            SPLITS=splits, BM=tile.bm, BN=bn, BK=tile.bk, ACC=accumulator,
-            OPERAND=accumulator if d is None else operand(x.dtype, d.dtype), PRECISION=product_precision(accumulator),
-            enable_fp_fusion=True, num_warps=tile.warps, num_stages=tile.stages,
+    rotation = accumulator if d is None else operand(x.dtype, d.dtype)
+    launch = Launch(
+        linear_fwd_kernel, (m_tiles, n_tiles, splits), rotation if d is not None else operand(x.dtype), **constants,
+        EVEN=K % tile.bk == 0, ROTATED=d is not None, INDEXED=d is not None and adapter_index is not None,
+        SHARED=d is not None and d.shape[-3] == 1, BIASED=bias is not None, B=1 if d is None else d.shape[-1],
+        SPLITS=splits, BM=tile.bm, BN=bn, BK=tile.bk, ACC=accumulator, OPERAND=rotation,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+    def fused_linear(
+        x: Tensor, weight: QuantizedWeight, d: Tensor | None, bias: Tensor | None, adapter_index: Tensor | None
+    ) -> Tensor:
+        x = rows_contiguous(x)
+        y = empty(x, (M, packing.N))
+        part, count = split_buffers(x, splits, (M, packing.N), m_tiles * n_tiles)
+        launch(
+            x, optional(d, x), optional(adapter_index, x), *tensors(weight), optional(bias, x), y, part, count, M,
+            *sizes, x.stride(0), *adapters(d, adapter_index),
         )  # fmt: skip
-    return y
+        return y
+
+    return fused_linear
 
 
 @torch.no_grad()
-def scratch_linear(x: Tensor, d: Tensor | None, weight: Packed, bias: Tensor | None) -> Tensor:
-    """The product by the vendor's GEMM with `W * R^T` decoded into a scratch, a chunk of outputs at a time."""
+def scratch_linear(
+    x: Tensor, weight: QuantizedWeight, d: Tensor | None, bias: Tensor | None, adapter_index: Tensor | None
+) -> Tensor:
+    """The product by the vendor's GEMM, with `W * R^T` dequantized into scratch one chunk of outputs at a time."""
     M, K = x.shape
-    if d is not None and not holds_slices(x.dtype, d, K):
-        x, d = rotate(x, d, None, False), None
-    y = empty(x, (M, weight.N))
+    if d is not None and (adapter_index is not None or not holds_slices(x.dtype, d, K)):
+        x, d = rotate(x, d, adapter_index, False), None
+    packing = Packing.of(weight)
+    y = empty(x, (M, packing.N))
     if bias is not None:
         bias = bias.to(x.dtype)
-    bands = weight.fields if weight.banded else 1
+    bands = packing.fields if packing.banded else 1
     fit = scratch_bytes() // (bands * K * x.element_size())
-    chunk = min(weight.band_rows, max(fit // _ROWS * _ROWS, min(fit, _ROWS), 1))
+    chunk = min(packing.band_rows, max(fit // _ROWS * _ROWS, min(fit, _ROWS), 1))
     scratch = empty(x, (bands * chunk, K))
-    for first in range(0, weight.band_rows, chunk):
-        rows = min(chunk, weight.band_rows - first)
+    for first in range(0, packing.band_rows, chunk):
+        rows = min(chunk, packing.band_rows - first)
         dense = dequantize_into(scratch[: bands * rows], weight, d, rows=(first, first + rows))
-        if rows == weight.band_rows:  # all bands, whole: the rows are in their own order
+        if rows == packing.band_rows:  # all bands in full: the rows are in their original order
             _multiply(x, dense, bias, y)
             continue
         for band in range(bands):
-            outputs = slice(band * weight.band_rows + first, band * weight.band_rows + first + rows)
+            outputs = slice(band * packing.band_rows + first, band * packing.band_rows + first + rows)
             part = None if bias is None else bias[outputs]
             _multiply(x, dense[band * rows : (band + 1) * rows], part, y[:, outputs])
     return y
@@ -179,25 +197,18 @@ def _multiply(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 
 def takes_one_launch(x: Tensor) -> bool:
-    """Whether the product with so many rows is fused; float32 on a GPU never is: Triton's float32 products spill."""
+    """Whether the product is fused for this many rows; never for float32 on a GPU: Triton's float32 products spill."""
     return x.shape[0] < _tiles.regime(x, "scratch_from_m") and not (x.is_cuda and x.element_size() > 2)
 
 
-def linear(
-    x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int, in_features: int,
-    bits: int, group_size: int, axis: int, bias: Tensor | None, adapter_index: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """`hqq_oft.reference.linear`, the way that M asks for."""
-    check_device(x)
-    weight = Packed.of(packed, scale, zero, out_features, in_features, bits, group_size, axis)
-    M = x.shape[0]
-    if M == 0:
-        return empty(x, (0, out_features))
-    if takes_one_launch(x):
-        return fused_linear(x, d, weight, bias, adapter_index)
-    if d is not None and adapter_index is not None:
-        x, d = rotate(x, d, adapter_index, False), None
-    return scratch_linear(x, d, weight, bias)
+def plan_linear(
+    by_name: bool, x: Tensor, weight: QuantizedWeight, d: Tensor | None, bias: Tensor | None, index: Tensor | None
+) -> Linear:
+    """Of `hqq_oft.ops.reference.linear`; M selects the path."""
+    check_device(x, by_name)
+    if x.shape[0] == 0:
+        return lambda x, weight, d, bias, adapter_index: empty(x, (0, weight.out_features))
+    return plan_fused_linear(x, weight, d, bias, index) if takes_one_launch(x) else scratch_linear
 
 
-OPERATIONS: dict[str, Any] = {"linear": linear}
+OPERATIONS: dict[str, Planner] = {"linear": plan_linear}

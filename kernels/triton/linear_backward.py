@@ -1,12 +1,12 @@
 """`g = dy * W` from the same packed bytes, then `dx = g + g * D^T` and `dD_i = x_i^T g_i` in one pass over (x, g).
 
-As in the forward: one launch where M is small, else W in a bounded scratch and the vendor's GEMM. The scratch takes
-chunks of columns here, so that each is a whole product and nothing is summed in half precision.
+As in the forward: one launch for small M, else W in bounded scratch and the vendor's GEMM. Here a scratch chunk is a
+range of columns, so that each GEMM is complete and no partial sums are added in half precision.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import triton
@@ -14,16 +14,20 @@ import triton.language as tl
 from torch import Tensor
 
 from hqq_oft._config import scratch_bytes
-from hqq_oft.reference import wide_dtype
+from hqq_oft.ops.backends import Planner
+from hqq_oft.ops.reference import wide_dtype
+from hqq_oft.ops.weight import QuantizedWeight
 
 from . import _tiles
-from ._launch import check_device, empty, on_device, product_precision, rows_contiguous, split_buffers, splits_for, wide
+from ._launch import Launch, check_device, empty, operand, rows_contiguous, split_buffers, splits_for, wide
 from ._pieces import dot, narrow, sum_splits, tile_rows, weight_tile
-from .dequantize import Packed, dequantize_into
+from .dequantize import Packing, dequantize_into, tensors
 from .linear import takes_one_launch
-from .rotate import holds_slices, rotate, rotation_gradient
+from .rotate import holds_slices, plan_rotate, plan_rotation_gradient
 
-_COLUMNS = 128  # chunks of the scratch begin at multiples of it
+Product = Callable[[Tensor, QuantizedWeight], Tensor]
+
+_COLUMNS = 128  # scratch chunks start at multiples of this
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -66,67 +70,80 @@ def linear_bwd_kernel(
 # --- Launchers -------------------------------------------------------------------------------------------------------
 
 
-def fused_input_gradient(grad: Tensor, weight: Packed) -> Tensor:
-    """`dy * W` in one launch."""
+def plan_fused_input_gradient(grad: Tensor, weight: QuantizedWeight) -> Product:
+    """Of `dy * W` in one launch."""
     M = grad.shape[0]
-    grad = rows_contiguous(grad)
     tile = _tiles.choose(grad, "linear_backward", M)
-    g = empty(grad, (M, weight.K))
-    constants = weight.constants(tile.bk)
-    bn = weight.fit_rows(tile.bn, constants["GROUPS"])
-    m_tiles, k_tiles = triton.cdiv(M, tile.bm), triton.cdiv(weight.K, tile.bk)
-    splits = splits_for(m_tiles * k_tiles, triton.cdiv(weight.band_rows, weight.tile_rows(bn)), grad)
-    accumulator = wide(grad.dtype)
-    part, count = split_buffers(grad, splits, (M, weight.K), m_tiles * k_tiles)
-    with on_device(grad):
-        linear_bwd_kernel[(m_tiles, k_tiles, splits)](
-            grad, weight.packed, weight.scale, weight.zero, g, part, count, M, *weight.sizes(), grad.stride(0),
-            **constants, EVEN=weight.K % tile.bk == 0, SPLITS=splits, BM=tile.bm, BN=bn, BK=tile.bk,
-            ACC=accumulator, PRECISION=product_precision(accumulator), enable_fp_fusion=True,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-    return g
+    packing = Packing.of(weight)
+    K, constants, sizes = packing.K, packing.constants(tile.bk), packing.sizes()
+    bn = packing.fit_rows(tile.bn, constants["GROUPS"])
+    m_tiles, k_tiles = triton.cdiv(M, tile.bm), triton.cdiv(K, tile.bk)
+    splits = splits_for(m_tiles * k_tiles, triton.cdiv(packing.band_rows, packing.tile_rows(bn)), grad)
+    launch = Launch(
+        linear_bwd_kernel, (m_tiles, k_tiles, splits), operand(grad.dtype), **constants, EVEN=K % tile.bk == 0,
+        SPLITS=splits, BM=tile.bm, BN=bn, BK=tile.bk, ACC=wide(grad.dtype), num_warps=tile.warps,
+        num_stages=tile.stages,
+    )  # fmt: skip
+
+    def fused_input_gradient(grad: Tensor, weight: QuantizedWeight) -> Tensor:
+        grad = rows_contiguous(grad)
+        g = empty(grad, (M, K))
+        part, count = split_buffers(grad, splits, (M, K), m_tiles * k_tiles)
+        launch(grad, *tensors(weight), g, part, count, M, *sizes, grad.stride(0))
+        return g
+
+    return fused_input_gradient
 
 
 @torch.no_grad()
-def scratch_input_gradient(grad: Tensor, weight: Packed) -> Tensor:
-    """`dy * W` by the vendor's GEMM with W decoded into a scratch, a chunk of columns at a time."""
-    g = empty(grad, (grad.shape[0], weight.K))
-    fit = scratch_bytes() // (weight.N * grad.element_size())
-    chunk = min(weight.K, max(_COLUMNS, fit // _COLUMNS * _COLUMNS))
-    scratch = empty(grad, (weight.N * chunk,))
-    for first in range(0, weight.K, chunk):
-        end = min(first + chunk, weight.K)
-        dense = scratch[: weight.N * (end - first)].view(weight.N, end - first)
+def scratch_input_gradient(grad: Tensor, weight: QuantizedWeight) -> Tensor:
+    """`dy * W` by the vendor's GEMM, with W dequantized into scratch one chunk of columns at a time."""
+    N, K = weight.shape
+    g = empty(grad, (grad.shape[0], K))
+    fit = scratch_bytes() // (N * grad.element_size())
+    chunk = min(K, max(_COLUMNS, fit // _COLUMNS * _COLUMNS))
+    scratch = empty(grad, (N * chunk,))
+    for first in range(0, K, chunk):
+        end = min(first + chunk, K)
+        dense = scratch[: N * (end - first)].view(N, end - first)
         torch.mm(grad, dequantize_into(dense, weight, columns=(first, end)), out=g[:, first:end])
     return g
 
 
-def linear_backward(
-    grad: Tensor, x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, out_features: int,
-    in_features: int, bits: int, group_size: int, axis: int, adapter_index: Tensor | None, need_x: bool, need_d: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`hqq_oft.reference.linear_backward`, the way that M asks for."""
-    check_device(grad)
-    weight = Packed.of(packed, scale, zero, out_features, in_features, bits, group_size, axis)
-    M = grad.shape[0]
+def plan_linear_backward(
+    by_name: bool, grad: Tensor, x: Tensor, weight: QuantizedWeight, d: Tensor | None, adapter_index: Tensor | None,
+    need_x: bool, need_d: bool,
+) -> Callable[..., tuple[Tensor, Tensor]]:  # fmt: skip
+    """Of `hqq_oft.ops.reference.linear_backward`; M selects the path of `g = dy * W`."""
+    check_device(grad, by_name)
+    M, K = grad.shape[0], weight.in_features
+    product: Product
     if M == 0:
-        g = empty(grad, (0, in_features))
-    elif takes_one_launch(grad):
-        g = fused_input_gradient(grad, weight)
+        product = lambda grad, weight: empty(grad, (0, K))  # noqa: E731
     else:
-        g = scratch_input_gradient(grad, weight)
+        product = plan_fused_input_gradient(grad, weight) if takes_one_launch(grad) else scratch_input_gradient
     if d is None:
-        return g, g.new_empty(0)
-    if not need_d:
-        dx = rotate(g, d, adapter_index, True) if need_x else g.new_empty(0)
-        return dx, d.new_empty(0, dtype=wide_dtype(x.dtype, d.dtype))
-    if not need_x:
-        return g.new_empty(0), rotation_gradient(g, x, d, adapter_index, False, None)
-    if adapter_index is None and holds_slices(x.dtype, d, in_features):
-        return g, rotation_gradient(g, x, d, None, False, g)  # in place: g is ours
-    dd = rotation_gradient(g, x, d, adapter_index, False, None)
-    return rotate(g, d, adapter_index, True), dd
+        return lambda grad, x, weight, *_: (product(grad, weight), grad.new_empty(0))
+    g_like = empty(grad, (M, K))
+    in_place = need_x and need_d and adapter_index is None and holds_slices(x.dtype, d, K)
+    back = plan_rotate(True, g_like, d, adapter_index, True) if need_x and not in_place else None
+    gradient = plan_rotation_gradient(g_like, x, d, adapter_index, False, in_place) if need_d else None
+    accumulator = wide_dtype(x.dtype, d.dtype)
+
+    def linear_backward(
+        grad: Tensor, x: Tensor, weight: QuantizedWeight, d: Tensor, adapter_index: Tensor | None, need_x: bool,
+        need_d: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        g = product(grad, weight)
+        if gradient is None:
+            dd = d.new_empty(0, dtype=accumulator)
+        else:
+            dd = gradient(g, x, d, adapter_index, g if in_place else None)  # in place: g is ours
+        if back is not None:
+            return back(g, d, adapter_index, True), dd
+        return g if in_place else g.new_empty(0), dd
+
+    return linear_backward
 
 
-OPERATIONS: dict[str, Any] = {"linear_backward": linear_backward}
+OPERATIONS: dict[str, Planner] = {"linear_backward": plan_linear_backward}

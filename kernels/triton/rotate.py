@@ -1,24 +1,27 @@
 """Block rotation of rows: `x + x * blockdiag(D)`, its transpose, and its gradients in one pass over (x, g).
 
-Bytes, forward: x in and out, 2 M K elements; D, b K elements, once per tile of rows. Operations: 2 M K b.
+Forward: reads x and writes y, 2 M K elements, and reads D, b K elements, once per tile of rows; 2 M K b operations.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hqq_oft.reference import wide_dtype
+from hqq_oft.ops.backends import Planner
+from hqq_oft.ops.reference import wide_dtype
 
 from . import _tiles
-from ._launch import check_device, empty, on_device, operand, product_precision, rows_contiguous, splits_for, wide
+from ._launch import Launch, adapters, check_device, empty, operand, optional, rows_contiguous, splits_for, wide
 from ._pieces import dot, narrow, rotation_tile
 
 _NARROWEST_SLICE = 32
+
+Rotate = Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -28,9 +31,9 @@ def rotate_fwd_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`y = x + x * blockdiag(D)` for BM rows and BN columns of one slice of WIDTH columns, whole blocks.
+    """`y = x + x * blockdiag(D)` for BM rows and BN columns of one slice of WIDTH columns (whole blocks).
 
-    Grid: (tiles of rows, slices, tiles of columns of a slice). Products in OPERAND, sums in ACC, rounded once.
+    Grid: (tiles of rows, slices, tiles of columns of a slice). Products in OPERAND, sums in ACC, one rounding.
     """
     i_m, i_slice = tl.program_id(0), tl.program_id(1)
     o_m = i_m * BM + tl.arange(0, BM)
@@ -68,8 +71,8 @@ def rotate_bwd_kernel(
 ):  # fmt: skip
     """`dD_i = x_i^T g_i` over one split of the rows, [BI, BJ] of one slice; with NEED_X also `dx = g + g * D^T`.
 
-    With TRANSPOSE the rotation was by D^T: `dD_i = g_i^T x_i`, `dx = g + g * D`. NEED_X takes a tile that is the whole
-    slice, so that the rows of `g` are read once; `dx` may be `g` itself.
+    With TRANSPOSE the rotation was by D^T: `dD_i = g_i^T x_i`, `dx = g + g * D`. NEED_X requires a tile of the whole
+    slice, so that the rows of `g` are read once; `dx` may alias `g`.
 
     Grid: (splits, slices * TILES * TILES, adapters). `part_ptr`: [splits, adapters, K / B, B, B].
     """
@@ -111,24 +114,22 @@ def rotate_bwd_kernel(
 
 
 def slice_width(block_size: int, features: int) -> int:
-    """Columns that one program rotates: whole blocks, at least 32 columns where there are as many."""
+    """Columns that one program rotates: whole blocks, at least 32 columns if x has that many."""
     return block_size * max(1, min(_NARROWEST_SLICE, features) // block_size)
 
 
 def holds_slices(dtype: torch.dtype, d: Tensor, features: int) -> bool:
-    """Whether one tile holds a slice of rows of `dtype` and its rotation; wider blocks are cut into tiles."""
+    """Whether a slice of rows of `dtype` and its rotation fit one tile; wider blocks are split into tiles."""
     halves = dtype == d.dtype and dtype.itemsize == 2
     return slice_width(d.shape[-1], features) <= (128 if halves else 64)
 
 
-def rotate(x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) -> Tensor:
-    """`hqq_oft.reference.rotate`."""
-    check_device(x)
+def plan_rotate(by_name: bool, x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) -> Rotate:
+    """Of `hqq_oft.ops.reference.rotate`."""
+    check_device(x, by_name)
     M, K = x.shape
-    y = empty(x, (M, K))
-    if y.numel() == 0:
-        return y
-    x, d = rows_contiguous(x), d.contiguous()
+    if x.numel() == 0:
+        return lambda x, d, adapter_index, transpose: empty(x, (M, K))
     b, width = d.shape[-1], slice_width(d.shape[-1], K)
     tile = _tiles.choose(x, "rotate", M)
     halves = x.element_size() == d.element_size() == 2
@@ -136,72 +137,96 @@ def rotate(x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) 
     if holds_slices(x.dtype, d, K):
         bn = bk = max(16, triton.next_power_of_2(width))
     operands = operand(x.dtype, d.dtype)
-    grid = (triton.cdiv(M, bm), triton.cdiv(K, width), triton.cdiv(width, bn))
-    with on_device(x):
-        rotate_fwd_kernel[grid](
-            x, d, x if adapter_index is None else adapter_index.contiguous(), y, M, K, x.stride(0),
-            d.stride(0) if adapter_index is not None else 0, d.shape[0] if adapter_index is not None else 1,
-            B=b, WIDTH=width, SHARED=d.shape[-3] == 1, TRANSPOSE=transpose, INDEXED=adapter_index is not None,
-            BM=bm, BN=bn, BK=bk, ACC=wide(x.dtype, d.dtype), OPERAND=operands,
-            PRECISION=product_precision(operands), enable_fp_fusion=True,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-    return y
+    launch = Launch(
+        rotate_fwd_kernel, (triton.cdiv(M, bm), triton.cdiv(K, width), triton.cdiv(width, bn)), operands,
+        B=b, WIDTH=width, SHARED=d.shape[-3] == 1, TRANSPOSE=transpose, INDEXED=adapter_index is not None,
+        BM=bm, BN=bn, BK=bk, ACC=wide(x.dtype, d.dtype), OPERAND=operands,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+    def rotate(x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) -> Tensor:
+        y = empty(x, (M, K))
+        x, d = rows_contiguous(x), d.contiguous()
+        launch(x, d, optional(adapter_index, x), y, M, K, x.stride(0), *adapters(d, adapter_index))
+        return y
+
+    return rotate
 
 
-def rotate_backward(
-    grad: Tensor, x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool, need_x: bool, need_d: bool
-) -> tuple[Tensor, Tensor]:
-    """`hqq_oft.reference.rotate_backward`."""
-    check_device(grad)
-    dx = grad.new_empty(0)
-    if not need_d:
-        dx = rotate(grad, d, adapter_index, not transpose) if need_x else dx
-        return dx, d.new_empty(0, dtype=wide_dtype(x.dtype, d.dtype))
-    one_pass = need_x and adapter_index is None and holds_slices(x.dtype, d, x.shape[1])
-    if one_pass:
-        dx = empty(grad, tuple(grad.shape))
-    elif need_x:
-        dx = rotate(grad, d, adapter_index, not transpose)
-    return dx, rotation_gradient(grad, x, d, adapter_index, transpose, dx if one_pass else None)
+def rotate(x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) -> Tensor:
+    """`hqq_oft.ops.reference.rotate`, planned for this call alone."""
+    return plan_rotate(True, x, d, adapter_index, transpose)(x, d, adapter_index, transpose)
 
 
-def rotation_gradient(
-    grad: Tensor, x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool, dx: Tensor | None
-) -> Tensor:
-    """`dD`, shaped as `d`, in float32 or wider; in the same pass also `dx`, into the buffer given, or none.
+def plan_rotate_backward(
+    by_name: bool, grad: Tensor, x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool, need_x: bool,
+    need_d: bool,
+) -> Callable[..., tuple[Tensor, Tensor]]:  # fmt: skip
+    """Of `hqq_oft.ops.reference.rotate_backward`."""
+    check_device(grad, by_name)
+    one_pass = need_x and need_d and adapter_index is None and holds_slices(x.dtype, d, x.shape[1])
+    back = plan_rotate(True, grad, d, adapter_index, not transpose) if need_x and not one_pass else None
+    gradient = plan_rotation_gradient(grad, x, d, adapter_index, transpose, one_pass) if need_d else None
+    accumulator = wide_dtype(x.dtype, d.dtype)
 
-    `dx` may be `grad`; it takes a tile that holds whole slices (`holds_slices`) and no `adapter_index`.
+    def rotate_backward(
+        grad: Tensor, x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool, need_x: bool, need_d: bool
+    ) -> tuple[Tensor, Tensor]:
+        dx = empty(grad, tuple(grad.shape)) if one_pass else grad.new_empty(0)
+        if back is not None:
+            dx = back(grad, d, adapter_index, not transpose)
+        if gradient is None:
+            return dx, d.new_empty(0, dtype=accumulator)
+        return dx, gradient(grad, x, d, adapter_index, dx if one_pass else None)
+
+    return rotate_backward
+
+
+def plan_rotation_gradient(
+    grad: Tensor, x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool, need_x: bool
+) -> Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]:
+    """Of `dD`, shaped as `d`, in float32 or wider, from (grad, x, d, adapter_index, dx); `need_x` also fills dx.
+
+    `dx` may be `grad`; it requires a tile that holds whole slices (`holds_slices`) and no `adapter_index`.
     """
     M, K = x.shape
     b, width = d.shape[-1], slice_width(d.shape[-1], K)
     accumulator = wide_dtype(x.dtype, d.dtype)
     if x.numel() == 0:
-        return empty(d, tuple(d.shape), accumulator).zero_()
-    grad, x, d = rows_contiguous(grad), rows_contiguous(x), d.contiguous()
+        return lambda grad, x, d, adapter_index, dx: empty(d, tuple(d.shape), accumulator).zero_()
     tile = _tiles.choose(x, "rotate_backward", M)
     side = max(16, triton.next_power_of_2(width)) if holds_slices(x.dtype, d, K) else tile.bk
     halves = x.element_size() == d.element_size() == 2
     bm, warps = (tile.bm, tile.warps) if side <= 64 and halves else (tile.bm // 2, tile.warps * 2)
-    tiles, adapters = triton.cdiv(width, side), 1 if adapter_index is None else d.shape[0]
+    tiles, count = triton.cdiv(width, side), 1 if adapter_index is None else d.shape[0]
     programs = triton.cdiv(K, width) * tiles * tiles
-    splits = splits_for(programs * adapters, triton.cdiv(M, bm), x)
-    rows_per_split = triton.cdiv(triton.cdiv(M, bm), splits) * bm
-    part = empty(x, (splits, adapters, K // b, b, b), accumulator)
-    operands = operand(x.dtype, grad.dtype) if dx is None else operand(x.dtype, grad.dtype, d.dtype)
-    with on_device(x):
-        rotate_bwd_kernel[(splits, programs, adapters)](
-            grad, x, d, x if adapter_index is None else adapter_index.contiguous(), grad if dx is None else dx, part,
-            M, K, grad.stride(0), x.stride(0), K, rows_per_split,
-            B=b, WIDTH=width, SHARED=d.shape[-3] == 1, TRANSPOSE=transpose, INDEXED=adapter_index is not None,
-            NEED_X=dx is not None, TILES=tiles, BM=bm, BI=side, BJ=side, ACC=wide(x.dtype, d.dtype),
-            OPERAND=operands, PRECISION=product_precision(operands),
-            enable_fp_fusion=True, num_warps=warps, num_stages=tile.stages,
+    steps = triton.cdiv(M, bm)
+    splits = splits_for(programs * count, steps, x)
+    rows_per_split = triton.cdiv(steps, splits) * bm
+    shared = d.shape[-3] == 1
+    operands = operand(x.dtype, grad.dtype, d.dtype) if need_x else operand(x.dtype, grad.dtype)
+    launch = Launch(
+        rotate_bwd_kernel, (splits, programs, count), operands,
+        B=b, WIDTH=width, SHARED=shared, TRANSPOSE=transpose, INDEXED=adapter_index is not None,
+        NEED_X=need_x, TILES=tiles, BM=bm, BI=side, BJ=side, ACC=wide(x.dtype, d.dtype), OPERAND=operands,
+        num_warps=warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+    def rotation_gradient(
+        grad: Tensor, x: Tensor, d: Tensor, adapter_index: Tensor | None, dx: Tensor | None
+    ) -> Tensor:
+        grad, x = rows_contiguous(grad), rows_contiguous(x)
+        part = empty(x, (splits, count, K // b, b, b), accumulator)
+        launch(
+            grad, x, d.contiguous(), optional(adapter_index, x), grad if dx is None else dx, part, M, K,
+            grad.stride(0), x.stride(0), K, rows_per_split,
         )  # fmt: skip
-    if d.shape[-3] == 1:
-        part = part.sum(dim=2, keepdim=True)
-    dd = part.sum(dim=0) if splits > 1 else part[0]  # in a fixed order
-    return dd if adapter_index is not None else dd[0]
+        if shared:
+            part = part.sum(dim=2, keepdim=True)
+        dd = part.sum(dim=0) if splits > 1 else part[0]  # in a fixed order
+        return dd if adapter_index is not None else dd[0]
+
+    return rotation_gradient
 
 
-OPERATIONS: dict[str, Any] = {"rotate": rotate, "rotate_backward": rotate_backward}
+OPERATIONS: dict[str, Planner] = {"rotate": plan_rotate, "rotate_backward": plan_rotate_backward}

@@ -59,7 +59,7 @@ def test_forward_and_backward_at_4096():
     m = 4096
     dense = 2 * microseconds(model.gemm(layer, m))
     assert dense == pytest.approx(348, abs=0.5)
-    # Rotating W rides on the pass that decodes it; the backward pass over x and g remains.
+    # Rotating W is fused into the pass that decodes it; the backward pass over x and g remains.
     rotating_w = microseconds(model.linear(layer, m, scratch=True) + model.linear_backward(layer, m, scratch=True))
     assert rotating_w == pytest.approx(348 + 2 * 10 + 23.5, abs=0.5)
     # Rotating x instead costs a pass that reads and writes it.
@@ -93,7 +93,7 @@ def test_costs_by_hand():
     )
 
 
-def test_without_a_rotation_there_is_no_second_pass():
+def test_without_a_rotation_no_second_pass_is_counted():
     plain = Layer(8, 64, block=None)
     assert plain.rotation_bytes == 0
     assert model.linear(plain, 3, scratch=True) == (model.dequantize(plain), model.gemm(plain, 3))

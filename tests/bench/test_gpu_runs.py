@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import tarfile
 import time
 from pathlib import Path
+
+import pytest
 
 from bench import gpu
 
@@ -19,8 +22,8 @@ def test_a_part_that_runs_too_long_is_stopped_and_its_output_kept(tmp_path, caps
     assert gpu.run([sys.executable, "-c", "raise SystemExit(3)"], 30, log) == 3
 
 
-def test_nothing_that_a_stopped_part_has_started_runs_on(tmp_path):
-    """Workers of a test run that were left behind would share the GPU with what is timed next."""
+def test_stopping_a_part_kills_its_child_processes(tmp_path):
+    """Remaining workers of a test run would compete for the GPU with the next measurement."""
     child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     parent = (
         f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); "
@@ -29,14 +32,32 @@ def test_nothing_that_a_stopped_part_has_started_runs_on(tmp_path):
     log, calls = tmp_path / "log", []
     assert gpu.run([sys.executable, "-c", parent], 4, log, lambda: calls.append(1)) == 124
     status = Path(f"/proc/{int(log.read_text().split()[0])}/status")
-    end = time.monotonic() + 10  # a killed process takes a moment to go
+    end = time.monotonic() + 10  # a killed process takes a moment to exit
     while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < end:
         time.sleep(0.1)
     assert time.monotonic() < end
     assert calls
 
 
-def test_an_interrupted_test_run_still_reports(tmp_path):
+@pytest.fixture
+def sigint():
+    """Sets the SIGINT handler of this process until the end of the test."""
+    before = signal.getsignal(signal.SIGINT)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_part_can_be_interrupted_if_the_runner_was_started_with_sigint_ignored(tmp_path, sigint):
+    sigint(signal.SIG_IGN)
+    code = (
+        "import time\ntry: print('started', flush=True); time.sleep(60)\nexcept KeyboardInterrupt: print('interrupted')"
+    )
+    assert gpu.run([sys.executable, "-c", code], 3, tmp_path / "log") == 124
+    assert (tmp_path / "log").read_text() == "started\ninterrupted\n"
+
+
+def test_an_interrupted_test_run_still_reports(tmp_path, sigint):
+    sigint(signal.default_int_handler)  # a child of a process that ignores SIGINT would ignore it too
     slow = (
         "import pathlib, time\ndef test_linear(): pass\ndef test_rotate(): pathlib.Path({!r}).touch(); time.sleep(60)\n"
     )
@@ -52,7 +73,7 @@ def test_an_interrupted_test_run_still_reports(tmp_path):
     assert 'name="test_linear"' in junit.read_text()
 
 
-def test_results_leave_in_one_archive(tmp_path):
+def test_results_are_packed_in_one_archive(tmp_path):
     for name in ("results", "logs"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "raw.jsonl").write_text(name)

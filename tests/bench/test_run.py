@@ -13,7 +13,7 @@ from bench.cases import Case, Job, Kind
 from bench.model import Cost
 from bench.run import Session
 from bench.timing import Limits
-from hqq_oft.backends import OPERATIONS
+from hqq_oft.ops.table import OPERATIONS
 
 LIMITS = Limits(bandwidth=1e10, rate=1e11)
 CPU = torch.device("cpu")

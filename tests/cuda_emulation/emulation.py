@@ -71,7 +71,7 @@ def library() -> ctypes.CDLL:
     )
     assert done.returncode == 0, done.stderr
     loaded = ctypes.CDLL(str(out))
-    folder.cleanup()  # what is loaded stays
+    folder.cleanup()  # a loaded library stays mapped
     loaded.plan.restype = Planned
     loaded.emulate.restype = ctypes.c_bool
     return loaded
@@ -84,7 +84,7 @@ def planned(
     chained: bool = False,
     warps: int = MOST_WARPS,
 ) -> Planned:
-    """The plan for a device, or with `cut` (tiles of a band, stages of a slice) the one asked for."""
+    """The plan for a device, or with `cut` (tiles of a band, stages of a slice) the given one."""
     given = (warps, *cut) if cut else (0, 0, 0)
     return library().plan(ctypes.byref(problem), ctypes.byref(device), *given, int(chained))
 
@@ -93,9 +93,10 @@ def linear(
     x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, n: int, k: int, bits: int, group: int,
     axis: int, bias: Tensor | None, index: Tensor | None, *, repeats: int = 2, **how: Any,
 ) -> Tensor:  # fmt: skip
-    """`repeats` results [repeats, M, N] of `reference.linear` by the emulated kernel, each in another order of threads.
+    """`repeats` results [repeats, M, N] of `reference.linear` by the emulated kernel, each in another thread order.
 
-    Outputs and the workspace hold NaN, and tickets what a broken run might have left, before. `how` goes to `planned`.
+    Before each run, outputs and the workspace are filled with NaN, and the tickets as an aborted run
+    might leave them. `how` goes to `planned`.
     """
     assert axis == 1
     tokens = x.shape[0]

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="needs a C++ 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_conversions_are_pytorchs(dtype):
+def test_conversions_match_pytorch(dtype):
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
     wide = torch.empty(2**16)
     library, is_bfloat16 = emulation.library(), int(dtype == torch.bfloat16)

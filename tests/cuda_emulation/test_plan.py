@@ -1,4 +1,4 @@
-"""How products are cut: every output and column once, within each device's shared memory, with all of it at work."""
+"""Tiling of products: covers each output and column once, fits in shared memory, and uses every multiprocessor."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_plans_cover_the_product_within_shared_memory(device):
 @pytest.mark.parametrize("m", [1, 8, 16])
 @pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)], ids=str)
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
-def test_large_products_keep_the_device_at_work(device, shape, m):
-    """At least 70% of what all multiprocessors could do in the time of the one with most to do."""
+def test_large_products_use_all_multiprocessors(device, shape, m):
+    """Load balance: the mean work per multiprocessor is at least 70% of the maximum."""
     n, k = shape
     plan = planned(Problem(m, n, k, 4, 64, 32, 1), device).plan
     waves = -(-plan.bands * plan.splits // (plan.resident * device.multiprocessors))
@@ -61,8 +61,8 @@ def test_large_products_keep_the_device_at_work(device, shape, m):
 
 
 @pytest.mark.parametrize("shape", [(14336, 4096), (28672, 8192)], ids=str)
-def test_what_is_not_the_weight_is_little(shape):
-    """Bytes of D and of partial sums through the L2 cache, as a part of the weight's from memory."""
+def test_traffic_other_than_the_weight_is_small(shape):
+    """Bytes of D and of partial sums through the L2 cache, relative to the bytes of the weight read from memory."""
     n, k = shape
     for m, limit in ((1, 0.15), (16, 0.7)):
         result = planned(Problem(m, n, k, 4, 64, 32, 1), H200)

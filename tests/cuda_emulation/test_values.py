@@ -7,7 +7,7 @@ import torch
 from gpu.cases import operations, widened
 from helpers import TOLERANCE, relative_error
 
-from hqq_oft import reference
+from hqq_oft.ops import reference
 
 from . import emulation
 
@@ -87,7 +87,7 @@ def test_an_odd_number_of_groups():
 
 @pytest.mark.parametrize("cut", [(8, 1), (8, 2), (8, 3), (8, 5), (16, 1), (16, 7), (24, 4), (64, 12)], ids=str)
 @pytest.mark.parametrize("bits", [4, 3])
-def test_every_cut(bits, cut):
+def test_every_tiling(bits, cut):
     """Bands of one tile and of several for each warp, slices of one stage and of all, the last ones shorter."""
     args = arguments(2, 1200, 832, 32, torch.bfloat16, bits=bits)
     check(args, torch.bfloat16, cut=cut, repeats=3)
@@ -105,19 +105,19 @@ def test_without_rotation_and_bias():
     check([args[0], None, *args[2:10], None, None], torch.float16)
 
 
-def test_rows_of_x_that_are_apart():
+def test_rows_of_x_with_a_stride():
     args = arguments(4, 64, 192, 32, torch.float16)
     args[0] = torch.nn.functional.pad(args[0], (0, 24))[:, :192]
     check(args, torch.float16)
 
 
-def test_what_the_plan_chooses():
+def test_the_default_plan():
     for m in (1, 16):
         check(arguments(m, 1024, 512, 32, torch.bfloat16), torch.bfloat16)
 
 
 def test_zeros_are_exact():
-    """Levels equal to their zero give nothing, whatever x and the scale."""
+    """Levels equal to their zero contribute exactly 0 for any x and scale."""
     args = arguments(2, 64, 128, 32, torch.bfloat16)
     args[2] = torch.full_like(args[2], 0x77)
     args[4] = torch.full_like(args[4], 7.0)

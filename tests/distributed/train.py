@@ -57,11 +57,11 @@ def shard(model: PeftModel) -> None:
 
 
 def check_refusals(model: PeftModel) -> None:
-    """What a sharded model can't do it says, and changes nothing."""
+    """Unsupported operations on a sharded model raise and change nothing."""
     before = [layer.get_base_layer().W_q for layer in layers(model)]
-    with pytest.raises(ValueError, match="the packed weight is sharded over processes"):
+    with pytest.raises(ValueError, match="the packed weight is sharded across processes"):
         layers(model)[0](torch.ones(1, 32))
-    with pytest.raises(ValueError, match="the adapter 'default' is sharded over processes"):
+    with pytest.raises(ValueError, match="the adapter 'default' is sharded across processes"):
         model.merge_adapter()
     assert all(layer.get_base_layer().W_q is packed for layer, packed in zip(layers(model), before, strict=True))
 

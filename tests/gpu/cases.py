@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from bench.problem import quantized_weight, skew_parameters
-from hqq_oft import backend, ops, reference
+from hqq_oft import backend
+from hqq_oft.ops import reference
+from hqq_oft.ops import table as ops
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
-# What the order of a sum of float32 products may change, on top of twice the reference's own error.
+# Tolerance for the summation order of float32 products, added to twice the error of the reference.
 ORDER_OF_SUMS = {torch.float32: 5e-6, torch.float16: 2e-5, torch.bfloat16: 2e-5}
 
 

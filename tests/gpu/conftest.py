@@ -38,7 +38,7 @@ def device():
 
 @pytest.fixture
 def poisoned_outputs(monkeypatch):
-    """Every output, and every buffer for parts of a sum, is NaN before its kernel runs."""
+    """Fill every output and every buffer of partial sums with NaN before its kernel runs."""
     from hqq_oft.triton_kernels import _launch, cayley, dequantize, linear, linear_backward, rotate
 
     empty = _launch.empty

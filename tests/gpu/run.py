@@ -10,9 +10,12 @@ import importlib.util
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TextIO
 from xml.etree import ElementTree
 
 import torch
@@ -23,7 +26,7 @@ BUILD = Path("build")
 
 
 def logged(command: list[str], log: Path, **environment: str) -> int:
-    """Run a command, its output on the screen and in a file."""
+    """Run a command; write its output to the terminal and to a file."""
     with (
         log.open("w") as file,
         subprocess.Popen(
@@ -35,14 +38,23 @@ def logged(command: list[str], log: Path, **environment: str) -> int:
             env={**os.environ, **environment},
         ) as process,
     ):
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            file.write(line)
+        try:
+            copy(process.stdout, file)
+        except KeyboardInterrupt:
+            # the command got the signal too: keep its pipe open until it has written its report
+            copy(process.stdout, file)
+            raise
     return process.returncode
 
 
+def copy(lines: Iterable[str], file: TextIO) -> None:
+    for line in lines:
+        print(line, end="", flush=True)
+        file.write(line)
+
+
 def tests(arguments: list[str]) -> tuple[bool, list[str]]:
-    """Run pytest; whether all is well, and lines for the summary."""
+    """Run pytest. Returns whether it succeeded, and lines for the summary."""
     xml = BUILD / "gpu-test.xml"
     xml.unlink(missing_ok=True)
     command = [sys.executable, "-u", "-m", "pytest", "tests/gpu", f"--junitxml={xml}", *arguments]
@@ -71,7 +83,7 @@ def tests(arguments: list[str]) -> tuple[bool, list[str]]:
 
 
 def sanitizers() -> tuple[bool, list[str]]:
-    """Run compute-sanitizer; whether all is well, and lines for the summary."""
+    """Run compute-sanitizer. Returns whether it succeeded, and lines for the summary."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
     sanitizer = shutil.which("compute-sanitizer", path=path)
     if sanitizer is None:
@@ -82,7 +94,7 @@ def sanitizers() -> tuple[bool, list[str]]:
     for tool in ("memcheck", "racecheck"):
         log = BUILD / f"gpu-{tool}.log"
         command = [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, "-m", "gpu.sanitize"]
-        # each tensor its own allocation, so that reading past one is seen
+        # a separate allocation for each tensor, so that out-of-bounds reads are detected
         status = logged(command, log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         last = [line.strip() for line in log.read_text().splitlines() if line.startswith("=========")][-1:]
         lines.append(f"{tool}: {'clean' if status == 0 else f'status {status}'} {' '.join(last)}")
@@ -96,6 +108,8 @@ def main() -> int:
     parser.add_argument("--only", choices=["tests", "sanitizers"], help="do half of it")
     parser.add_argument("arguments", nargs="*", help="for pytest, after --")
     options = parser.parse_args()
+    # Started in the background, this process and its children would ignore SIGINT and could not end with a report.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if importlib.util.find_spec("hqq_oft.triton_kernels") is None:
         raise SystemExit("hqq_oft.triton_kernels is not found: first `pip install --no-deps --no-build-isolation -e .`")
     BUILD.mkdir(exist_ok=True)

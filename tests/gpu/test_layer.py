@@ -10,7 +10,7 @@ import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from torch import nn
 
-import hqq_oft.ops
+import hqq_oft.ops.table
 from hqq_oft import HqqOFTLinear, QuantizedWeight, backend
 
 from .cases import TOLERANCE, relative_error
@@ -39,7 +39,7 @@ def oft_layer(device, dtype=torch.bfloat16, nbits=4, adapters=("a",), **settings
 
 
 def dense(layer):
-    """The layer's present weight by the oracle, float64 on the CPU."""
+    """The layer's current weight by the oracle, float64 on the CPU."""
     w = QuantizedWeight.from_hqq(layer.get_base_layer())
     return oracle.weight(w.packed.cpu(), w.scale.cpu(), w.zero.cpu(), w.shape, w.bits, w.group_size, w.axis)
 
@@ -135,7 +135,7 @@ def test_the_merged_weight_is_the_rotated_one(device):
     assert relative_error(dense(layer), expected) <= 2e-2
 
 
-def test_auto_takes_triton(device):
+def test_auto_selects_triton(device):
     layer = oft_layer(device).eval()
     x = torch.randn(7, K, device=device, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -146,13 +146,13 @@ def test_auto_takes_triton(device):
 
 def test_rotations_are_computed_once_in_inference(device, monkeypatch):
     calls = Counter()
-    dispatch = hqq_oft.ops.dispatch
+    dispatch = hqq_oft.ops.table.dispatch
 
     def counted(operation, *args):
         calls[operation] += 1
         return dispatch(operation, *args)
 
-    monkeypatch.setattr(hqq_oft.ops, "dispatch", counted)
+    monkeypatch.setattr(hqq_oft.ops.table, "dispatch", counted)
     layer = oft_layer(device).eval()
     x = torch.randn(1, K, device=device, dtype=torch.bfloat16)
     with torch.no_grad():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hqq_oft import backend, ops, reference
-from hqq_oft._native import cuda
-from hqq_oft.backends import BackendError, registry
+from hqq_oft import backend
+from hqq_oft.ops import reference
+from hqq_oft.ops import table as ops
+from hqq_oft.ops.backends import BackendError, registry
+from hqq_oft.ops.native import cuda
 
 from .cases import ORDER_OF_SUMS, TOLERANCE, operations, relative_error, widened
 
@@ -149,7 +151,7 @@ def test_two_streams_at_once(m, device):
         assert all(torch.equal(out, once) for out in result)
 
 
-def test_what_is_not_served_is_refused(device):
+def test_unsupported_calls_are_refused(device):
     for args in (
         linear(17, 64, 128, 32, device, torch.bfloat16),
         linear(1, 64, 128, 32, device, torch.float32),

@@ -115,7 +115,7 @@ def test_without_rotation(name, m, dtype, device):
 @pytest.mark.parametrize("needs", [(True, False), (False, True)], ids=["x", "d"])
 @pytest.mark.parametrize("m", [7, 300])
 @pytest.mark.parametrize("name", ["linear_backward", "rotate_backward"])
-def test_one_gradient_alone(name, m, needs, device):
+def test_only_one_gradient_is_needed(name, m, needs, device):
     args = operations(m, 64, 96, 16, device, torch.bfloat16, group=32)[name]
     check(name, (*args[:-2], *needs), torch.bfloat16)
 

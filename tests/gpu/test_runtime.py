@@ -7,7 +7,8 @@ import gc
 import pytest
 import torch
 
-from hqq_oft import backend, functional, ops
+from hqq_oft import backend, functional
+from hqq_oft.ops import table as ops
 
 from .cases import TOLERANCE, check, operations, quantized_weight, relative_error, run, skew_parameters
 
@@ -162,13 +163,13 @@ def test_compile_forward_and_backward(m, dtype, device):
 
 
 def requested(device, when):
-    """Bytes that were asked of the allocator, without its rounding: `current` or `peak`."""
+    """Bytes requested from the allocator, before rounding: `current` or `peak`."""
     torch.cuda.synchronize(device)
     return torch.cuda.memory_stats(device)[f"requested_bytes.all.{when}"]
 
 
 @pytest.mark.parametrize("m", [16, 512])
-def test_forward_keeps_x_and_v_alone(m, device):
+def test_forward_saves_only_x_and_v(m, device):
     x, v, weight, bias, grad = problem(device, m)
     x.requires_grad_()
     v.requires_grad_()
@@ -206,7 +207,7 @@ def test_the_scratch_is_bounded(name, device, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["linear", "linear_backward"])
-def test_chunks_of_the_scratch_are_the_whole(name, device, monkeypatch):
+def test_chunks_of_the_scratch_give_the_same_result(name, device, monkeypatch):
     args = operations(512, 4096, 4096, 32, device, torch.bfloat16)[name]
     monkeypatch.setenv("HQQ_OFT_SCRATCH_MIB", "3")
     check(name, args, torch.bfloat16)

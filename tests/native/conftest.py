@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hqq_oft import _native, backend
+from hqq_oft import backend
+from hqq_oft.ops import native as _native
 
 HERE = Path(__file__).parent
 
@@ -18,17 +19,17 @@ def pytest_collection_modifyitems(items):
 
 def pytest_generate_tests(metafunc):
     if "instruction_set" in metafunc.fixturenames:
-        names = [] if _native.REASON else _native.operations.instruction_sets()
+        names = [] if _native.REASON else _native.cpu.instruction_sets()
         metafunc.parametrize("instruction_set", names, indirect=True)
 
 
 @pytest.fixture
 def instruction_set(request):
-    """The tests that ask for it run on the kernels of each instruction set that the machine has."""
-    before = _native.operations.instruction_set()
-    _native.operations.use_instruction_set(request.param)
+    """Run a test that uses this fixture on the kernels of every instruction set that the CPU supports."""
+    before = _native.cpu.instruction_set()
+    _native.cpu.use_instruction_set(request.param)
     yield request.param
-    _native.operations.use_instruction_set(before)
+    _native.cpu.use_instruction_set(before)
 
 
 @pytest.fixture(params=[1, 2])

@@ -7,7 +7,8 @@ import pytest
 import torch
 from gpu.cases import check, operations, quantized_weight, relative_error
 
-from hqq_oft import _native, ops
+from hqq_oft.ops import native as _native
+from hqq_oft.ops import table as ops
 
 BF16 = torch.bfloat16
 # out-features, in-features, group size. Bands of 40, 20 and 10 rows: the last tile of 16 is short. A single row in each
@@ -38,8 +39,8 @@ def test_more_rows_than_one_task_and_one_copy_take(m):
 
 
 @pytest.mark.parametrize("m", [3, 9, 70])
-def test_every_row_and_column_is_in_its_place(m):
-    """Powers of two times few levels are exact in bfloat16: so is each result that one weight makes."""
+def test_every_row_and_column_is_written_to_its_position(m):
+    """Powers of two times small levels are exact in bfloat16, so each product with a single weight is exact."""
     n, k = 160, 192
     weight = quantized_weight(n, k, "cpu", dtype=BF16)
     packed, scale, zero, *sizes = weight.arguments()
@@ -84,7 +85,7 @@ def test_rows_longer_than_a_slice_of_the_few():
 
 
 @pytest.mark.parametrize("m", [3, 20, 70])
-def test_not_a_number_stays_in_its_row(m):
+def test_nan_affects_only_its_own_row(m):
     weight = quantized_weight(80, 192, "cpu", dtype=BF16).arguments()
     x, dy = torch.randn(m, 192).to(BF16), torch.randn(m, 80).to(BF16)
     for value in (float("nan"), float("inf")):
@@ -100,8 +101,8 @@ def test_not_a_number_stays_in_its_row(m):
             assert torch.equal(out[others], expected[others])
 
 
-def test_no_dense_weight_is_made_where_they_serve(instruction_set, monkeypatch):
-    lib = _native.operations._lib
+def test_packed_products_do_not_materialize_the_dense_weight(instruction_set, monkeypatch):
+    lib = _native.cpu._lib
     decoded = []
 
     class Spied:
@@ -112,7 +113,7 @@ def test_no_dense_weight_is_made_where_they_serve(instruction_set, monkeypatch):
                 else lambda *args: decoded.append(lib.dequantize_into(*args))
             )
 
-    monkeypatch.setattr(_native.operations, "_lib", Spied())
+    monkeypatch.setattr(_native.cpu, "_lib", Spied())
     for m in (17, 100):
         args = operations(m, 64, 128, 32, "cpu", BF16)
         for name in ("linear", "linear_backward"):
@@ -122,7 +123,7 @@ def test_no_dense_weight_is_made_where_they_serve(instruction_set, monkeypatch):
 
 
 def test_few_and_more_rows_take_different_kernels(instruction_set):
-    """Levels and scales apart, or multiplied and rounded first: 1 + 2^-9 is 1 then."""
+    """Few rows apply the scale separately; more rows round level * scale to bfloat16 first, where 1 + 2^-9 is 1."""
     if instruction_set != "avx512_bf16":
         pytest.skip("the weight is never rounded")
     packed, scale, zero, *sizes = quantized_weight(64, 128, "cpu", dtype=torch.float32).arguments()
@@ -135,7 +136,7 @@ def test_few_and_more_rows_take_different_kernels(instruction_set):
         assert torch.equal(ops.linear(x, None, *args, None, None), torch.full((m, 64), out, dtype=BF16))
 
 
-def test_they_run_where_they_can(instruction_set):
+def test_packed_kernels_run_on_supported_cpus(instruction_set):
     """On packed weights for any number of rows, or through decoded chunks."""
     x = torch.randn(3, 128, dtype=BF16)
     serves = torch.ops.hqq_oft_native.multiplies_packed
@@ -159,7 +160,7 @@ def test_the_transposed_product_refuses_what_it_does_not_serve():
         product(torch.randn(2, 63, dtype=BF16), *weight)
 
 
-def test_the_number_of_threads_changes_no_bit():
+def test_results_are_bitwise_equal_for_every_number_of_threads():
     before = torch.get_num_threads()
     args = operations(130, 160, 320, 32, "cpu", BF16)
     results = []
@@ -175,7 +176,7 @@ def test_the_number_of_threads_changes_no_bit():
 
 
 def test_zeros_far_from_the_levels():
-    """What is added and taken away again in float32 must not show: a layer's zeros may lie outside of its levels."""
+    """An offset added and subtracted in float32 must cancel: zeros may lie outside the range of the levels."""
     packed, scale, zero, *sizes = quantized_weight(64, 256, "cpu", dtype=BF16).arguments()
     args = (packed, scale, zero * 20 - 100, *sizes)
     truth = oracle.weight(*args[:3], (64, 256), 4, 64, 1)

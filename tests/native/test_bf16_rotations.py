@@ -38,7 +38,7 @@ def test_every_layout_of_the_weight(bits, axis):
 
 @pytest.mark.parametrize("b", [32, 64])
 def test_a_rotation_in_place(b):
-    """Where a block takes several steps, the first must not change what the next one reads."""
+    """If a block takes several steps, the first must not overwrite the input of the next."""
     x, d = torch.randn(11, 192).to(BF16), (torch.randn(192 // b, b, b) * 0.1).to(BF16)
     for transpose in (False, True):
         (expected,) = run("rotate", (x, d, None, transpose), on="native")
@@ -47,7 +47,7 @@ def test_a_rotation_in_place(b):
         assert torch.equal(y, expected)
 
 
-def test_dtypes_that_do_not_go_together_take_the_way_of_float32():
+def test_mixed_dtypes_fall_back_to_float32():
     x, d = torch.randn(9, 64), torch.randn(2, 32, 32) * 0.1
     for rows, blocks in ((x.to(BF16), d), (x, d.to(BF16)), (x.half(), d.to(BF16)), (x.to(BF16), d.half())):
         (out,), (expected,) = (
@@ -58,7 +58,7 @@ def test_dtypes_that_do_not_go_together_take_the_way_of_float32():
         assert (out - expected).norm() / expected.norm() <= {torch.float32: 1e-6, torch.half: 1e-3}.get(out.dtype, 4e-3)
 
 
-def test_not_a_number_stays_in_its_row():
+def test_nan_affects_only_its_own_row():
     d = (torch.randn(6, 32, 32) * 0.1).to(BF16)
     for m in (3, 20):
         x = torch.randn(m, 192).to(BF16)

@@ -11,7 +11,9 @@ import torch
 from helpers import COMPILE_BACKEND, oft_layer, relative_error
 from test_functional import operator_arguments
 
-from hqq_oft import BackendError, Unsupported, _native, backend, backends, functional
+from hqq_oft import BackendError, Unsupported, backend, functional
+from hqq_oft.ops import backends
+from hqq_oft.ops import native as _native
 
 
 @pytest.mark.parametrize("case", range(20))
@@ -37,7 +39,7 @@ def test_compile_without_graph_breaks_forward_and_backward(m):
         assert relative_error(compiled, eager) <= 1e-6
 
 
-def test_auto_takes_it_on_the_cpu(monkeypatch):
+def test_auto_selects_the_native_backend_on_the_cpu(monkeypatch):
     calls = []
     real = _native.OPERATIONS["rotate"]
     table = {**_native.OPERATIONS, "rotate": lambda *args: calls.append(args) or real(*args)}
@@ -48,13 +50,13 @@ def test_auto_takes_it_on_the_cpu(monkeypatch):
     assert len(calls) == 1
 
 
-def test_what_is_refused():
+def test_unsupported_calls_are_refused():
     x, d = torch.randn(3, 8, dtype=torch.float64), torch.randn(2, 4, 4, dtype=torch.float64)
     with pytest.raises(
-        BackendError, match=r"cannot serve rotate: .* compute in float32, and a tensor is torch.float64"
+        BackendError, match=r"does not support rotate: .* compute in float32, and a tensor is torch.float64"
     ):
         functional.rotate(x, d)
-    with pytest.raises(BackendError, match=r"the result is to be torch.float64"):
+    with pytest.raises(BackendError, match=r"the requested dtype is torch.float64"):
         functional.cayley(torch.randn(2, 6), 4, dtype=torch.float64)
     with pytest.raises(Unsupported, match=r"run on the CPU, and a tensor is on meta"):
         _native.OPERATIONS["rotate"](torch.empty(3, 8, device="meta"), torch.empty(2, 4, 4), None, False)
@@ -62,7 +64,7 @@ def test_what_is_refused():
         assert functional.rotate(x, d).dtype == torch.float64
 
 
-def test_tensors_that_do_not_fit_are_errors_not_reads_beyond_them():
+def test_mismatched_shapes_raise_instead_of_reading_out_of_bounds():
     lib = torch.ops.hqq_oft_native
     x, d = torch.randn(3, 8), torch.randn(2, 4, 4)
     for args in ((x, d[:, :, :3], None, False), (x, d.repeat(2, 1, 1), None, False),
@@ -92,16 +94,16 @@ def test_tensors_that_do_not_fit_are_errors_not_reads_beyond_them():
 
 
 def test_an_instruction_set_by_name():
-    available = _native.operations.instruction_sets()
+    available = _native.cpu.instruction_sets()
     assert available[0] == "portable"
     with pytest.raises(ValueError, match=rf"no CPU kernels for 'sse9'; it has {', '.join(available)}"):
-        _native.operations.use_instruction_set("sse9")
+        _native.cpu.use_instruction_set("sse9")
 
 
 @pytest.mark.parametrize("wanted", ["portable", "AVX512_BF16", "sse9"])
 def test_the_environment_chooses_the_instruction_set(wanted):
-    available = _native.operations.instruction_sets()
-    program = "from hqq_oft import _native; print(_native.operations.instruction_set())"
+    available = _native.cpu.instruction_sets()
+    program = "from hqq_oft import _native; print(_native.cpu.instruction_set())"
     environment = {**os.environ, "HQQ_OFT_CPU_ISA": wanted}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     if wanted.lower() in available:

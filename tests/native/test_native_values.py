@@ -10,7 +10,9 @@ import torch
 from gpu import cases
 from gpu.cases import operations, quantized_weight, relative_error, skew_parameters
 
-from hqq_oft import _native, ops, reference
+from hqq_oft.ops import native as _native
+from hqq_oft.ops import reference
+from hqq_oft.ops import table as ops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCKS = (1, 2, 3, 8, 16, 24, 31, 32, 48, 96, 256)
@@ -98,7 +100,7 @@ def test_every_block_size(b, stored):
 
 @pytest.mark.usefixtures("instruction_set")
 def test_more_rows_than_outputs_and_several_chunks_of_rows():
-    """W is rotated then, not x; and rotations share rows out among tasks."""
+    """Rotates W instead of x, and distributes the rows among tasks."""
     for name, args in operations(1100, 64, 96, 24, "cpu", torch.float32, group=32).items():
         check(name, args)
 
@@ -127,7 +129,7 @@ def test_scale_and_zero_of_other_dtypes():
 @pytest.mark.parametrize("b", [8, 96])
 def test_a_scratch_in_chunks(bits, b, monkeypatch):
     for size in (1, 9000, 40000):
-        monkeypatch.setattr(_native.operations, "_CHUNK_BYTES", size)
+        monkeypatch.setattr(_native.cpu, "_CHUNK_BYTES", size)
         for m in (30, 200):
             cases_of = operations(m, 80, 192, b, "cpu", torch.float32, bits=bits)
             for name in ("linear", "linear_backward"):
@@ -194,10 +196,10 @@ def test_empty_batches(dtype):
 
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("m", [5, 40])
-def test_what_is_not_needed_is_not_computed(m):
+def test_gradients_that_are_not_needed_are_not_computed(m):
     x, d, *weight_bias_index = operations(m, 40, 96, 8, "cpu", torch.float32, group=32)["linear"]
     weight, dy = weight_bias_index[:8], torch.randn(m, 40)
-    dx, dd = ops.linear_backward(dy, dy, d, *weight, None, True, False)  # x is not read: dy stands in for it
+    dx, dd = ops.linear_backward(dy, dy, d, *weight, None, True, False)  # x is not read, so dy is passed in its place
     assert dx.shape == (m, 96)
     assert dd.numel() == 0
     dx, dd = ops.linear_backward(dy, x, d, *weight, None, False, True)
@@ -206,7 +208,7 @@ def test_what_is_not_needed_is_not_computed(m):
     check("linear_backward", (dy, x, None, *weight, None, True, False))
 
 
-def test_the_callers_tensors_are_left_alone():
+def test_the_callers_tensors_are_not_modified():
     args = operations(40, 40, 96, 8, "cpu", torch.bfloat16, group=32)
     for name in ("rotate", "rotate_backward", "linear", "linear_backward", "cayley_backward"):
         before = [t.clone() if isinstance(t, torch.Tensor) else t for t in args[name]]
@@ -236,7 +238,7 @@ def test_every_16_bit_number_survives_and_rounding_is_to_nearest_even():
 
 
 @pytest.mark.usefixtures("instruction_set")
-def test_not_a_number_reaches_its_own_rows_and_outputs_only():
+def test_nan_affects_only_its_own_rows_and_outputs():
     x, d, packed, scale, *rest = operations(5, 64, 256, 32, "cpu", torch.bfloat16)["linear"]
     x, scale = x.clone(), scale.clone()
     x[2, 7] = float("nan")
@@ -278,7 +280,7 @@ def test_large_skew_blocks_have_an_exact_map():
 
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("settings", [{}, {"stored": 1}, {"adapters": 3}], ids=str)
-def test_the_number_of_threads_changes_no_bit(settings):
+def test_results_are_bitwise_equal_for_every_number_of_threads(settings):
     args = operations(1100, 128, 512, 32, "cpu", torch.bfloat16, **settings)
     few = {"linear": (args["linear"][0][:9], None, *args["linear"][2:10], args["linear"][10], None)}
     results = []

@@ -1,4 +1,4 @@
-"""The layer's own tests once more, with every operation on interpreted Triton kernels."""
+"""Runs the tests of the layer with every operation on interpreted Triton kernels."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from hqq_oft.triton_kernels import _launch, _tiles
 
-from hqq_oft import BackendError, Unsupported, backend, device_tables, functional
+from hqq_oft import BackendError, Unsupported, backend, functional
+from hqq_oft.ops import device_tables
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def entry(m, **changes):
     return {"m": m, "bm": 16, "bn": 64, "bk": 64, "warps": 4, "stages": 2, **changes}
 
 
-def test_the_entry_nearest_above_m_is_taken(tables):
+def test_the_entry_with_the_next_larger_m_is_selected(tables):
     own = {"linear": [entry(64, bn=128), entry(16)]}
     (tables / "default.json").write_text(json.dumps({"linear": [entry(1)], "rotate": [entry(8)], "regimes": {"r": 7}}))
     (tables / "interpreter.json").write_text(json.dumps(own))
@@ -60,13 +61,13 @@ def test_splits_fill_the_device_and_keep_work_for_each(programs, steps, splits):
     assert _launch.splits_for(programs, steps, torch.empty(0)) == splits
 
 
-def test_devices_that_are_not_served():
+def test_unsupported_devices_are_refused():
     tensor = SimpleNamespace(device=torch.device("xpu", 0))
-    with pytest.raises(Unsupported, match="run on CUDA and ROCm devices, and the tensor is on xpu"):
+    with pytest.raises(Unsupported, match="run on CUDA and ROCm devices, but the tensor is on xpu"):
         _launch.check_device(tensor)
 
 
-def test_auto_leaves_the_cpu_to_the_reference(monkeypatch):
+def test_auto_selects_the_reference_on_the_cpu(monkeypatch):
     x, d = torch.randn(3, 8), torch.randn(2, 4, 4)
     kernels = []
     monkeypatch.setattr(_launch, "on_device", lambda tensor: kernels.append(tensor))

@@ -1,4 +1,4 @@
-"""`bench.tune` in the interpreter: it writes a valid table, goes on where it was, and leaves out what is wrong."""
+"""`bench.tune` in the interpreter: it writes a valid table, resumes, and leaves out wrong tiles."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def test_tuning_writes_a_table_and_resumes(tmp_path):
     assert log.read_text().splitlines() == trials
 
 
-def test_a_wrong_tile_is_left_out(tmp_path, monkeypatch, capsys):
-    fused = linear.fused_linear
+def test_a_tile_with_wrong_results_is_left_out(tmp_path, monkeypatch, capsys):
+    plan = linear.plan_fused_linear
 
-    def broken(*args):
-        out = fused(*args)
-        return out if _tiles.choose(args[0], "linear", 16).bn == 256 else out + 1
+    def broken(x, *args):
+        product, right = plan(x, *args), _tiles.choose(x, "linear", 16).bn == 256
+        return lambda *call: product(*call) if right else product(*call) + 1
 
-    monkeypatch.setattr(linear, "fused_linear", broken)
+    monkeypatch.setattr(linear, "plan_fused_linear", broken)
     target = next(t for t in tune.RANGES if (t.operation, t.m) == ("linear", 16))
     tuner = tune.Tuner(torch.device("cpu"), tmp_path / "log", float("inf"), tune.SMALL, "fp16")
     first, *others = target.candidates("default")

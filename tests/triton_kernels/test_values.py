@@ -8,7 +8,9 @@ import pytest
 import torch
 from helpers import TOLERANCE, hqq_layer, relative_error
 
-from hqq_oft import QuantizedWeight, ops, reference, triton_kernels
+from hqq_oft import QuantizedWeight, triton_kernels
+from hqq_oft.ops import reference
+from hqq_oft.ops import table as ops
 
 BLOCKS = (1, 2, 3, 8, 16, 32, 64, 96, 112, 128, 130)
 HALF = (torch.float16, torch.bfloat16)
@@ -77,7 +79,7 @@ def test_cayley_with_dropped_and_bounded_blocks(b, terms, stored):
 
 @pytest.mark.parametrize("b", [32, 96])
 @pytest.mark.parametrize("dtype", HALF)
-def test_cayley_computes_wide_and_rounds_once(b, dtype):
+def test_cayley_computes_in_float32_and_rounds_once(b, dtype):
     v = skew_parameters(2, b, dtype)
     truth = reference.cayley(v.double(), b, 5, None, None, torch.float64)
     assert relative_error(ops.cayley(v, b, 5, None, None, torch.float32), truth) <= 1e-6
@@ -123,7 +125,7 @@ def test_rotate_in_half_precision(b, dtype):
 def test_rotate_by_an_index_per_row(b, shared, transpose):
     d = torch.stack([rotations(1 if shared else 2, b) for _ in range(3)])
     x, grad = torch.randn(21, 2 * b), torch.randn(21, 2 * b)
-    index = torch.tensor([-1, 0, 2])[torch.arange(21) % 3]  # nobody has adapter 1
+    index = torch.tensor([-1, 0, 2])[torch.arange(21) % 3]  # no row uses adapter 1
     check("rotate", x, d, index, transpose)
     _, dd = check("rotate_backward", grad, x, d, index, transpose, True, True)
     assert not dd[1].any()
@@ -134,7 +136,7 @@ def test_token_splits_cover_every_row_once():
     check("rotate_backward", grad, x, d, None, False, True, True)
 
 
-def test_what_lies_behind_the_last_block_is_not_read():
+def test_memory_after_the_last_block_is_not_read():
     behind = torch.full((8, 8, 8), float("nan"))
     behind[:5] = rotations(5, 8)
     x, grad, weight = torch.randn(9, 40), torch.randn(9, 40), weight_arguments(16, 40, group_size=8)
@@ -186,7 +188,7 @@ def test_half_precision_weights(dtype, nbits):
 
 
 def test_poisoned_padding_does_not_leak():
-    """A slice of 22 columns is decoded in a tile of 32, whose last ten may hold anything: infinite scales, here."""
+    """A slice of 22 columns is decoded in a tile of 32, whose last ten are padding: infinite scales here."""
     packed, scale, zero, *rest = weight_arguments(8, 88, group_size=8)
     scale = scale.clone().reshape(8, 11)
     scale[:, 3] = float("inf")  # columns 24 to 31
@@ -273,7 +275,7 @@ def test_empty_batches():
     assert ops.rotate(x, d, None, False).shape == (0, 96)
 
 
-def test_the_callers_gradient_is_left_alone():
+def test_the_callers_gradient_is_not_modified():
     weight, d, x = weight_arguments(), rotations(12, 8), torch.randn(5, 96)
     grad, g = torch.randn(5, 40), torch.randn(5, 96)
     before, g_before = grad.clone(), g.clone()

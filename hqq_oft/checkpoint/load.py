@@ -1,0 +1,195 @@
+"""`load_quantized` loads a saved model layer by layer; the dense weights are never materialized."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from tqdm import tqdm
+
+from .files import CONFIG, Checkpoint, read_json
+from .layer_format import FIELDS, StoredLayer
+from .safetensors_file import CheckpointError
+
+_FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Sizes of non-persistent buffers depend only on config.json, so they are limited. Real ones are tables of a few MiB.
+_MAX_COMPUTED_BUFFERS = 1 << 30
+
+
+def load_quantized(
+    directory: str | os.PathLike[str], *, device: torch.device | str | None = None, progress: bool = True
+) -> Any:
+    """Load a model that was saved by `save_quantized`, or by transformers 4.57 with an `HqqConfig`.
+
+    No code from the directory is executed. Names, shapes and dtypes of all tensors are validated against `config.json`
+    before the first weight is read, and sizes are validated before memory is allocated. If `save_quantized` stored
+    checksums, they are verified.
+
+    Args:
+        directory: the model directory.
+        device: device to load the model onto, layer by layer; host memory by default.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        The transformers model, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: the directory contains no model.
+        CheckpointError: a file is damaged, truncated or inconsistent; the message names the file and the tensor.
+        ValueError: the installed transformers does not have the model class.
+        OSError: a file can't be read.
+    """
+    directory, device = Path(directory), torch.device("cpu" if device is None else device)
+    torch.empty(0, device=device)
+    config_path = directory / CONFIG
+    if not config_path.is_file():
+        raise FileNotFoundError(f"{directory} contains no {CONFIG}: no saved model.")
+    model_class, config = _read_config(config_path)
+    with Checkpoint(directory) as checkpoint:
+        layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+        if layers > len(checkpoint):
+            raise CheckpointError(
+                f"{config_path}: num_hidden_layers is {layers}, more than the number of tensors ({len(checkpoint)})."
+            )
+        # Build on the meta device first, so that nothing is allocated before all sizes match the stored tensors.
+        outline = _build(model_class, config, torch.device("meta"))
+        plan = _plan(outline, checkpoint, config_path)
+        del outline
+        model = _build(model_class, config, init_empty_weights(include_buffers=False))
+        _fill(model, plan, checkpoint, device, progress)
+    if (directory / "generation_config.json").is_file() and model.can_generate():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(str(directory))
+    model.hqq_quantized = True
+    return model.eval()
+
+
+def _read_config(path: Path) -> tuple[Any, Any]:
+    """Model class and configuration, without `quantization_config`, which transformers 5 rejects."""
+    import transformers
+
+    raw = read_json(path)
+    if (raw.get("quantization_config") or {}).get("quant_method") != "hqq":
+        raise CheckpointError(f"{path}: quantization_config is not for HQQ: the model is dense or uses another method.")
+    architectures = raw.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
+    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
+        raise ValueError(
+            f"{path}: architectures is {architectures!r}, which is not a model class of transformers "
+            f"{transformers.__version__}; custom model code is not supported."
+        )
+    del raw["quantization_config"]
+    try:
+        return model_class, model_class.config_class.from_dict(raw)  # type: ignore[attr-defined]
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a valid configuration of {name} ({error}).") from error
+
+
+def _build(model_class: Any, config: Any, where: AbstractContextManager[Any]) -> Any:
+    with where:
+        model = model_class(copy.deepcopy(config))
+    model.tie_weights()
+    return model
+
+
+@dataclass
+class _Plan:
+    """The tensors to read, validated but not read yet.
+
+    Attributes:
+        layers: settings of each HQQ layer, by name.
+        dense: all names in the model of each stored parameter or buffer, by its stored name.
+    """
+
+    layers: dict[str, StoredLayer] = field(default_factory=dict)
+    dense: dict[str, list[str]] = field(default_factory=dict)
+
+
+def _tensors(model: nn.Module, inside: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers with all their names, except those of the modules in `inside`."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if prefix not in inside:
+            for name, value in (*module._parameters.items(), *module._buffers.items()):
+                if value is not None:
+                    yield f"{prefix}.{name}" if prefix else name, value
+
+
+def _computed(model: nn.Module) -> set[str]:
+    """Names of the non-persistent buffers."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
+
+
+def _plan(outline: Any, checkpoint: Checkpoint, config_path: Path) -> _Plan:
+    plan, expected = _Plan(), set()
+    for name, module in outline.named_modules():
+        if isinstance(module, nn.Linear) and f"{name}.W_q" in checkpoint:
+            plan.layers[name] = StoredLayer.read(checkpoint, name, module)
+            fields = set(FIELDS) - (set() if module.bias is not None else {"bias"})
+            expected |= {f"{name}.{field}" for field in fields}
+    computed = _computed(outline)
+    names_of: dict[int, list[str]] = {}
+    tensors = dict(_tensors(outline, inside=set(plan.layers)))
+    for name, tensor in tensors.items():
+        if name not in computed:
+            names_of.setdefault(id(tensor), []).append(name)
+    for names in names_of.values():
+        stored = next((name for name in names if name in checkpoint), names[0])
+        tensor = tensors[stored]
+        checkpoint.expect(stored, tuple(tensor.shape), _FLOATING if tensor.is_floating_point() else (tensor.dtype,))
+        plan.dense[stored] = names
+        expected |= set(names)
+    ignored = getattr(outline, "_keys_to_ignore_on_load_unexpected", None) or []
+    for name in checkpoint.names:
+        if name not in expected and not any(re.search(pattern, name) for pattern in ignored):
+            raise checkpoint.error(name, f"the model that {config_path} describes has no such tensor")
+    size = sum(tensors[name].numel() * tensors[name].element_size() for name in computed & tensors.keys())
+    if size > _MAX_COMPUTED_BUFFERS:
+        raise CheckpointError(f"{config_path}: {size} bytes of buffers; the limit is {_MAX_COMPUTED_BUFFERS}.")
+    return plan
+
+
+def _fill(model: Any, plan: _Plan, checkpoint: Checkpoint, device: torch.device, progress: bool) -> None:
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
+    modules = {name: model.get_submodule(name) for name in plan.layers}
+    for name, stored in tqdm(plan.layers.items(), disable=None if progress else True, desc="Loading", unit="layer"):
+        layer = stored.load(checkpoint, name, modules[name].bias is not None, device)
+        for place in places[id(modules[name])]:
+            _set(model, place, layer)
+    for name, names in plan.dense.items():
+        tensor = checkpoint.read(name).to(device)
+        old = _get(model, names[0])
+        if isinstance(old, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        for place in names:
+            _set(model, place, tensor)
+    for name in _computed(model):
+        buffer = _get(model, name)
+        if buffer is not None:
+            _set(model, name, buffer.to(device))
+
+
+def _get(model: nn.Module, name: str) -> Any:
+    parent, _, child = name.rpartition(".")
+    return getattr(model.get_submodule(parent), child)
+
+
+def _set(model: nn.Module, name: str, value: Any) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, value)

@@ -1,0 +1,16 @@
+"""Disabling an enclosing autocast: every operation specifies the dtype it computes in."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+_NOTHING = nullcontext()
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A context in which autocast is off for this type of device."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return _NOTHING

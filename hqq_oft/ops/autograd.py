@@ -1,0 +1,180 @@
+"""Autograd functions over `hqq_oft.ops.table`: the gradients, and what is saved for backward.
+
+Only inputs are saved, in their own dtype: never a dense weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from . import table as ops
+from .weight import QuantizedWeight
+
+
+class Cayley(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, v: Tensor, keep: Tensor | None, block_size: int, terms: Any, max_norm: Any, dtype: Any
+    ) -> Any:
+        ctx.save_for_backward(v, keep)
+        ctx.spec = (block_size, terms, max_norm)
+        return ops.cayley(v, block_size, terms, keep, max_norm, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        v, keep = ctx.saved_tensors
+        block_size, terms, max_norm = ctx.spec
+        return ops.cayley_backward(grad, v, block_size, terms, keep, max_norm), None, None, None, None, None
+
+
+class Rotate(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) -> Any:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, d, adapter_index)
+        ctx.transpose = transpose
+        return ops.rotate(x, d, adapter_index, transpose)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, d, adapter_index = ctx.saved_tensors
+        need_x, need_d = ctx.needs_input_grad[:2]
+        if x is None:
+            return ops.rotate(grad, d, adapter_index, not ctx.transpose), None, None, None
+        dx, dd = ops.rotate_backward(grad, x, d, adapter_index, ctx.transpose, need_x, need_d)
+        return dx if need_x else None, dd.to(d.dtype), None, None
+
+
+class OFTRotate(Function):
+    """`Cayley` and `Rotate` in one node, so that D is not saved: backward recomputes it from `v`.
+
+    A precomputed `d` is stored on `ctx`, not with `save_for_backward`: gradient checkpointing compares what its two
+    forwards save, and the recomputation may have no `d`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        v: Tensor,
+        keep: Tensor | None,
+        d: Tensor | None,
+        block_size: int,
+        terms: Any,
+        max_norm: Any,
+    ) -> Any:
+        need_x, need_v = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if need_v else None, v if need_x or need_v else None, keep)
+        ctx.spec, ctx.d = (block_size, terms, max_norm), d
+        if d is None:
+            d = ops.cayley(v, block_size, terms, keep, max_norm, x.dtype)
+        return ops.rotate(x, d, None, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, v, keep = ctx.saved_tensors
+        block_size, terms, max_norm = ctx.spec
+        need_x, need_v = ctx.needs_input_grad[:2]
+        d = ops.cayley(v, block_size, terms, keep, max_norm, grad.dtype) if ctx.d is None else ctx.d
+        # If v needs no gradient, x is neither saved nor read: grad is passed as a placeholder for it.
+        dx, dd = ops.rotate_backward(grad, grad if x is None else x, d, None, False, need_x, need_v)
+        dv = ops.cayley_backward(dd, v, block_size, terms, keep, max_norm) if need_v else None
+        return dx if need_x else None, dv, None, None, None, None, None
+
+
+class DequantizeRotate(Function):
+    @staticmethod
+    def forward(ctx: Any, weight: QuantizedWeight, d: Tensor, dtype: torch.dtype) -> Any:
+        ctx.save_for_backward(d)
+        ctx.weight = weight
+        return ops.dequantize_rotate(weight, d, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (d,) = ctx.saved_tensors
+        weight = ops.dequantize(ctx.weight, grad.dtype)
+        dd = ops.rotate_backward(grad, weight, d, None, True, False, True)[1]
+        return None, dd.to(d.dtype), None
+
+
+class Linear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: QuantizedWeight,
+        d: Tensor | None,
+        bias: Tensor | None,
+        adapter_index: Tensor | None,
+    ) -> Any:
+        need_x, _, need_d, need_bias, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_d else None, d if need_x or need_d else None, adapter_index)
+        ctx.weight = weight
+        ctx.bias_dtype = bias.dtype if need_bias and bias is not None else None
+        return ops.linear(x, weight, d, bias, adapter_index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, d, adapter_index = ctx.saved_tensors
+        need_x, _, need_d, _, _ = ctx.needs_input_grad
+        dx: Any = None
+        dd: Any = None
+        if need_x or need_d:
+            # Where D needs no gradient, x is neither saved nor read; grad is a placeholder for it in the schema.
+            dx, dd = ops.linear_backward(grad, grad if x is None else x, ctx.weight, d, adapter_index, need_x, need_d)
+        dd = dd.to(d.dtype) if need_d else None
+        return dx if need_x else None, None, dd, _bias_gradient(grad, ctx.bias_dtype), None
+
+
+class OFTLinear(Function):
+    """`Cayley` and `Linear` in one node; saved tensors and a precomputed `d` are handled as in `OFTRotate`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: QuantizedWeight,
+        v: Tensor,
+        bias: Tensor | None,
+        keep: Tensor | None,
+        d: Tensor | None,
+        block_size: int,
+        terms: Any,
+        max_norm: Any,
+    ) -> Any:
+        need_x, _, need_v, need_bias = ctx.needs_input_grad[:4]
+        ctx.save_for_backward(x if need_v else None, v if need_x or need_v else None, keep)
+        ctx.spec, ctx.d = (block_size, terms, max_norm), d
+        ctx.weight = weight
+        ctx.bias_dtype = bias.dtype if need_bias and bias is not None else None
+        if d is None:
+            d = ops.cayley(v, block_size, terms, keep, max_norm, x.dtype)
+        return ops.linear(x, weight, d, bias, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, v, keep = ctx.saved_tensors
+        block_size, terms, max_norm = ctx.spec
+        need_x, _, need_v = ctx.needs_input_grad[:3]
+        dx = dv = None
+        if need_x or need_v:
+            d = ops.cayley(v, block_size, terms, keep, max_norm, grad.dtype) if ctx.d is None else ctx.d
+            dx, dd = ops.linear_backward(grad, grad if x is None else x, ctx.weight, d, None, need_x, need_v)
+            if need_v:
+                dv = ops.cayley_backward(dd, v, block_size, terms, keep, max_norm)
+        dx, dbias = dx if need_x else None, _bias_gradient(grad, ctx.bias_dtype)
+        return dx, None, dv, dbias, None, None, None, None, None
+
+
+def _bias_gradient(grad: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    return None if dtype is None else grad.sum(dim=0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(dtype)

@@ -1,0 +1,22 @@
+"""Compiled kernels (csrc/), the table of operations that they implement, and the choice among them per call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+LIBRARY = Path(__file__).parent / "hqq_oft_native.so"
+OPERATIONS: dict[str, Callable[..., Any]] = {}
+REASON = ""
+
+if not LIBRARY.exists():
+    REASON = (
+        "hqq_oft was installed without its native kernels: no C++17 compiler, or no PyTorch, at build time; "
+        "`pip install --no-build-isolation .` in a checkout builds them"
+    )
+else:
+    from . import cpu
+
+    cpu.load(LIBRARY)
+    OPERATIONS.update(cpu.OPERATIONS)

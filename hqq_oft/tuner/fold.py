@@ -1,0 +1,95 @@
+"""Folding rotations into a quantized weight, and taking them out again.
+
+A merged weight is always computed from the pristine one with the whole product of rotations, and quantized once. The
+pristine packed weight is kept, so that unmerging restores it bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from hqq.core.quantize import Quantizer
+from torch import Tensor
+
+from ..ops import table as ops
+from ..ops.weight import QuantizedWeight
+
+MergeInto = float | Literal["dense"] | None
+"""What a merged layer becomes: an HQQ layer with its own settings (None), with that many bits, or a dense layer."""
+
+
+def check_into(into: MergeInto) -> None:
+    """Raise ValueError if `into` is not a valid `MergeInto`."""
+    if into is not None and into != "dense" and into not in Quantizer.SUPPORTED_BITS:
+        raise ValueError(f"into must be None, 'dense' or one of {Quantizer.SUPPORTED_BITS} bits, got {into!r}.")
+
+
+Rotations = list[tuple[str, Tensor]]
+"""Adapter name and `D = R - I` per adapter, in the order in which they are applied to the input."""
+
+
+@torch.no_grad()
+def rotate_weight(weight: QuantizedWeight, rotations: Rotations, check: bool) -> Tensor:
+    """`W * (R_1 * ... * R_n)^T`, `[N, K]` in float32: the weight with the rotations folded in, R_1 applied first.
+
+    Args:
+        weight: the pristine weight.
+        rotations: at least one.
+        check: check for non-finite values after each rotation.
+
+    Raises:
+        ValueError: `check` found a non-finite value; the message names the adapter.
+    """
+    # (R_1 ... R_n)^T = R_n^T ... R_1^T: the last rotation is applied to the weight first
+    name, d = rotations[-1]
+    dense = ops.dequantize_rotate(weight, d, torch.float32)
+    if check:
+        _check_finite(dense, name)
+    return rotate_dense(dense, rotations[:-1], check)
+
+
+@torch.no_grad()
+def rotate_dense(dense: Tensor, rotations: Rotations, check: bool) -> Tensor:
+    """As `rotate_weight`, for a dense weight and any number of rotations."""
+    for name, d in reversed(rotations):
+        dense = ops.rotate(dense, d, None, True)
+        if check:
+            _check_finite(dense, name)
+    return dense
+
+
+def _check_finite(dense: Tensor, adapter_name: str) -> None:
+    if not torch.isfinite(dense).all():
+        raise ValueError(
+            f"NaN or infinity in the merged weights: the adapter {adapter_name!r} seems to be broken. Nothing was "
+            "merged; remove or retrain that adapter."
+        )
+
+
+@torch.no_grad()
+def unrotate_weight(weight: QuantizedWeight, rotations: Rotations) -> Tensor:
+    """The inverse of `rotate_weight`, blockwise: `W'` -> `W' * (R_1 ... R_n)^-T`, `[N, K]` in float32.
+
+    A Cayley-Neumann series is only approximately orthogonal, so its transpose is not its inverse: each block is
+    inverted, in float64.
+    """
+    dense = ops.dequantize(weight, torch.float32)
+    for _, d in rotations:
+        wide = d.double()
+        identity = torch.eye(d.shape[-1], dtype=torch.float64, device=d.device)
+        inverse = torch.linalg.solve(identity + wide, -wide)  # (I + D)^-1 - I
+        dense = ops.rotate(dense, inverse.to(dense.dtype), None, True)
+    return dense
+
+
+@torch.no_grad()
+def relative_error(weight: QuantizedWeight, dense: Tensor) -> float:
+    """|W_q - W| / |W| between a quantized weight and its dense original; NaN if either is not finite."""
+    return relative_distance(ops.dequantize(weight, dense.dtype), dense)
+
+
+@torch.no_grad()
+def relative_distance(stored: Tensor, exact: Tensor) -> float:
+    """|stored - exact| / |exact|, in the dtype of `exact`; NaN if either is not finite."""
+    return float((stored.to(exact.dtype) - exact).norm() / exact.norm().clamp_min(torch.finfo(exact.dtype).tiny))

@@ -1,0 +1,247 @@
+"""`merge_report`: per layer, the error that merging causes, the effect of the adapter, and the alternatives."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import table as ops
+from ..ops.weight import QuantizedWeight
+from ..quant import hqq_layer
+from ..quant.hqq_layer import PackedState
+from ..quant.model import size_text
+from . import fold
+from .fold import MergeInto, check_into
+from .layer import HqqOFTLinear
+
+
+@dataclass(frozen=True)
+class Effect:
+    """The relative difference of a layer to the adapted layer, with `W'` the adapted weight and `x` the layer's input.
+
+    Attributes:
+        weight: |W - W'| / |W'| in the Frobenius norm.
+        output: |x (W - W')^T| / |x W'^T|; None without a sample, or if the sample did not reach the layer.
+    """
+
+    weight: float
+    output: float | None
+
+    def exceeds(self, other: Effect) -> bool:
+        """Whether this is the larger change, of the output if measured, else of the weight; NaN counts as larger."""
+        mine, others = (self.output, other.output) if self.output is not None else (self.weight, other.weight)
+        return not mine <= others  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Measurements of one layer.
+
+    Attributes:
+        bits: number of bits of the layer.
+        adapter: effect of the adapter: the difference of the layer without it.
+        merged: error of merging the layer, for each choice of `into`.
+        bytes: size of weight, scale and zero for each choice; the unmerged layer has the size of None.
+    """
+
+    bits: float
+    adapter: Effect
+    merged: dict[MergeInto, Effect]
+    bytes: dict[MergeInto, int]
+
+    @property
+    def loses_more_than_the_adapter_adds(self) -> bool:
+        """Whether merging with the layer's own settings has a larger effect than the adapter."""
+        return self.merged[None].exceeds(self.adapter)
+
+
+@dataclass
+class MergeReport:
+    """The result of `merge_report`; `str` formats it as a table.
+
+    Attributes:
+        layers: the measurements by layer name.
+    """
+
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+
+    @property
+    def losing(self) -> list[str]:
+        """Names of the layers where merging with their own settings loses more than the adapter adds."""
+        return [name for name, layer in self.layers.items() if layer.loses_more_than_the_adapter_adds]
+
+    def worst(self, into: MergeInto) -> float:
+        """Largest weight error of all layers when merged with `into`."""
+        return max(layer.merged[into].weight for layer in self.layers.values())
+
+    def total_bytes(self, into: MergeInto) -> int:
+        """Total size of the weights when merged with `into`; the unmerged model has the size of None."""
+        return sum(layer.bytes[into] for layer in self.layers.values())
+
+    def alternatives(self) -> str:
+        """The choices as a table: the worst weight error and the total size."""
+        choices = list(next(iter(self.layers.values())).merged)
+        rows = [("keep it unmerged", 0.0, self.total_bytes(None))]
+        rows += [(_call(into), self.worst(into), self.total_bytes(into)) for into in choices]
+        width = max(len(label) for label, _, _ in rows)
+        return "\n".join(
+            f"  {label:{width}}  worst weight error {error:8.2%}  {size_text(size):>11}" for label, error, size in rows
+        )
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self.layers)
+        lines = [f"{'layer':{width}}  bits  weight: adapter   merge  output: adapter   merge"]
+        for name, layer in self.layers.items():
+            adapter, merged = layer.adapter, layer.merged[None]
+            mark = "  loses more than it adds" if layer.loses_more_than_the_adapter_adds else ""
+            lines.append(
+                f"{name:{width}}  {layer.bits:4}  {adapter.weight:15.2%} {merged.weight:7.2%}  "
+                f"{_percent(adapter.output):>15} {_percent(merged.output):>7}{mark}"
+            )
+        return "\n".join([*lines, "", "choices:", self.alternatives()])
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"
+
+
+def _call(into: MergeInto) -> str:
+    return "merge_and_unload()" if into is None else f"merge_and_unload(into={into!r})"
+
+
+def merge_report(
+    model: nn.Module,
+    sample: Any = None,
+    *,
+    adapter_names: list[str] | None = None,
+    alternatives: Sequence[float | str] = (8, "dense"),
+) -> MergeReport:
+    """Measure the error of merging each `HqqOFTLinear` of a model; the model is unchanged.
+
+    Merging requantizes the rotated weight. If that changes a layer more than its adapter does, which is usual at
+    2 bits, the merged model may be worse than the one without the adapter, and a warning is raised.
+
+    Takes the time of one merge per choice, and the memory of one layer.
+
+    Args:
+        model: a model with `HqqOFTLinear` layers, none of them merged.
+        sample: an input for the model: a tensor, a tuple of positional or a mapping of keyword arguments. If given, the
+            layers' outputs are compared too, on the input of each layer's first call.
+        adapter_names: the adapters to merge, by default each layer's active ones.
+        alternatives: values of `merge_and_unload`'s `into` to measure in addition to the layers' own settings.
+
+    Returns:
+        The measurements.
+
+    Raises:
+        TypeError: the model has no `HqqOFTLinear`.
+        ValueError: an alternative is not a valid `into`; a layer is already merged or cannot be merged; no layer has an
+            adapter to merge.
+    """
+    choices: list[MergeInto] = [None]
+    for into in alternatives:
+        check_into(into)  # type: ignore[arg-type]
+        choices.append(into)  # type: ignore[arg-type]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, HqqOFTLinear)}
+    if not layers:
+        raise TypeError(f"{type(model).__name__} has no HqqOFTLinear to merge.")
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise ValueError(f"{merged[0]} is merged: unmerge first; model.merge_errors() returns its error.")
+
+    report = MergeReport()
+    if sample is None:
+        found = {name: _measure(layer, adapter_names, choices, None) for name, layer in layers.items()}
+    else:
+        found = _measure_in_forward(model, layers, sample, adapter_names, choices)
+        for name in layers.keys() - found.keys():
+            found[name] = _measure(layers[name], adapter_names, choices, None)
+    report.layers = {name: measured for name in layers if (measured := found[name]) is not None}
+    if not report.layers:
+        raise ValueError("no layer has an active adapter to merge.")
+    if report.losing:
+        warnings.warn(
+            f"Merging loses more than the adapter adds in {len(report.losing)} of {len(report.layers)} layers. The "
+            f"choices:\n{report.alternatives()}",
+            stacklevel=2,
+        )
+    return report
+
+
+@torch.no_grad()
+def _measure(
+    layer: HqqOFTLinear, adapter_names: list[str] | None, choices: list[MergeInto], x: Tensor | None
+) -> LayerReport | None:
+    order = layer._adapters_after_merge(adapter_names)
+    if not order:
+        return None
+    base = layer.get_base_layer()
+    pristine = QuantizedWeight.from_hqq(base)
+    exact = layer._rotated_weight(order, check=False)
+    rows = None if x is None else x.reshape(-1, x.shape[-1]).to(exact)
+    output = None if rows is None else rows @ exact.T
+
+    def effect(weight: Tensor) -> Effect:
+        if rows is None or output is None:
+            return Effect(fold.relative_distance(weight, exact), None)
+        return Effect(fold.relative_distance(weight, exact), fold.relative_distance(rows @ weight.to(exact).T, output))
+
+    merged: dict[MergeInto, Effect] = {}
+    size: dict[MergeInto, int] = {}
+    for into in choices:
+        if into == "dense":
+            stored = exact.to(base.compute_dtype)
+            merged[into], size[into] = effect(stored), stored.numel() * stored.element_size()
+        else:
+            state = hqq_layer.requantize(base, exact, into)
+            merged[into] = effect(ops.dequantize(state.weight(), exact.dtype))
+            size[into] = _bytes(state)
+    adapter = effect(ops.dequantize(pristine, exact.dtype))
+    bits = hqq_layer.quantization_settings(base)["weight_quant_params"]["nbits"]
+    return LayerReport(bits, adapter, merged, size)
+
+
+def _bytes(state: PackedState) -> int:
+    tensors = [state.packed, *(value for value in state.meta.values() if isinstance(value, Tensor))]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@torch.no_grad()
+def _measure_in_forward(
+    model: nn.Module,
+    layers: dict[str, HqqOFTLinear],
+    sample: Any,
+    adapter_names: list[str] | None,
+    choices: list[MergeInto],
+) -> dict[str, LayerReport | None]:
+    """Run the sample and measure each layer in a pre-forward hook, so that only one layer's input is held at a time."""
+    found: dict[str, LayerReport | None] = {}
+
+    def measure(name: str, layer: HqqOFTLinear, args: tuple[Any, ...]) -> None:
+        if name not in found:
+            found[name] = _measure(layer, adapter_names, choices, args[0])
+
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args, name=name: measure(name, module, args))
+        for name, layer in layers.items()
+    ]
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        if isinstance(sample, Mapping):
+            model(**sample)
+        elif isinstance(sample, tuple):
+            model(*sample)
+        else:
+            model(sample)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for handle in handles:
+            handle.remove()
+    return found
