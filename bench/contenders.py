@@ -1,17 +1,18 @@
-"""What a user would pick for a layer: ours, and what there is instead.
+"""What a user would pick for a layer: this package, and the alternatives, by the names that tables use.
 
-A contender is built from a problem and holds one callable per set of buffers. Those that rotate compute `x R W^T`, the
-others `x W^T`; each is checked against float64 before it is timed. Layers are in evaluation: nothing here drops
-anything out in training, and where gradients are recorded, rotations are made anew all the same.
+A contender is built from a problem and has one callable per set of buffers. Those that rotate compute `x R W^T`, the
+others `x W^T`; each is checked against float64 before it is timed. Layers are in evaluation, so nothing is dropped out,
+but where gradients are recorded the rotations are computed in every forward.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,37 +23,47 @@ from peft import LoraConfig, OFTConfig, get_peft_model
 from torch import Tensor, nn
 
 import hqq_oft
-from hqq_oft.ops import reference
+from hqq_oft import functional
+from hqq_oft.ops import backends, reference
 from hqq_oft.ops import table as ops
+from hqq_oft.ops.packing import unpack
 
 from . import model
-from .limits import Limits
 from .model import Cost
 from .problem import Problem, hqq_layer
-from .session import LORA, LORA_RANK, Unavailable
+from .timing import Limits
+
+OURS, DENSE, HQQ, PEFT = "hqq_oft", "dense", "HQQ", "PEFT OFT"
+LORA_RANK = 16
+LORA = f"PEFT LoRA r={LORA_RANK}"
+
+
+class Unavailable(RuntimeError):  # noqa: N818
+    """A contender cannot take part here; the message says why."""
 
 
 @dataclass
 class Contender:
-    """One way to compute a layer.
+    """One way to compute a layer, with one callable per set of buffers.
 
-    Attributes:
-        name: what tables call it.
-        layers: one callable per set of buffers.
-        rotates: whether it computes the rotation, too.
-        parameters: trained; they get a gradient.
-        held: all tensors that stay whether or not there is a backward.
-        decodes_only: whether it is for few tokens alone, and has no backward.
-        compiled: whether `torch.compile` made it: no CUDA graph captures it, and its backward can't be repeated.
+    `decodes_only`: it is for few tokens and has no backward. `compiled`: by `torch.compile`; no CUDA graph captures it,
+    and its backward cannot be repeated.
     """
 
-    name: str
     layers: list[Callable[[Tensor], Tensor]]
     rotates: bool
     parameters: list[Tensor] = field(default_factory=list)
-    held: list[Tensor] = field(default_factory=list)
     decodes_only: bool = False
     compiled: bool = False
+    name: str = ""
+
+    def wanted(self, number: int, leaf: Tensor) -> list[Tensor]:
+        """What one set's backward computes gradients of: its input and its own parameters, or those all sets share."""
+        own = len(self.parameters) // len(self.layers) or 1
+        return [leaf, *(self.parameters[number * own : (number + 1) * own] or self.parameters[:own])]
+
+
+Build = Callable[[Problem], Contender]
 
 
 class _Holder(nn.Module):
@@ -62,22 +73,9 @@ class _Holder(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
-def _held(layers: list[Any]) -> list[Tensor]:
-    tensors = []
-    for layer in layers:
-        for module in layer.modules():
-            tensors += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-            if isinstance(module, HQQLinear):
-                tensors += [value for value in module.meta.values() if isinstance(value, Tensor)]
-    return tensors
-
 
 def _adapted(problem: Problem, config: Any, backend: HQQBackend | None = None) -> list[nn.Module]:
-    """PEFT's layers round HQQ layers, in the problem's contents."""
+    """PEFT's layers around HQQ layers with the problem's contents."""
     layers = []
     for weight in problem.weights:
         base = hqq_layer(weight, problem.dtype)
@@ -87,63 +85,43 @@ def _adapted(problem: Problem, config: Any, backend: HQQBackend | None = None) -
     return layers
 
 
-def _oft_config(problem: Problem) -> OFTConfig:
+def peft_oft(problem: Problem, backend: HQQBackend | None = None) -> Contender:
+    """PEFT's OFT on HQQ's PyTorch backend, or another."""
     setting = problem.setting
-    return OFTConfig(
-        r=0,
-        oft_block_size=setting.block,
-        target_modules=["layer"],
-        use_cayley_neumann=not setting.exact,
-        block_share=setting.share,
-    )
-
-
-def _oft(name: str, problem: Problem, layers: list[nn.Module], **options: Any) -> Contender:
+    neumann = {"use_cayley_neumann": not setting.exact, "block_share": setting.share}
+    config = OFTConfig(r=0, oft_block_size=setting.block, target_modules=["layer"], **neumann)
+    layers = _adapted(problem, config, backend)
     parameters = [layer.oft_R["default"].weight for layer in layers]
     for parameter in parameters:
         parameter.data = problem.v
-    return Contender(name, layers, True, parameters, _held(layers), **options)
-
-
-def _check_compiles(problem: Problem) -> None:
-    if problem.device.type == "meta":
-        raise Unavailable("there is nothing to compile for tensors without memory")
-    if problem.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise Unavailable("torch.compile finds no C++ compiler")
+    return Contender(layers, True, parameters)
 
 
 def ours(problem: Problem) -> Contender:
-    """This package's layer, as PEFT makes it after `patch_peft()`."""
+    """This package's layer, as PEFT makes it after `patch_peft()`; inference as served, with rotations frozen."""
     with hqq_oft.patch_peft():
-        layers = _adapted(problem, _oft_config(problem))
-    return _oft("hqq_oft", problem, layers)
+        contender = peft_oft(problem)
+    for layer in contender.layers:
+        layer.rotations_frozen = True  # else every replay of a captured graph would compute the rotations again
+    return contender
+
+
+def _operator(problem: Problem, call: Callable[[Any, Tensor], Tensor], rotates: bool) -> Contender:
+    return Contender([functools.partial(call, weight) for weight in problem.weights], rotates, decodes_only=True)
 
 
 def native_decode(problem: Problem) -> Contender:
     """This package's fused product by the native backend, where the automatic choice takes another."""
-    if problem.device.type != "cuda":
-        raise Unavailable("elsewhere than on a GPU it is what hqq_oft is")
-    reason = hqq_oft.ops.backends.registry()["native"].why_not("linear")
-    if reason is not None:
-        raise Unavailable(reason)
-
-    def layer(weight: Any) -> Callable[[Tensor], Tensor]:
-        def forward(x: Tensor) -> Tensor:
-            with hqq_oft.backend("native"):
-                return ops.linear(x, problem.d, *weight.arguments(), None, None)
-
-        return forward
-
-    return Contender("hqq_oft, native", [layer(weight) for weight in problem.weights], True, decodes_only=True)
+    reason = backends.registry()["native"].why_not("linear")
+    if problem.device.type != "cuda" or reason is not None:
+        raise Unavailable(reason or "on a CPU it is what hqq_oft is")
+    native = hqq_oft.backend("native")(ops.linear)
+    return _operator(problem, lambda weight, x: native(x, weight, problem.d, None, None), True)
 
 
 def unrotated(problem: Problem) -> Contender:
-    """This package's product without a rotation: what the rotation costs is the difference."""
-
-    def layer(weight: Any) -> Callable[[Tensor], Tensor]:
-        return lambda x: hqq_oft.functional.linear(x, None, weight)
-
-    return Contender("hqq_oft, no rotation", [layer(weight) for weight in problem.weights], False, decodes_only=True)
+    """This package's product without a rotation: the difference is what the rotation costs."""
+    return _operator(problem, lambda weight, x: functional.linear(x, None, weight), False)
 
 
 def dense(problem: Problem) -> Contender:
@@ -153,50 +131,43 @@ def dense(problem: Problem) -> Contender:
         layer = nn.Linear(problem.k, problem.n, bias=False, device="meta")
         layer.weight = nn.Parameter(problem.dense.clone() if number else problem.dense, requires_grad=False)
         layers.append(layer)
-    return Contender("dense", layers, False, held=_held(layers))
+    return Contender(layers, False)
 
 
 def hqq(problem: Problem) -> Contender:
     """HQQ's own layer without an adapter: dequantize, then the vendor's product."""
-    layers = [hqq_layer(weight, problem.dtype) for weight in problem.weights]
-    return Contender("HQQ", layers, False, held=_held(layers))
-
-
-def peft_oft(problem: Problem) -> Contender:
-    """PEFT's OFT on HQQ's PyTorch backend."""
-    return _oft("PEFT OFT", problem, _adapted(problem, _oft_config(problem)))
-
-
-def peft_oft_compiled(problem: Problem) -> Contender:
-    """PEFT's OFT on HQQ's PYTORCH_COMPILE backend."""
-    _check_compiles(problem)
-    layers = _adapted(problem, _oft_config(problem), HQQBackend.PYTORCH_COMPILE)
-    return _oft("PEFT OFT, HQQ compiled", problem, layers, compiled=True)
+    return Contender([hqq_layer(weight, problem.dtype) for weight in problem.weights], False)
 
 
 def peft_oft_aten(problem: Problem) -> Contender:
     """PEFT's OFT on HQQ's ATEN backend."""
-    if importlib.util.find_spec("hqq_aten") is None:
-        raise Unavailable("hqq_aten is not installed")
-    if problem.setting.axis != 0:
-        raise Unavailable("HQQ's ATEN backend serves axis 0 alone")
-    return _oft("PEFT OFT, HQQ ATEN", problem, _adapted(problem, _oft_config(problem), HQQBackend.ATEN))
+    if importlib.util.find_spec("hqq_aten") is None or problem.setting.axis != 0:
+        raise Unavailable("HQQ's ATEN backend needs hqq_aten, and axis 0")
+    return peft_oft(problem, HQQBackend.ATEN)
+
+
+def _check_compiler(problem: Problem) -> None:
+    if problem.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise Unavailable("torch.compile finds no C++ compiler")
+
+
+def peft_oft_compiled(problem: Problem) -> Contender:
+    """PEFT's OFT on HQQ's PYTORCH_COMPILE backend."""
+    _check_compiler(problem)
+    return replace(peft_oft(problem, HQQBackend.PYTORCH_COMPILE), compiled=True)
 
 
 def peft_lora(problem: Problem) -> Contender:
-    """PEFT's LoRA on HQQ: what people pick today."""
-    layers = _adapted(problem, LoraConfig(r=LORA_RANK, target_modules=["layer"]))
-    parameters = []
-    for layer in layers:  # in the layer's dtype, as half-precision training sets it
-        layer.lora_A.to(problem.dtype), layer.lora_B.to(problem.dtype)
-        parameters += [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-    return Contender(LORA, layers, False, parameters, _held(layers))
+    """PEFT's LoRA on HQQ: what people pick today; in the layer's dtype, as half-precision training sets it."""
+    layers = [layer.to(problem.dtype) for layer in _adapted(problem, LoraConfig(r=LORA_RANK, target_modules=["layer"]))]
+    pairs = [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in layers]
+    return Contender(layers, False, [parameter for pair in pairs for parameter in pair])
 
 
 class _Plain(nn.Module):
-    """OFT written well in plain PyTorch: float32 series of a cached layout, `bmm` over blocks, HQQ's product.
+    """OFT in plain PyTorch, written well: a float32 series of a cached layout, `bmm` over blocks, HQQ's product.
 
-    Without gradients the rotation is made once.
+    Without gradients the rotation is computed once.
     """
 
     def __init__(self, problem: Problem, base: HQQLinear) -> None:
@@ -209,15 +180,15 @@ class _Plain(nn.Module):
 
     def rotation(self, dtype: torch.dtype) -> Tensor:
         upper = self.v.new_zeros(self.v.shape[0], self.b**2).index_copy(1, self.place, self.v)
-        upper = upper.view(-1, self.b, self.b)
-        q = upper - upper.transpose(1, 2)
+        q = upper.view(-1, self.b, self.b)
+        q = q - q.transpose(1, 2)
         if self.terms is None:
-            identity = torch.eye(self.b, device=q.device)
-            return torch.linalg.solve(identity + q, -2 * q, left=False).to(dtype)
-        d = power = q
-        for number, coefficient in enumerate(reference.series_coefficients(self.terms)):
-            power = torch.bmm(power, q) if number else q
-            d = d + coefficient * power if number else coefficient * power
+            return torch.linalg.solve(torch.eye(self.b, device=q.device) + q, -2 * q, left=False).to(dtype)
+        first, *others = reference.series_coefficients(self.terms)
+        power, d = q, first * q
+        for coefficient in others:
+            power = torch.bmm(power, q)
+            d = d + coefficient * power
         return d.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -225,25 +196,22 @@ class _Plain(nn.Module):
             d = self.rotation(x.dtype)
         else:
             self.kept = d = self.rotation(x.dtype) if self.kept is None else self.kept
-        blocks = x.view(x.shape[0], -1, self.b)
-        d = d.expand(blocks.shape[1], -1, -1)
-        turned = torch.baddbmm(blocks.transpose(0, 1), blocks.transpose(0, 1), d)
+        blocks = x.view(x.shape[0], -1, self.b).transpose(0, 1)
+        turned = torch.baddbmm(blocks, blocks, d.expand(blocks.shape[0], -1, -1))
         return self.base(turned.transpose(0, 1).reshape(x.shape))
 
 
 def plain(problem: Problem) -> Contender:
     """The same OFT in plain PyTorch."""
     layers = [_Plain(problem, hqq_layer(weight, problem.dtype)) for weight in problem.weights]
-    return Contender("plain PyTorch", layers, True, [layer.v for layer in layers], _held(layers))
+    return Contender(layers, True, [layer.v for layer in layers])
 
 
 def plain_compiled(problem: Problem) -> Contender:
     """The same OFT in plain PyTorch under `torch.compile`."""
-    _check_compiles(problem)
+    _check_compiler(problem)
     contender = plain(problem)
-    contender.layers = [torch.compile(layer, dynamic=False) for layer in contender.layers]
-    contender.name, contender.compiled = "plain PyTorch, compiled", True
-    return contender
+    return replace(contender, layers=[torch.compile(layer, dynamic=False) for layer in contender.layers], compiled=True)
 
 
 class _Scratch(torch.autograd.Function):
@@ -254,86 +222,120 @@ class _Scratch(torch.autograd.Function):
         ctx.save_for_backward(x, v)
         ctx.spec = (block, terms, weight)
         d = ops.cayley(v, block, terms, None, None, x.dtype)
-        return F.linear(ops.rotate(x, d, None, False), ops.dequantize(*weight, x.dtype))
+        return F.linear(ops.rotate(x, d, None, False), ops.dequantize(weight, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, v = ctx.saved_tensors
         block, terms, weight = ctx.spec
         d = ops.cayley(v, block, terms, None, None, grad.dtype)
-        dx, dd = ops.rotate_backward(grad @ ops.dequantize(*weight, grad.dtype), x, d, None, False, True, True)
+        dx, dd = ops.rotate_backward(grad @ ops.dequantize(weight, grad.dtype), x, d, None, False, True, True)
         return dx, ops.cayley_backward(dd, v, block, terms, None, None), None, None, None
 
 
 def scratch(problem: Problem) -> Contender:
     """Unsloth's way with our kernels: a scratch for the weight, the rotation in a pass of its own over x."""
-    setting = problem.setting
-    v = nn.Parameter(problem.v.clone())
+    setting, v = problem.setting, nn.Parameter(problem.v.clone())
 
-    def layer(weight: Any) -> Callable[[Tensor], Tensor]:
-        return lambda x: _Scratch.apply(x, v, setting.block, setting.terms, weight.arguments())
+    def run(weight: Any, x: Tensor) -> Tensor:
+        return _Scratch.apply(x, v, setting.block, setting.terms, weight)
 
-    layers = [layer(weight) for weight in problem.weights]
-    held = [v, *(tensor for w in problem.weights for tensor in (w.packed, w.scale, w.zero))]
-    return Contender("scratch + rotation of x", layers, True, [v], held)
+    return Contender([functools.partial(run, weight) for weight in problem.weights], True, [v])
 
 
 def gemlite(problem: Problem) -> Contender:
     """GemLite's forward, without a rotation."""
-    if problem.device.type != "cuda":
-        raise Unavailable("GemLite needs a GPU")
-    if importlib.util.find_spec("gemlite") is None:
-        raise Unavailable("gemlite is not installed")
-    if problem.setting.bits == 3 or problem.setting.axis != 1:
-        raise Unavailable("GemLite serves 8, 4, 2 and 1 bits on axis 1")
+    if problem.device.type != "cuda" or importlib.util.find_spec("gemlite") is None:
+        raise Unavailable("GemLite needs a GPU, and its package")
     from gemlite.helper import A16Wn
 
     helper = A16Wn(device=str(problem.device))
     layers = [helper.from_hqqlinear(hqq_layer(w, problem.dtype), del_orig=False) for w in problem.weights]
-    return Contender("GemLite", layers, False, decodes_only=True)
+    return Contender(layers, False, decodes_only=True)
 
 
 def int4(problem: Problem) -> Contender:
     """PyTorch's own int4 kernel for CPUs, without a rotation."""
     setting = problem.setting
-    if problem.device.type != "cpu" or setting.bits != 4 or setting.axis != 1 or setting.dtype != "bf16":
+    if problem.device.type != "cpu" or (setting.bits, setting.axis, setting.dtype) != (4, 1, "bf16"):
         raise Unavailable("PyTorch's int4 kernel is timed on a CPU, for 4 bits on axis 1 in bf16")
     groups = problem.k // setting.group
 
     def layer(weight: Any) -> Callable[[Tensor], Tensor]:
-        levels = reference.unpack(weight.packed, 4, problem.n * groups).view(problem.n, problem.k)
+        levels = unpack(weight.packed, 4, problem.n * groups).view(problem.n, problem.k)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.int().contiguous(), 1)
-        # its form is (level - 8) scale + zero
-        zero = (8 - weight.zero.float()) * weight.scale.float()
-        pairs = torch.stack([weight.scale, zero.bfloat16()], dim=-1)
-        pairs = pairs.view(problem.n, groups, 2).transpose(0, 1).contiguous()
+        zero = (8 - weight.zero.float()) * weight.scale.float()  # its form is (level - 8) scale + zero
+        pairs = torch.stack([weight.scale, zero.bfloat16()], dim=-1).view(problem.n, groups, 2)
+        pairs = pairs.transpose(0, 1).contiguous()
         return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, setting.group, pairs)
 
-    return Contender("PyTorch int4", [layer(weight) for weight in problem.weights], False, decodes_only=True)
+    return Contender([layer(weight) for weight in problem.weights], False, decodes_only=True)
 
 
-def forward_passes(contender: Contender, problem: Problem, m: int, training: bool, limits: Limits) -> tuple[Cost, ...]:
-    """The least that a forward of this contender must do; what it does beyond that is its own."""
-    layer = problem.layer
-    if contender.name == "dense":
+CONTENDERS: dict[str, Build] = {
+    OURS: ours,
+    DENSE: dense,
+    HQQ: hqq,
+    PEFT: peft_oft,
+    LORA: peft_lora,
+    "plain PyTorch": plain,
+    "scratch + rotation of x": scratch,
+    "PEFT OFT, HQQ ATEN": peft_oft_aten,
+    "hqq_oft, no rotation": unrotated,
+    "hqq_oft, native": native_decode,
+    "PyTorch int4": int4,
+    "GemLite": gemlite,
+    "plain PyTorch, compiled": plain_compiled,
+    "PEFT OFT, HQQ compiled": peft_oft_compiled,
+}
+
+
+def build(name: str, problem: Problem) -> Contender:
+    """The contender of that name.
+
+    Raises:
+        Unavailable: it cannot take part.
+    """
+    return replace(CONTENDERS[name](problem), name=name)
+
+
+def build_all(names: tuple[str, ...], problem: Problem) -> Iterator[Contender | tuple[str, str]]:
+    """Every contender that can take part, and name and status of the others. What this package raises is an error."""
+    for name in names:
+        try:
+            yield build(name, problem)
+        except Unavailable as reason:
+            yield name, f"not run: {reason}"
+        except Exception as error:
+            if name == OURS:
+                raise
+            yield name, failure(error)
+
+
+def failure(error: Exception) -> str:
+    """The status of a row that has no time: the error and the first line of its message."""
+    return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+# --- What a contender has to do at least; what it does beyond that is its own ----------------------------------------
+
+
+def forward_passes(name: str, layer: model.Layer, m: int, limits: Limits, training: bool = False) -> tuple[Cost, ...]:
+    """Of a forward; `layer` has a block if the contender rotates, and in training D is computed as well."""
+    if name == DENSE:
         return (model.gemm(layer, m),)
-    if not contender.rotates:
-        passes = _cheapest(model.linear, replace(layer, block=None), m, limits)
-        return (*passes, *_lora(layer, m)) if contender.name == LORA else passes
-    passes = _cheapest(model.linear, layer, m, limits)
-    return (model.cayley(layer, problem.setting.terms), *passes) if training else passes
+    made = (model.cayley(layer, layer.terms),) if training and layer.block is not None else ()
+    return (*made, *_cheapest(model.linear, layer, m, limits), *(_lora(layer, m) if name == LORA else ()))
 
 
-def backward_passes(contender: Contender, problem: Problem, m: int, limits: Limits) -> tuple[Cost, ...]:
-    """The least that a backward must do: nothing dense was kept, so the weight is decoded again, and D made again."""
-    layer, terms = problem.layer, problem.setting.terms
-    if contender.name == "dense":
+def backward_passes(name: str, layer: model.Layer, m: int, limits: Limits) -> tuple[Cost, ...]:
+    """Of a backward: nothing dense was kept, so the weight is decoded again, and D computed again."""
+    if name == DENSE:
         return (model.gemm(layer, m),)
-    if not contender.rotates:
-        passes = _cheapest(model.linear_backward, replace(layer, block=None), m, limits)
-        return (*passes, *_lora(layer, m), *_lora(layer, m)) if contender.name == LORA else passes
-    product = _cheapest(model.linear_backward, layer, m, limits)
-    return (model.cayley(layer, terms), *product, model.cayley_backward(layer, terms))
+    passes = _cheapest(model.linear_backward, layer, m, limits)
+    if layer.block is not None:
+        return (model.cayley(layer, layer.terms), *passes, model.cayley_backward(layer, layer.terms))
+    return (*passes, *(2 * _lora(layer, m) if name == LORA else ()))
 
 
 def _cheapest(way: Callable[..., tuple[Cost, ...]], layer: model.Layer, m: int, limits: Limits) -> tuple[Cost, ...]:
@@ -343,8 +345,8 @@ def _cheapest(way: Callable[..., tuple[Cost, ...]], layer: model.Layer, m: int, 
 
 def _lora(layer: model.Layer, m: int) -> tuple[Cost, Cost]:
     """Two products of rank r."""
-    r, e = LORA_RANK, layer.element
+    (n, k), r, e = (layer.N, layer.K), LORA_RANK, layer.element
     return (
-        Cost((m * layer.K + r * layer.K + m * r) * e, 2 * m * layer.K * r),
-        Cost((2 * m * layer.N + r * layer.N + m * r) * e, 2 * m * layer.N * r),
+        Cost((m * k + r * k + m * r) * e, 2 * m * k * r),
+        Cost((2 * m * n + r * n + m * r) * e, 2 * m * n * r),
     )

@@ -14,8 +14,9 @@ from hqq_oft.env import version
 from hqq_oft.ops.device_tables import table_name
 
 ROOT = Path(__file__).parents[1]
-SOURCES = (".py", ".json", ".c", ".cc", ".cpp", ".cu", ".h", ".hpp", ".cuh")
+SOURCES = (".py", ".toml", ".json", ".c", ".cc", ".cpp", ".cu", ".h", ".hpp", ".cuh")
 PACKAGES = ("torch", "triton", "peft", "hqq", "transformers", "gemlite", "numpy")
+IDENTITY = ("device", "commit", "sources", "torch", "triton")  # of a row, and what a run must share to go on
 
 
 def commit() -> str:
@@ -32,7 +33,7 @@ def commit() -> str:
 
 
 def sources() -> str:
-    """A digest of all that decides a figure: the package, its kernels and their tiles, and the measuring itself.
+    """A digest of everything that determines a figure: the package, its kernels and tiles, and the measuring code.
 
     A commit does not tell two states of changed files apart, and is unknown in a copy without its history.
     """
@@ -50,35 +51,24 @@ def device_names() -> list[str]:
 
 
 def processor() -> str:
-    """The CPU as the system calls it, the cores that this process may use, and torch's instruction set."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = names[0] if names else name
+    """The CPU's name, the cores that this process may use, and torch's instruction set."""
+    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{name}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def describe(device: str) -> dict[str, str]:
     """Device, versions and commit."""
-    cuda = torch.device(device).type == "cuda"
-    facts = {
-        "device": torch.cuda.get_device_name(device) if cuda else processor(),
-        "kind": torch.device(device).type,
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "cuda": str(torch.version.cuda),
-        "commit": commit(),
-        "sources": sources(),
-    }
+    kind = torch.device(device).type
+    facts = {"device": torch.cuda.get_device_name(device) if kind == "cuda" else processor(), "kind": kind}
+    facts |= {"threads": str(torch.get_num_threads()), "python": platform.python_version()}
+    facts |= {"cuda": str(torch.version.cuda), "commit": commit(), "sources": sources()}
     return facts | {package: version(package) for package in PACKAGES}
 
 
 def folder_name(device: str) -> str:
     """The device's folder under bench/results: `cpu`, or the GPU's name as the tile tables spell it."""
-    if torch.device(device).type != "cuda":
-        return torch.device(device).type
-    return table_name(torch.cuda.get_device_name(device))
+    kind = torch.device(device).type
+    return table_name(torch.cuda.get_device_name(device)) if kind == "cuda" else kind

@@ -18,18 +18,14 @@ from dataclasses import dataclass
 from hqq_oft.ops.reference import series_coefficients
 
 # Measured on an H200: a copy, and a bfloat16 matrix product.
-BANDWIDTH = 4.3e12
-RATE = 790e12
+BANDWIDTH, RATE = 4.3e12, 790e12
+STORED_BITS = {8: 8, 6: 8, 5: 8, 4: 4, 3: 3.2, 2: 2, 1.58: 2, 1: 1}  # ten 3-bit levels take 4 bytes
+LLAMA_8B = {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one pass needs.
-
-    Attributes:
-        bytes: read from memory and written to it.
-        operations: arithmetic, at the rate of the matrix units.
-    """
+    """Bytes that one pass reads from memory and writes to it, and its operations, at the rate of the matrix units."""
 
     bytes: float
     operations: float
@@ -41,16 +37,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Layer:
-    """A quantized linear layer with its rotation.
-
-    Attributes:
-        N: out-features.
-        K: in-features.
-        block: b, which divides K; None without a rotation.
-        bits: per level: 8, 6, 5, 4, 3, 2, 1.58 or 1.
-        group: levels that share a scale and a zero; None for a whole row.
-        element: e, bytes per element.
-    """
+    """A quantized linear layer; None is: `block`, no rotation; `group`, one scale per row; `terms`, the exact map."""
 
     N: int
     K: int
@@ -58,12 +45,12 @@ class Layer:
     bits: float = 4
     group: int | None = 64
     element: int = 2
+    terms: int | None = 5
 
     @property
     def weight_bytes(self) -> float:
-        """`N K (stored bits / 8 + 2 e / group)`; ten 3-bit levels take 4 bytes, 5 and 6 bits are stored as 8."""
-        stored = {8: 8, 6: 8, 5: 8, 4: 4, 3: 3.2, 2: 2, 1.58: 2, 1: 1}[self.bits]
-        return self.N * self.K * (stored / 8 + 2 * self.element / (self.group or self.K))
+        """`N K (stored bits / 8 + 2 e / group)`."""
+        return self.N * self.K * (STORED_BITS[self.bits] / 8 + 2 * self.element / (self.group or self.K))
 
     @property
     def rotation_bytes(self) -> int:
@@ -75,11 +62,6 @@ def predicted_seconds(passes: Cost | Iterable[Cost], bandwidth: float = BANDWIDT
     """Sum over the passes of `max(bytes / bandwidth, operations / rate)`, in bytes and operations per second."""
     passes = (passes,) if isinstance(passes, Cost) else passes
     return sum(max(cost.bytes / bandwidth, cost.operations / rate) for cost in passes)
-
-
-def decode_floor(layer: Layer, bandwidth: float = BANDWIDTH) -> float:
-    """Seconds to read the packed weight, its scales and zeros once."""
-    return layer.weight_bytes / bandwidth
 
 
 def cayley(layer: Layer, terms: int | None = 5) -> Cost:
@@ -96,8 +78,8 @@ def cayley(layer: Layer, terms: int | None = 5) -> Cost:
 def cayley_backward(layer: Layer, terms: int | None = 5) -> Cost:
     """`dD` in float32 and `v` to `dv`: `K b + 2 K (b - 1) / 2` float32.
 
-    Series with p powers: 3 (p - 1) products at the least, each step of Horner's rule for both factors and one with
-    `dD`. Exact: the forward again and two products.
+    Series with p powers: at least 3 (p - 1) products, each step of Horner's rule for both factors and one with `dD`.
+    Exact: the forward again and two products.
     """
     b = layer.block or 1
     products = 4 / 3 + 2 if terms is None else 3 * max(0, len(series_coefficients(terms)) - 1)
@@ -144,7 +126,7 @@ def gemm(layer: Layer, tokens: int) -> Cost:
 def linear(layer: Layer, tokens: int, *, scratch: bool) -> tuple[Cost, ...]:
     """`x R W^T`.
 
-    Fused: one pass with the packed weight in place of `N K e` bytes, D, and `2 M K b` operations more than a dense
+    Fused: one pass with the packed weight instead of `N K e` bytes, D, and `2 M K b` operations more than a dense
     product. Scratch: `dequantize_rotate`, then a dense product.
     """
     if scratch:
@@ -154,7 +136,7 @@ def linear(layer: Layer, tokens: int, *, scratch: bool) -> tuple[Cost, ...]:
 
 
 def linear_backward(layer: Layer, tokens: int, *, scratch: bool) -> tuple[Cost, ...]:
-    """`g = dy W`, then `rotate_backward` where there is a rotation.
+    """`g = dy W`, then `rotate_backward` if there is a rotation.
 
     Fused: g from the packed weight in one pass. Scratch: `dequantize`, then a dense product.
     """
@@ -167,36 +149,22 @@ def _packed_gemm(layer: Layer, tokens: int) -> Cost:
     return Cost((tokens * K + tokens * N) * layer.element + layer.weight_bytes, 2 * tokens * N * K)
 
 
-LLAMA_8B = {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)}
-
-
-def table(block: int, bits: float, group: int, bandwidth: float, rate: float) -> str:
-    """Limits in microseconds for the layers of an 8B Llama, as Markdown."""
-    lines = [
-        "| layer | N x K | M | dense | fused | scratch | dense backward | fused backward | scratch backward |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, (n, k) in LLAMA_8B.items():
-        layer = Layer(n, k, block, bits, group)
-        for m in (1, 16, 256, 4096):
-            dense = gemm(layer, m)
-            ways = [(dense,), linear(layer, m, scratch=False), linear(layer, m, scratch=True)]
-            ways += [(dense,), linear_backward(layer, m, scratch=False), linear_backward(layer, m, scratch=True)]
-            times = " | ".join(f"{1e6 * predicted_seconds(way, bandwidth, rate):.2f}" for way in ways)
-            lines.append(f"| {name} | {n} x {k} | {m} | {times} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
-    """Print the table."""
+    """Limits in microseconds for the layers of an 8B Llama, as Markdown."""
     parser = argparse.ArgumentParser(description="Least times, in microseconds, for the layers of an 8B Llama.")
-    parser.add_argument("--bandwidth", type=float, default=BANDWIDTH, help="bytes per second (default: an H200)")
-    parser.add_argument("--rate", type=float, default=RATE, help="operations per second (default: an H200, bf16)")
-    parser.add_argument("--block", type=int, default=32, help="OFT block size")
-    parser.add_argument("--bits", type=float, default=4)
-    parser.add_argument("--group", type=int, default=64)
+    for name, default in (("bandwidth", BANDWIDTH), ("rate", RATE), ("block", 32), ("bits", 4), ("group", 64)):
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default: {default:g}")
     options = parser.parse_args()
-    print(table(options.block, options.bits, options.group, options.bandwidth, options.rate))
+    print("| layer | N x K | M | dense | fused | scratch | dense backward | fused backward | scratch backward |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, (n, k) in LLAMA_8B.items():
+        layer = Layer(n, k, options.block, options.bits, options.group)
+        for m in (1, 16, 256, 4096):
+            dense = (gemm(layer, m),)
+            ways = [dense, linear(layer, m, scratch=False), linear(layer, m, scratch=True)]
+            ways += [dense, linear_backward(layer, m, scratch=False), linear_backward(layer, m, scratch=True)]
+            times = " | ".join(f"{1e6 * predicted_seconds(way, options.bandwidth, options.rate):.2f}" for way in ways)
+            print(f"| {name} | {n} x {k} | {m} | {times} |")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@ no time.
 
 from __future__ import annotations
 
-import copy
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from hqq_oft import QuantizedWeight
 from hqq_oft.ops import reference
-from hqq_oft.ops.weight import LEVELS_PER_ELEMENT
+from hqq_oft.ops.packing import LEVELS_PER_ELEMENT
 
 from . import model
 
@@ -29,15 +28,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Setting:
-    """How a layer is quantized and rotated.
-
-    Attributes:
-        bits, group, axis: of the weight.
-        block: OFT block size b.
-        dtype: of inputs, outputs, scales and zeros: bf16, fp16 or fp32.
-        share: one block for all positions.
-        exact: the Cayley map in place of the series of five terms.
-    """
+    """How a layer is quantized and rotated; `exact`: by the Cayley map instead of the series of five terms."""
 
     bits: int = 4
     group: int = 64
@@ -60,8 +51,7 @@ class Setting:
 
     def layer(self, n: int, k: int) -> model.Layer:
         """The layer in the cost model."""
-        element = DTYPES[self.dtype].itemsize
-        return model.Layer(n, k, self.block, self.bits, self.group, element)
+        return model.Layer(n, k, self.block, self.bits, self.group, DTYPES[self.dtype].itemsize, self.terms)
 
 
 def relative_error(out: Tensor, truth: Tensor) -> float:
@@ -84,7 +74,7 @@ def quantized_weight(
 
 
 def skew_parameters(blocks: int, b: int, device: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Blocks of the same spectral norm, about 0.4, whatever b is."""
+    """Blocks of the same spectral norm, about 0.4, for any b."""
     return (torch.randn(blocks, b * (b - 1) // 2, device=device) * (0.2 / math.sqrt(b))).to(dtype)
 
 
@@ -92,62 +82,32 @@ def hqq_layer(weight: QuantizedWeight, dtype: torch.dtype) -> HQQLinear:
     """An `HQQLinear` that holds the weight's tensors."""
     settings = BaseQuantizeConfig(nbits=weight.bits, group_size=weight.group_size, axis=weight.axis)
     # HQQ fills in the rest of its meta data when it quantizes something.
-    small = nn.Linear(weight.group_size, 40, bias=False)
-    small.weight.requires_grad_(False)
+    small = nn.Linear(weight.group_size, 40, bias=False).requires_grad_(False)
     layer = HQQLinear(small, settings, compute_dtype=dtype, device="cpu")
-    device = weight.packed.device
     layer.in_features, layer.out_features = weight.in_features, weight.out_features
     layer.W_q = nn.Parameter(weight.packed, requires_grad=False)
-    layer.device, layer.bias = str(device), None
+    layer.device, layer.bias = str(weight.packed.device), None
     stored = (-1, 1) if weight.axis == 1 else (1, -1)
-    layer.meta.update(
-        scale=weight.scale.view(stored),
-        zero=weight.zero.view(stored),
-        shape=torch.Size((weight.out_features, weight.in_features)),
-    )
+    shape = torch.Size((weight.out_features, weight.in_features))
+    layer.meta.update(scale=weight.scale.view(stored), zero=weight.zero.view(stored), shape=shape)
     return layer
 
 
 class Problem:
-    """One layer with random contents, made when first asked for.
-
-    Args:
-        n: out-features.
-        k: in-features, which the setting's block size divides.
-        setting: how it is quantized and rotated.
-        device: where it lives.
-        copies: sets of buffers with the same contents, for timing out of the cache.
-    """
+    """One layer `[n, k]` with random contents, created on first use, in `copies` equal sets of buffers."""
 
     def __init__(self, n: int, k: int, setting: Setting, device: torch.device, copies: int = 1) -> None:
         self.n, self.k, self.setting, self.device, self.copies = n, k, setting, device, copies
-        self.dtype = DTYPES[setting.dtype]
-
-    @property
-    def layer(self) -> model.Layer:
-        """The layer in the cost model."""
-        return self.setting.layer(self.n, self.k)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Columns of a table."""
-        return {"N": self.n, "K": self.k, **asdict(self.setting)}
+        self.dtype, self.layer = DTYPES[setting.dtype], setting.layer(n, k)
+        self.facts: dict[str, Any] = {"N": n, "K": k, **asdict(setting)}  # columns of a table
 
     @cached_property
     def weights(self) -> list[QuantizedWeight]:
         """One weight per set of buffers."""
-        setting = self.setting
-        first = quantized_weight(
-            self.n, self.k, self.device, bits=setting.bits, group=setting.group, axis=setting.axis, dtype=self.dtype
-        )
-
-        def again() -> QuantizedWeight:
-            clone = copy.copy(first)
-            for name in ("packed", "scale", "zero"):
-                object.__setattr__(clone, name, getattr(first, name).clone())
-            return clone
-
-        return [first, *(again() for _ in range(self.copies - 1))]
+        s = self.setting
+        first = quantized_weight(self.n, self.k, self.device, bits=s.bits, group=s.group, axis=s.axis, dtype=self.dtype)
+        copied = [(first.packed.clone(), first.scale.clone(), first.zero.clone()) for _ in range(self.copies - 1)]
+        return [first, *(replace(first, packed=packed, scale=scale, zero=zero) for packed, scale, zero in copied)]
 
     @cached_property
     def v(self) -> Tensor:
@@ -163,7 +123,7 @@ class Problem:
     @cached_property
     def dense(self) -> Tensor:
         """The weight, `[N, K]`, in the problem's dtype."""
-        return reference.dequantize(*self.weights[0].arguments(), self.dtype)
+        return reference.dequantize(self.weights[0], self.dtype)
 
     def inputs(self, m: int) -> list[Tensor]:
         """Random `[m, K]`, one per set of buffers."""
@@ -171,6 +131,5 @@ class Problem:
 
     def truth(self, x: Tensor, rotated: bool) -> Tensor:
         """The product in float64."""
-        x, d = x.double(), self.d.double()
-        x = reference.rotate(x, d, None, False) if rotated else x
-        return x @ reference.dequantize(*self.weights[0].arguments(), torch.float64).T
+        x = reference.rotate(x.double(), self.d.double(), None, False) if rotated else x.double()
+        return x @ reference.dequantize(self.weights[0], torch.float64).T

@@ -1,221 +1,201 @@
 """Tables and plots of what a run has measured: `python -m bench.report bench/results/<device>`.
 
-From `raw.jsonl` and `environment.json` come `results.csv`, `results.json`, the plots and `README.md`.
+From `raw.jsonl` and `environment.json` come `README.md`, its plots, and `results.csv` with all columns.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import pandas as pd
 
 from . import targets
-from .session import COLUMNS, LORA, Row
+from .contenders import CONTENDERS, DENSE, HQQ, LORA, OURS, PEFT
+from .run import read_rows
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-BASELINES = (
-    *("dense", "HQQ", "PEFT OFT", "PEFT OFT, HQQ compiled", LORA, "plain PyTorch"),
-    *(
-        "plain PyTorch, compiled",
-        "scratch + rotation of x",
-        "GemLite",
-        "PyTorch int4",
-        "PEFT",
-        "copy",
-        "copy, new memory",
-    ),
-)
-FLAGGED_FROM = 1.5
+KEY = ["suite", "case", "contender", "phase", "mode"]
+CODE = ["commit", "sources"]
+NUMBERS = ("M", "N", "K", "kept_mib", "tokens", "p50_us", "p20_us", "p80_us", "limit_percent", "predicted_us", "tflops",
+           "gb_per_s", "bandwidth_gb_per_s", "rate_tflops")  # fmt: skip
+PICKED = {OURS: "tab:blue", DENSE: "tab:green", PEFT: "tab:red", LORA: "tab:orange", HQQ: "tab:purple",
+          "PyTorch int4": "tab:brown", "GemLite": "tab:brown"}  # fmt: skip
+PLOTTED_TOKENS = (1, 16, 512, 4096)
 
 
-def read_rows(raw: Path) -> list[Row]:
-    """All rows of `raw.jsonl`; a last line that was cut off is left out."""
-    rows = []
-    if raw.exists():
-        for line in raw.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return rows
+def latest(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Of each case the rows of the code that measured it last, and of each time the last.
 
-
-def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of each case the rows of its last run, real or dry as the last row of all is."""
-    rows = list(rows)
-    rows = [row for row in rows if row.get("dry") == rows[-1].get("dry")]
-    runs: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        key = (row["suite"], row["case"])
-        earlier = runs.get(key, [])
-        named = [(r.get("contender"), r.get("phase"), r.get("mode")) for r in earlier]
-        again = (row.get("contender"), row.get("phase"), row.get("mode")) in named or not row.get("contender")
-        again = again or any(_code(r) != _code(row) or not r.get("contender") for r in earlier)
-        runs[key] = [row] if again else [*earlier, row]
-    return [row for run in runs.values() for row in run]
-
-
-def _code(row: Row) -> tuple[str, str]:
-    return f"{row.get('commit')}", f"{row.get('sources')}"
-
-
-def with_ratios(rows: list[Row]) -> list[Row]:
-    """Each row with `x <baseline>`: that baseline's median time over its own, of the same case, phase and mode."""
-    times = {
-        (r["suite"], r["case"], r["contender"], r["phase"], r["mode"]): r["p50_us"] for r in rows if r.get("p50_us")
-    }
-    out = []
-    for row in rows:
-        row = dict(row)
-        for baseline in BASELINES:
-            other = times.get((row["suite"], row["case"], baseline, row.get("phase"), row.get("mode")))
-            if row.get("p50_us") and other:
-                row[f"x {baseline}"] = other / row["p50_us"]
-        out.append(row)
-    return out
+    Derived: `kept_percent`, memory kept for backward as a share of the layer's input and output; `tokens_per_s`; and
+    `of <contender>`, its time in that of ours.
+    """
+    table = pd.DataFrame(rows)
+    table = table.reindex(columns=table.columns.union([*KEY, *CODE, *NUMBERS, "note"], sort=False))
+    table = table.astype(dict.fromkeys(NUMBERS, float))
+    # Rows without a contender are of cases that failed as a whole; a later run may have measured them.
+    last = table.groupby(["suite", "case"])[[*CODE, "status"]].transform("last")
+    same = (table[CODE].fillna("") == last[CODE].fillna("")).all(axis=1)
+    table = table[same & (table.contender.notna() | (table.status == last.status))]
+    table = table.drop_duplicates(KEY, keep="last").copy()
+    table["kept_percent"] = 100 * table.kept_mib * 2**20 / (2 * table.M * (table.N + table.K))
+    table["tokens_per_s"] = 1e6 * table.tokens / table.p50_us
+    mine = table[table.contender == OURS].drop_duplicates(["suite", "case", "phase", "mode"])
+    mine = mine[["suite", "case", "phase", "mode", "p50_us"]].rename(columns={"p50_us": "ours_us"})
+    table = table.merge(mine, on=["suite", "case", "phase", "mode"], how="left")
+    table["of_ours"] = table.p50_us / table.ours_us
+    return table
 
 
 def write(folder: Path) -> None:
-    """All files, from what there is; nothing if there is nothing."""
+    """All files, from the rows so far."""
     rows = read_rows(folder / "raw.jsonl")
     if not rows:
         return
-    rows = with_ratios(latest(rows))
-    columns = [*COLUMNS, *(f"x {baseline}" for baseline in BASELINES)]
-    with (folder / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: _rounded(value) for key, value in row.items()} for row in rows)
-    (folder / "results.json").write_text(json.dumps(rows, indent=0) + "\n")
+    table = latest(rows)
+    table.to_csv(folder / "results.csv", index=False, float_format="%.5g")
     environment = json.loads((folder / "environment.json").read_text())
-    measured = [row for row in rows if row.get("status") == "measured"]
-    plots = [plot(folder, measured) for plot in (_speed, _roofline, _memory)]
-    (folder / "README.md").write_text(_page(rows, measured, environment, [plot for plot in plots if plot]))
+    measured = table[table.status == "measured"]
+    plots = [
+        _times(folder, measured[_plotted(measured)], "layers.png", "one layer, 4 bits, block 32, bfloat16"),
+        _times(folder, measured[measured.suite == "model"], "models.png", "whole models"),
+        _times(folder, measured[measured.suite == "host"], "host.png", "overhead of the host"),
+        _roofline(folder, measured),
+        _memory(folder, measured),
+    ]
+    (folder / "README.md").write_text(_page(table, measured, environment, [plot for plot in plots if plot]))
 
 
-def _rounded(value: Any) -> Any:
-    return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
-def _page(rows: list[Row], measured: list[Row], environment: dict[str, Any], plots: list[str]) -> str:
-    wanted = targets.GPU if environment["kind"] == "cuda" else targets.CPU
+def _page(table: pd.DataFrame, measured: pd.DataFrame, environment: dict[str, Any], plots: list[str]) -> str:
     facts = ", ".join(f"{name} {environment[name]}" for name in ("torch", "triton", "peft", "hqq", "transformers"))
-    dry = ["**A dry run: every case was called once, nothing was timed, all times are 1 µs.**", ""]
     lines = [
         f"# Measured on {environment['device']}",
         "",
-        *(dry if rows[-1].get("dry") else []),
-        f"Written by `python -m bench.report`. {environment['threads']} threads, Python {environment['python']}, "
-        f"{facts}. Commit `{environment['commit']}`, sources "
-        f"`{environment['sources']}`.",
+        "Written by `python -m bench.report`, which also writes all columns to `results.csv`. "
+        f"{environment['threads']} threads, Python {environment['python']}, {facts}. Commit `{environment['commit']}`, "
+        f"sources `{environment['sources']}`.",
         "",
         f"In the same run a copy moved {environment['bandwidth_gb_per_s']:.1f} GB/s, bytes read and written, and a "
         f"dense bfloat16 product ran at {environment['rate_tflops']:.3g} TFLOP/s; *limit* is the time that the bytes "
         "and operations of `bench/model.py` take at these.",
         "",
-        *_of_other_code(measured, environment),
-        "## Targets",
-        "",
-        targets.table(wanted, measured),
-        "",
     ]
-    for suite in ("layer", "ops", "merge", "model"):
-        chosen = [row for row in measured if row["suite"] == suite]
-        if chosen:
-            lines += [f"## Suite {suite}", "", _table(chosen), ""]
-    flagged = [row for row in measured if row["contender"] == "hqq_oft" and row.get("over_predicted", 0) > FLAGGED_FROM]
-    lines += [f"## Of ours, more than {FLAGGED_FROM} times what bytes and operations predict", ""]
-    lines += [_flagged(flagged) if flagged else "None.", ""]
-    others = {(row.get("contender"), row["status"]) for row in rows if row.get("status") != "measured"}
-    if others:
-        lines += ["## Not measured", "", *sorted(f"- {name or 'a case'}: {why}" for name, why in others), ""]
+    stale = measured[(measured[CODE] != [environment[key] for key in CODE]).any(axis=1)]
+    if len(stale):
+        count = len(stale.drop_duplicates(["suite", "case"]))
+        lines += [
+            f"**{count} cases were measured with other code, which `commit` and `sources` of their rows name.**",
+            "",
+        ]
+    goals = targets.table(environment["kind"], measured.to_dict("records"))
+    lines += ["## Targets", "", goals, ""] if goals.count("\n") > 1 else []
     for plot in plots:
         lines += [f"![{Path(plot).stem}]({plot})", ""]
+    for suite in measured.suite.unique():
+        lines += [f"## Suite {suite}", "", _suite(measured[measured.suite == suite]), ""]
+    others = table[table.status != "measured"]
+    if len(others):
+        reasons = dict.fromkeys(f"- {row.contender}: {row.status}" for row in others.itertuples())
+        lines += ["## Not measured", "", *reasons, ""]
+    if "profile" in measured:
+        for row in measured[measured.profile.notna()].itertuples():
+            lines += [
+                f"## Where the time of {row.contender} goes: {row.case}",
+                "",
+                "| operator | ms | calls |",
+                "|---|---|---|",
+            ]
+            lines += [*(f"| {name} | {own:.2f} | {calls} |" for name, own, calls in row.profile), ""]
     return "\n".join(lines)
 
 
-def _of_other_code(measured: list[Row], environment: dict[str, Any]) -> list[str]:
-    """A warning where cases stand from a run of other code."""
-    stale = {(row["suite"], row["case"]) for row in measured if _code(row) != _code(environment)}
-    return [
-        f"**{len(stale)} cases were measured with other code: `commit` and `sources` of their rows say which.**",
-        "",
-    ][: 2 * bool(stale)]
-
-
-def _table(rows: list[Row]) -> str:
-    lines = [
-        "| case | phase | contender | mode | µs | 20 to 80% | TFLOP/s | GB/s | of limit | of ours | kept, MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    ours = {(r["case"], r["phase"], r["mode"]): r["p50_us"] for r in rows if r["contender"] == "hqq_oft"}
-    for row in rows:
-        mine = ours.get((row["case"], row["phase"], row["mode"]))
-        spread = f"{row['p20_us']:.4g} to {row['p80_us']:.4g}" if row.get("p20_us") else ""
-        percent = f"{row['limit_percent']:.0f}%" if row.get("limit_percent") else ""
-        cells = [row["case"], row["phase"], row["contender"], row["mode"], f"{row['p50_us']:.4g}", spread]
-        cells += [_number(row.get("tflops")), _number(row.get("gb_per_s")), percent]
-        cells += [f"{row['p50_us'] / mine:.2f}x" if mine else "", _number(row.get("kept_mib"))]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
-
-
-def _flagged(rows: list[Row]) -> str:
-    lines = ["| case | phase | mode | µs | predicted µs | ratio |", "|---|---|---|---|---|---|"]
-    for row in sorted(rows, key=lambda row: -row["over_predicted"]):
-        lines.append(
-            f"| {row['suite']}: {row['case']} | {row['phase']} | {row['mode']} | {row['p50_us']:.4g} | "
-            f"{row['predicted_us']:.4g} | {row['over_predicted']:.2f} |"
+def _suite(rows: pd.DataFrame) -> str:
+    """One line per case and phase: the time of ours, and the others' as multiples of it."""
+    lines = ["| case | phase | ours | 20 to 80% | of limit | others, in times of ours |", "|---|---|---|---|---|---|"]
+    for (case, phase, mode), group in rows.groupby(["case", "phase", "mode"], sort=False):
+        ours, others = group[group.contender == OURS], group[group.contender != OURS]
+        first = (ours if len(ours) else group).iloc[0]
+        name = "" if len(ours) else f"{first.contender}: "
+        rate = "" if pd.isna(first.tokens_per_s) else f", {first.tokens_per_s:.4g} tokens/s"
+        others = others if len(ours) else others.iloc[1:]
+        multiples = ", ".join(
+            f"{row.contender} {row.of_ours:.3g}" if len(ours) else f"{row.contender} {_time(row.p50_us)}"
+            for row in others.itertuples()
         )
-    return "\n".join(lines)
+        spread = "" if pd.isna(first.p20_us) else f"{_time(first.p20_us)} to {_time(first.p80_us)}"
+        limit = "" if pd.isna(first.limit_percent) else f"{first.limit_percent:.0f}%"
+        where = phase if mode == "eager" else f"{phase}, {mode}"
+        lines.append(f"| {case} | {where} | {name}{_time(first.p50_us)}{rate} | {spread} | {limit} | {multiples} |")
+    notes = rows[rows.note.notna()].drop_duplicates(["contender", "note", "N"])
+    return "\n".join([*lines, "", *(f"- {r.contender}, {r.N:.0f}x{r.K:.0f}: {r.note}" for r in notes.itertuples())])
 
 
-def _speed(folder: Path, rows: list[Row]) -> str | None:
-    """Time against M, one panel per shape and phase, of the main setting; replayed from a CUDA graph where it was."""
-    rows = [r for r in rows if r["suite"] == "layer" and r["case"].endswith(targets.MAIN)]
-    ordered = sorted(rows, key=lambda r: r["mode"] == "graph")
-    rows = list({(r["case"], r["contender"], r["phase"]): r for r in ordered}.values())
-    panels = list(
-        dict.fromkeys((r["N"], r["K"], phase) for phase in ("forward", "full") for r in rows if r["phase"] == phase)
-    )
-    if not panels:
+def _time(us: float) -> str:
+    return f"{us:.3g} µs" if us < 1e3 else f"{us / 1e3:.3g} ms" if us < 1e6 else f"{us / 1e6:.3g} s"
+
+
+def _plotted(rows: pd.DataFrame) -> pd.Series:
+    """Layers in the main setting at a few numbers of tokens, without the backward alone."""
+    main = rows.case.str.endswith(targets.MAIN) & rows.M.isin(PLOTTED_TOKENS) & rows.phase.isin(["forward", "full"])
+    return main & (rows.suite == "layer")
+
+
+def _times(folder: Path, rows: pd.DataFrame, name: str, title: str) -> str | None:
+    """A line of dots for each case: ours, what a user would pick instead, and the limit of bytes and operations."""
+    rows = rows[rows.contender.isin(PICKED)].sort_values("mode", key=lambda mode: mode != "graph", kind="stable")
+    rows = rows.drop_duplicates(["case", "contender", "phase"])  # of a CUDA graph's replay where there is one
+    groups = [group for _, group in rows.groupby(["case", "phase"], sort=False) if len(group) > 1]
+    if not groups:
         return None
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(5.5 * columns, 4 * lines), squeeze=False)
-    for axis, (n, k, phase) in zip(axes.flat, panels, strict=False):
-        here = [r for r in rows if (r["N"], r["K"], r["phase"]) == (n, k, phase)]
-        for contender in dict.fromkeys(r["contender"] for r in here):
-            points = sorted((r["M"], r["p50_us"]) for r in here if r["contender"] == contender)
-            width = 2.2 if contender == "hqq_oft" else 1
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=width, label=contender)
-        axis.set(xscale="log", yscale="log", title=f"{n}x{k}, {phase}", xlabel="tokens", ylabel="µs")
-        axis.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize=7)
-    return _saved(figure, folder, "speed.png")
+    groups.sort(key=lambda group: (group.phase.iloc[0] == "full", group.N.iloc[0], group.K.iloc[0], group.M.iloc[0]))
+    figure, axis = plt.subplots(figsize=(9.5, 1.6 + 0.38 * len(groups)))
+    for height, group in enumerate(reversed(groups)):
+        axis.axhline(height, color="0.9", zorder=0)
+        for row in group.itertuples():
+            mine = row.contender == OURS
+            axis.plot(row.p50_us / 1e3, height, "o", color=PICKED[row.contender], markersize=12 if mine else 6,
+                      zorder=2 if mine else 3)  # fmt: skip
+            if mine and row.predicted_us == row.predicted_us:
+                axis.plot(
+                    row.predicted_us / 1e3, height, "|", color="black", markersize=16, markeredgewidth=2, zorder=4
+                )
+    axis.set_ylim(-0.6, len(groups) - 0.4)
+    labels = [_label(group.iloc[0]) for group in reversed(groups)]
+    axis.set_yticks(range(len(groups)), labels)
+    axis.set(xscale="log", xlabel="time, ms (logarithmic)", title=title)
+    seen = [contender for contender in PICKED if contender in {c for group in groups for c in group.contender}]
+    handles = [plt.Line2D([], [], marker="o", linestyle="", color=PICKED[c], markersize=7, label=c) for c in seen]
+    if any(group.predicted_us.notna().any() for group in groups):
+        handles.append(
+            plt.Line2D([], [], marker="|", linestyle="", color="black", markersize=14, label="limit of ours")
+        )
+    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.4, -0.9 / (0.6 + 0.38 * len(groups))),
+                ncols=len(handles), fontsize=8, frameon=False)  # fmt: skip
+    axis.grid(axis="x", alpha=0.3)
+    return _saved(figure, folder, name)
 
 
-def _roofline(folder: Path, rows: list[Row]) -> str | None:
+def _label(row: Any) -> str:
+    if row.suite != "layer":
+        return f"{row.case}" if row.suite == "host" or row.phase in row.case else f"{row.case}: {row.phase}"
+    work = "forward and backward" if row.phase == "full" else "forward"
+    return f"{row.N:.0f}x{row.K:.0f}, {row.M:.0f} token{'s' if row.M > 1 else ''}, {work}"
+
+
+def _roofline(folder: Path, rows: pd.DataFrame) -> str | None:
     """Rate against operations per byte, of ours, with the two limits measured."""
-    rows = [r for r in rows if r["contender"] == "hqq_oft" and r.get("tflops") and r.get("gb_per_s")]
-    if not rows:
+    rows = rows[(rows.contender == OURS) & rows.tflops.gt(0) & rows.gb_per_s.gt(0)]
+    if rows.empty:
         return None
     figure, axis = plt.subplots(figsize=(7, 5))
-    for suite in dict.fromkeys(r["suite"] for r in rows):
-        points = [(1e3 * r["tflops"] / r["gb_per_s"], r["tflops"]) for r in rows if r["suite"] == suite]
-        axis.plot(*zip(*points, strict=True), "o", markersize=4, label=suite)
-    bandwidth, rate = rows[-1]["bandwidth_gb_per_s"], rows[-1]["rate_tflops"]
+    for suite, group in rows.groupby("suite", sort=False):
+        axis.plot(1e3 * group.tflops / group.gb_per_s, group.tflops, "o", markersize=5, alpha=0.7, label=suite)
+    bandwidth, rate = rows.bandwidth_gb_per_s.iloc[-1], rows.rate_tflops.iloc[-1]
     intensities = [0.1, 1e3 * rate / bandwidth, 1e4]
     axis.plot(intensities, [min(rate, i * bandwidth / 1e3) for i in intensities], "k-", linewidth=1, label="limit")
     axis.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s", title="hqq_oft and the limits")
@@ -224,23 +204,26 @@ def _roofline(folder: Path, rows: list[Row]) -> str | None:
     return _saved(figure, folder, "roofline.png")
 
 
-def _memory(folder: Path, rows: list[Row]) -> str | None:
-    """Memory kept between forward and backward, of the largest number of tokens of the first shape."""
-    rows = [r for r in rows if r["suite"] == "layer" and r["phase"] == "full" and r.get("kept_mib") is not None]
-    if not rows:
+def _memory(folder: Path, rows: pd.DataFrame) -> str | None:
+    """Memory kept between forward and backward, at the largest number of tokens of the largest layer."""
+    rows = rows[
+        (rows.suite == "layer") & (rows.phase == "full") & rows.kept_mib.notna() & rows.contender.isin(CONTENDERS)
+    ]
+    if rows.empty:
         return None
-    case = max((r for r in rows), key=lambda r: r["M"])["case"]
-    rows = [r for r in rows if r["case"] == case]
-    figure, axis = plt.subplots(figsize=(7, 4))
-    axis.barh([r["contender"] for r in rows], [r["kept_mib"] for r in rows])
+    case = rows.sort_values(["M", "N"]).case.iloc[-1]
+    rows = rows[rows.case == case].drop_duplicates("contender").sort_values("kept_mib", ascending=False)
+    figure, axis = plt.subplots(figsize=(7, 0.9 + 0.35 * len(rows)))
+    bars = axis.barh(rows.contender, rows.kept_mib, color=[PICKED.get(c, "0.7") for c in rows.contender])
+    axis.bar_label(bars, fmt="%.1f", padding=3)
     axis.set(xlabel="MiB kept for backward, beyond input and weights", title=case)
-    axis.grid(alpha=0.3, axis="x")
+    axis.margins(x=0.1)
     return _saved(figure, folder, "memory.png")
 
 
 def _saved(figure: Any, folder: Path, name: str) -> str:
     figure.tight_layout()
-    figure.savefig(folder / name, dpi=110)
+    figure.savefig(folder / name, dpi=110, bbox_inches="tight")
     plt.close(figure)
     return name
 

@@ -1,100 +1,196 @@
 """Run suites on a device: `python -m bench.run --suite layer --device cuda --out bench/results/<device>`.
 
-Rows go to `raw.jsonl` case by case, so that a run can be killed at any point and goes on where it was; tables and plots
-are written at the end, or by `python -m bench.report`. Nothing is reported of an operation whose tests are red.
+Rows go to `raw.jsonl` case by case, so that a run can be killed at any point; the same command resumes it. Tables and
+plots are written at the end, or by `python -m bench.report`. Nothing is reported of an operation whose tests fail.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
+import importlib.util
 import json
+import math
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from . import environment, limits, report, verify
-from .session import Case, Row, Session, failure
-from .suites import PROFILES, SUITES, cases
+from . import environment, timing, verify
+from .cases import Case, Job
+from .contenders import OURS, failure
+from .model import predicted_seconds
+from .table import SUITES, cases
+from .timing import Limits, Timing
 
-RAW = "raw.jsonl"
+Row = dict[str, Any]
+GRAPH_BELOW_US = 100.0  # what an eager call takes less than may be all launches
+BUFFERS = 160 << 20  # bytes of the sets of buffers of one layer together, so that no GPU's cache holds them
+
+
+class Session:
+    """Runs cases on one device.
+
+    Args:
+        device, limits: where, and its limits as measured in this run.
+        budget: seconds for the repeats of one job.
+        rounds: in how many turns.
+        red: operations whose tests fail; cases that need them are refused.
+        identity: columns of every row: device, commit, sources, versions.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        limits: Limits,
+        budget: float,
+        rounds: int = 5,
+        red: frozenset[str] = frozenset(),
+        identity: Row | None = None,
+    ) -> None:
+        self.device, self.limits, self.budget, self.rounds, self.red = device, limits, budget, rounds, red
+        self.identity = identity or {}
+        self._kept: tuple[Any, Any] = (None, None)
+
+    def keep(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returns, kept until another key is used: cases of one layer share what they need."""
+        if self._kept[0] != key:
+            self._kept = (None, None)
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._kept = (key, make())
+        return self._kept[1]
+
+    def copies(self, weight_bytes: float) -> int:
+        """Sets of buffers for a layer."""
+        return max(1, min(64, math.ceil(BUFFERS / weight_bytes))) if self.device.type == "cuda" else 1
+
+    def run(self, case: Case) -> Iterator[Row]:
+        """The case's rows. An error of ours fails the case; one of another contender is that contender's row."""
+        red = sorted(case.kind.operations & self.red)
+        if red:
+            yield self._row(case, Job("all"), status=f"refused: the tests of {', '.join(red)} fail")
+            return
+        with case.kind.context():
+            yield from self._measured(case)
+
+    def _measured(self, case: Case) -> Iterator[Row]:
+        able: dict[str, Job] = {}
+        for job in case.kind.jobs(self, **case.parameters):
+            if job.call is None:
+                yield self._row(case, job)
+                continue
+            try:
+                for number in range(job.copies):
+                    job.call(number)
+                job.columns = {**job.columns, "peak_mib": timing.peak_mib(job.call, self.device)}
+                able[f"{job.contender}|{job.phase}"] = job
+            except Exception as error:
+                if job.contender == OURS:
+                    raise
+                yield self._row(case, job, status=failure(error))
+        calls = {name: (job.call, job.copies) for name, job in able.items()}
+        found = timing.take_turns(calls, self.device, self.budget, self.rounds)
+        for name, job in able.items():
+            yield self._row(case, job, found[name], "eager")
+        for phase in dict.fromkeys(job.phase for job in able.values()):
+            chosen = {name: job for name, job in able.items() if job.phase == phase and job.graph}
+            if self.device.type == "cuda" and any(self._is_short(job, found[name]) for name, job in chosen.items()):
+                yield from (self._replayed(case, job) for job in chosen.values())
+
+    def _is_short(self, job: Job, timing: Timing) -> bool:
+        """Whether a call, or the least that the device needs for it, is short."""
+        least = 1e6 * predicted_seconds(job.passes, self.limits.bandwidth, self.limits.rate) if job.passes else math.inf
+        return min(timing.p50, least) < GRAPH_BELOW_US
+
+    def _replayed(self, case: Case, job: Job) -> Row:
+        try:
+            return self._row(case, job, timing.replay(job.call, job.copies, self.budget), "graph")
+        except Exception as error:  # not every contender can be captured, and only the capture tells
+            return self._row(case, job, None, "graph", status=failure(error))
+
+    def _row(self, case: Case, job: Job, timing: Timing | None = None, mode: str = "", **columns: Any) -> Row:
+        row: Row = {"suite": case.kind.suite, "case": case.name, **case.facts, "contender": job.contender}
+        row |= {"phase": job.phase, "mode": mode, "status": "measured" if timing else "", **job.columns, **columns}
+        if timing is not None:
+            row |= {"p20_us": timing.p20, "p50_us": timing.p50, "p80_us": timing.p80, "repeats": timing.repeats}
+        if timing is not None and job.passes:
+            seconds = 1e-6 * timing.p50
+            predicted = predicted_seconds(job.passes, self.limits.bandwidth, self.limits.rate)
+            row |= {"tflops": sum(cost.operations for cost in job.passes) / seconds / 1e12}
+            row |= {"gb_per_s": sum(cost.bytes for cost in job.passes) / seconds / 1e9, "predicted_us": 1e6 * predicted}
+            row |= {"over_predicted": seconds / predicted, "limit_percent": 100 * predicted / seconds}
+        row |= {"bandwidth_gb_per_s": self.limits.bandwidth / 1e9, "rate_tflops": self.limits.rate / 1e12}
+        return row | self.identity
+
+
+def read_rows(raw: Path) -> list[Row]:
+    """All rows of `raw.jsonl`, without a last line that was cut off."""
+    rows = []
+    for line in raw.read_text().splitlines() if raw.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def finished(raw: Path, identity: Row) -> set[tuple[str, str]]:
-    """Suite and name of the cases that this very code has measured on this device, without those that failed whole.
+    """Suite and name of the cases that the same code has measured on this device, without those that failed whole.
 
-    A contender that failed alone fails again: its case is not measured anew for it.
+    A contender that failed alone fails again: its case is not repeated for it.
     """
     return {
         (row["suite"], row["case"])
-        for row in report.read_rows(raw)
+        for row in read_rows(raw)
         if all(row.get(key) == value for key, value in identity.items()) and row["status"] == "measured"
     }
 
 
-def end_last_line(raw: Path) -> None:
-    """End a line that a killed run has left unfinished, so that the next row does not become part of it."""
-    if raw.exists() and raw.stat().st_size and not raw.read_bytes().endswith(b"\n"):
-        with raw.open("a") as file:
-            file.write("\n")
-
-
-def measure(todo: list[Case], session: Session, raw: Path, until: float) -> list[str]:
-    """Run cases and append their rows; what failed, in words. Stops at `until`, on the monotonic clock."""
+def measure(todo: list[Case], session: Session, raw: Path, until: float = math.inf) -> list[str]:
+    """Run cases and append their rows; returns what failed. Starts no case after `until` on the monotonic clock."""
     failed = []
-    end_last_line(raw)
+    if raw.exists() and raw.read_bytes()[-1:] not in (b"", b"\n"):  # a killed run's last line
+        raw.write_text(raw.read_text() + "\n")
     with raw.open("a") as file, tqdm(todo, unit="case", mininterval=0.1 if sys.stderr.isatty() else 10) as progress:
         for case in progress:
             if time.monotonic() > until:
-                progress.write(f"out of time: {len(todo) - progress.n} cases are left; the same command goes on there")
+                progress.write(f"out of time: {len(todo) - progress.n} cases are left; the same command resumes there")
                 break
-            progress.set_description(f"{case.suite}: {case.name}"[:60], refresh=False)
+            progress.set_description(f"{case.kind.suite}: {case.name}"[:60], refresh=False)
             try:
                 rows = list(session.run(case))
-            except Exception as error:  # one case must not cost the others; the report shows it, the exit status too
-                failed.append(f"{case.suite}: {case.name}: {type(error).__name__}: {error}")
-                rows = [{"suite": case.suite, "case": case.name, **case.facts, "status": failure(error)}]
+            except Exception as error:  # one case must not cost the others; the report and the exit status show it
+                rows = [{"suite": case.kind.suite, "case": case.name, **case.facts, "status": failure(error)}]
                 rows[0] |= session.identity
                 session.keep(None, lambda: None)
             failed += [
-                f"{case.suite}: {case.name}: {row['contender']}: {row['status'].removeprefix('failed: ')}"
+                f"{row['suite']}: {row['case']}: {row.get('contender', 'all')}: {row['status'][8:]}"
                 for row in rows
-                if "contender" in row and row["status"].startswith("failed")
+                if row["status"].startswith("failed") and row.get("mode") != "graph"
             ]
-            # At once, so that a case is there whole or, where the process is killed, as a last line without an end.
+            # In one write, so that a killed run leaves a whole case or a last line without an end.
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
     return failed
 
 
-def red(device: torch.device, junit: Path | None, dry: bool) -> frozenset[str]:
-    """Operations that must not be reported; none in a dry run, which reports no time."""
-    if dry:
-        return frozenset()
-    if junit is not None and not junit.exists():
-        raise SystemExit(f"{junit} is not there: the tests of the operations did not run, so nothing is measured")
-    if junit is None:
-        junit = environment.ROOT / "build" / f"verify-{device.type}.xml"
-        junit.parent.mkdir(exist_ok=True)
-        print("running the tests of the operations first", flush=True)
-        verify.run_tests(device.type, junit)
-    return verify.red_operations(junit)
-
-
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.run", description=__doc__)
-    parser.add_argument("--suite", nargs="+", choices=list(SUITES), default=list(SUITES))
+    parser.add_argument("--suite", nargs="+", choices=SUITES, default=SUITES[:-1], help="default: all but host")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sizes", choices=("cuda", "cpu"), help="cases of another kind of device")
+    parser.add_argument("--small", action="store_true", help="the same cases on tiny layers, each called a few times")
     parser.add_argument("--out", type=Path, help="default: bench/results/<device>")
-    parser.add_argument("--profile", choices=list(PROFILES), help="sizes; default: those for the device")
     parser.add_argument("--match", default="", help="only cases with this text in their names")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after this long")
+    parser.add_argument("--again", action="store_true", help="measure cases that are measured already")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no case after this long")
     parser.add_argument("--budget", type=float, help="seconds for the repeats of one time (default 0.05, CPU 0.5)")
-    parser.add_argument("--junit", type=Path, help="a report of the operations' tests, in place of running them")
-    parser.add_argument("--dry", action="store_true", help="call everything once and time nothing")
+    parser.add_argument("--junit", type=Path, help="a report of the operations' tests, to use instead of running them")
     return parser.parse_args(argv)
 
 
@@ -102,34 +198,33 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     until = time.monotonic() + options.seconds
     device = torch.device(options.device)
-    gpu = device.type == "cuda"
-    profile = PROFILES[options.profile or ("gpu" if gpu else "cpu")]
     out = options.out or environment.ROOT / "bench" / "results" / environment.folder_name(str(device))
     out.mkdir(parents=True, exist_ok=True)
+    raw = out / "raw.jsonl"
     facts: dict[str, Any] = environment.describe(str(device))
-    identity = {key: facts[key] for key in ("device", "commit", "sources", "torch", "triton")} | {"dry": options.dry}
-    refused = red(device, options.junit, options.dry)
-    dtype = torch.bfloat16
-    session = Session(
-        device,
-        limits.measure(device, dtype, small=options.dry),
-        options.budget or (0.05 if gpu else 0.5),
-        refused,
-        identity,
-        options.dry,
-    )
-    facts |= {"bandwidth_gb_per_s": session.limits.bandwidth / 1e9, "rate_tflops": session.limits.rate / 1e12}
+    identity = {key: facts[key] for key in environment.IDENTITY} | {"small": options.small}
+    found = [case for suite in options.suite for case in cases(suite, options.sizes or device.type, options.small)]
+    done = set() if options.again else finished(raw, identity)
+    todo = [case for case in found if options.match in case.name and (case.kind.suite, case.name) not in done]
+    needed = any(case.kind.operations for case in todo) and not options.small  # tiny layers are not reported
+    red = verify.red_operations(verify.report(device.type, options.junit)) if needed else frozenset()
+    limits = Limits.measure(device, options.small)
+    budget = options.budget if options.budget is not None else 0.05 if device.type == "cuda" else 0.5
+    session = Session(device, limits, *((0.0, 1) if options.small else (budget, 5)), red, identity)
+    facts |= {"bandwidth_gb_per_s": limits.bandwidth / 1e9, "rate_tflops": limits.rate / 1e12}
     (out / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
-    done = finished(out / RAW, identity)
-    todo = [case for suite in options.suite for case in cases(suite, profile) if options.match in case.name]
-    todo = [case for case in todo if (case.suite, case.name) not in done]
-    failed = measure(todo, session, out / RAW, until)
-    report.write(out)
+    failed = measure(todo, session, raw, until)
+    if importlib.util.find_spec("pandas") is None:
+        print("without pandas there are no tables: run `python -m bench.report` where it is installed")
+    else:
+        from . import report
+
+        report.write(out)
     for line in failed:
         print(f"FAILED {line}")
-    if refused:
-        print(f"REFUSED: the tests of {', '.join(sorted(refused))} fail; nothing of them was timed")
-    return 1 if failed or refused else 0
+    if red:
+        print(f"REFUSED: the tests of {', '.join(sorted(red))} fail; nothing of them was timed")
+    return 1 if failed or red else 0
 
 
 if __name__ == "__main__":

@@ -1,24 +1,29 @@
-"""Times as medians: CUDA events on a GPU, a monotonic clock elsewhere; alternatives take turns.
+"""Measuring: times as percentiles of interleaved contenders, memory, and the limits of a device.
 
-What is timed is a function of a number, which says with which of several equal sets of buffers to run: taken in turn,
-they keep one call from finding in the cache what the call before has read.
+`triton.testing.do_bench` times on GPUs, with a flushed L2 cache, and `torch.utils.benchmark` elsewhere. What is timed
+takes the number of a set of buffers: several equal sets in turn keep a call from finding in the cache what the one
+before has read.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
 
 Call = Callable[[int], object]
+RESET_PEAK = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Percentiles in microseconds."""
+    """Percentiles of single calls in microseconds, from `repeats` samples."""
 
     p20: float
     p50: float
@@ -27,126 +32,108 @@ class Timing:
 
     @classmethod
     def of(cls, samples: list[float]) -> Timing:
-        """From single times in microseconds."""
         ordered = sorted(samples)
-
-        def at(share: float) -> float:
-            return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-        return cls(at(0.2), statistics.median(ordered), at(0.8), len(ordered))
+        p20, p80 = (ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.2, 0.8))
+        return cls(p20, statistics.median(ordered), p80, len(ordered))
 
 
-def cache_bytes(device: torch.device) -> int:
-    """Size of the last cache before memory: a GPU's L2, and for a CPU more than most have."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).L2_cache_size)
-    return 64 << 20
+def _cycled(call: Call, copies: int) -> Callable[[], object]:
+    numbers = itertools.cycle(range(copies))
+    return lambda: call(next(numbers))
 
 
-class Clock:
-    """Times calls on one device.
+def take_turns(
+    calls: dict[str, tuple[Call, int]], device: torch.device, seconds: float, rounds: int = 5
+) -> dict[str, Timing]:
+    """Time several calls in turn, so that a slow phase of the machine affects all of them.
 
     Args:
-        device: where the calls run.
-        budget: seconds that one call may be repeated for.
-        most: repeats at most.
+        calls: by name, the call and its number of sets of buffers.
+        device: where they run.
+        seconds: for the repeats of each call, in all rounds together.
+        rounds: how often to go through all calls.
     """
+    ready = {name: _cycled(*call) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds):
+        for name, call in ready.items():
+            if turn >= 3 and sum(samples[name]) > 1e6 * seconds:
+                continue  # a long call has had its time
+            if device.type == "cuda":
+                from triton.testing import do_bench
 
-    def __init__(self, device: torch.device, budget: float, most: int = 200) -> None:
-        self.device, self.budget, self.most = device, budget, most
-        self._flush = (
-            torch.empty(2 * cache_bytes(device), dtype=torch.uint8, device=device) if device.type == "cuda" else None
-        )
-
-    def take_turns(self, calls: dict[str, tuple[Call, int]], rounds: int = 5) -> dict[str, Timing]:
-        """Time several calls, `rounds` times each in turn, so that a slow spell of the machine meets them all.
-
-        Args:
-            calls: by name, the call and its number of sets of buffers.
-            rounds: how often to go round.
-        """
-        counts = {name: self._repeats(call, copies) for name, (call, copies) in calls.items()}
-        samples: dict[str, list[float]] = {name: [] for name in calls}
-        done = dict.fromkeys(calls, 0)
-        for turn in range(rounds):
-            for name, (call, copies) in calls.items():
-                upto = max(counts[name] * (turn + 1) // rounds, 1)
-                numbers = [i % copies for i in range(done[name], upto)]
-                samples[name] += self._samples(call, numbers)
-                done[name] = upto
-        return {name: Timing.of(values) for name, values in samples.items()}
-
-    def _repeats(self, call: Call, copies: int) -> int:
-        """Warm up, and say how many calls fit the budget."""
-        for number in range(min(copies, 3)):
-            call(number)
-        first = min(self._samples(call, [i % copies for i in range(2)])) * 1e-6
-        return max(3, min(self.most, int(self.budget / max(first, 1e-7))))
-
-    def _samples(self, call: Call, numbers: list[int]) -> list[float]:
-        if self._flush is None:
-            samples = []
-            for number in numbers:
-                start = time.perf_counter()
-                call(number)
-                samples.append(1e6 * (time.perf_counter() - start))
-            return samples
-        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in numbers]
-        for number, (start, end) in zip(numbers, pairs, strict=True):
-            self._flush.zero_()
-            start.record()
-            call(number)
-            end.record()
-        torch.cuda.synchronize(self.device)
-        return [1e3 * start.elapsed_time(end) for start, end in pairs]
-
-    def replay(self, call: Call, copies: int) -> Timing:
-        """One call's share of a captured CUDA graph that runs it with every set of buffers, at least eight times."""
-        calls = copies * -(-8 // copies)
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            for number in range(copies):
-                call(number)
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = [call(number % copies) for number in range(calls)]
-        whole = self.take_turns({"graph": (lambda _: graph.replay(), 1)})["graph"]
-        del outputs
-        return Timing(whole.p20 / calls, whole.p50 / calls, whole.p80 / calls, whole.repeats)
+                found = do_bench(call, warmup=1, rep=1e3 * seconds / rounds, return_mode="all")
+                samples[name] += [1e3 * milliseconds for milliseconds in found]
+            else:
+                timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+                samples[name] += [1e6 * t for t in timer.blocked_autorange(min_run_time=seconds / rounds).times]
+    return {name: Timing.of(values) for name, values in samples.items()}
 
 
-class Memory:
-    """Peak of the device's allocator, where it has one that counts."""
+def replay(call: Call, copies: int, seconds: float) -> Timing:
+    """Time a call inside a captured CUDA graph, without the host's share."""
+    from triton.testing import do_bench_cudagraph
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def peak(self, call: Call) -> float | None:
-        """MiB that one call allocates at its peak beyond what there was; None on a CPU."""
-        if self.device.type != "cuda":
-            return None
-        torch.cuda.synchronize(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        call(0)
-        torch.cuda.synchronize(self.device)
-        return (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
+    return Timing.of([1e3 * t for t in do_bench_cudagraph(_cycled(call, copies), 1e3 * seconds, return_mode="all")])
 
 
-def kept_bytes(forward: Callable[[], object], outside: list[torch.Tensor]) -> int:
-    """Bytes that autograd keeps from a forward for its backward, beyond the given tensors' own storage."""
-    known = {tensor.untyped_storage()._cdata for tensor in outside}
-    kept: dict[int, int] = {}
+def peak_mib(call: Call, device: torch.device) -> float | None:
+    """MiB that one call allocates at its peak beyond what is allocated before it; None without a CUDA allocator."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call(0)
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+
+def process_peak_mib() -> float:
+    """Peak resident memory of this process since `RESET_PEAK` was written to."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) / 1024
+
+
+def kept_mib(forward: Callable[[], object]) -> float:
+    """MiB that autograd keeps from a forward for its backward; what a second forward keeps as well stays anyway."""
+    kept: list[dict[int, int]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            kept[storage._cdata] = storage.nbytes()
+        kept[-1][storage._cdata] = storage.nbytes()
         return tensor
 
+    results = []
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()
-    del result
-    return sum(kept.values())
+        for _ in range(2):
+            kept.append({})
+            results.append(forward())
+    del results
+    return sum(size for storage, size in kept[0].items() if storage not in kept[1]) / 2**20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The two limits of a device.
+
+    Attributes:
+        bandwidth: of a copy, bytes read and written per second.
+        rate: of a dense bfloat16 product, operations per second.
+    """
+
+    bandwidth: float
+    rate: float
+
+    @classmethod
+    def measure(cls, device: torch.device, small: bool = False) -> Limits:
+        """Copy and multiply random data: 2 GiB and 8192^3 on a GPU, 256 MiB and 2048^3 elsewhere, less if `small`."""
+        size, side = ((2 << 30), 8192) if device.type == "cuda" else ((256 << 20), 2048)
+        if small:
+            size, side = 1 << 20, 128
+        source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        left, right = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
+        calls = {"copy": (lambda _: target.copy_(source), 1), "product": (lambda _: torch.mm(left, right), 1)}
+        found = take_turns(calls, device, 0.01 if small else 1.0)
+        return cls(2 * size / (1e-6 * found["copy"].p50), 2 * side**3 / (1e-6 * found["product"].p50))

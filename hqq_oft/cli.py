@@ -124,23 +124,6 @@ def _env(options: argparse.Namespace) -> None:
     print(report())
 
 
-def _bench(options: argparse.Namespace) -> None:
-    from . import layer_bench
-
-    case = layer_bench.LayerCase(
-        out_features=options.out_features,
-        in_features=options.in_features,
-        tokens=options.tokens,
-        block_size=options.block_size,
-        nbits=options.nbits,
-        group_size=options.group_size,
-        dtype=DTYPES[options.dtype],
-        device=options.device,
-        seconds=options.seconds,
-    )
-    print(layer_bench.table(case, layer_bench.run(case)))
-
-
 def _directories(options: argparse.Namespace) -> tuple[Path, Path]:
     """Source and target directory, validated before any work starts."""
     source, target = options.model, options.out
@@ -245,29 +228,6 @@ def _parser() -> argparse.ArgumentParser:
         "print versions, devices, and which backend serves each operation",
         "examples:\n  hqq-oft env",
     )
-
-    bench = _add(
-        commands,
-        "bench",
-        _bench,
-        "time one layer on this machine: hqq-oft, PEFT and a dense layer",
-        """examples:
-  hqq-oft bench
-  hqq-oft bench --device cuda --dtype bfloat16 --out-features 14336 --in-features 4096 --tokens 4096
-
-`python -m bench.run` in a source checkout measures more and compares with the hardware limits.""",
-    )
-    for name, default, what in (
-        ("out-features", 2048, "rows of the weight"),
-        ("in-features", 2048, "columns of the weight"),
-        ("tokens", 512, "rows of the input"),
-        ("block-size", 32, "OFT block size"),
-    ):
-        bench.add_argument(f"--{name}", type=_positive, default=default, help=f"{what} (default: {default})")
-    _add_quantizer(bench)
-    bench.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="compute dtype (default: float32)")
-    bench.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
-    bench.add_argument("--seconds", type=float, default=10.0, help="total time (default: 10)")
     return parser
 
 

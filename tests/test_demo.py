@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import hqq_oft
-from bench.demo import __main__ as demo
-from bench.demo import corpus
+from examples.demo import __main__ as demo
+from examples.demo import corpus
 from hqq_oft import HqqOFTLinear
 from hqq_oft.tuner import fold
 
@@ -22,7 +22,7 @@ FEW = ["--steps", "3", "--pretrain-steps", "3", "--evaluation-batches", "1"]
 
 
 def run(*options):
-    command = [sys.executable, "-m", "bench.demo", *FEW, *options]
+    command = [sys.executable, "-m", "examples.demo", *FEW, *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from small_llama import save_byte_llama
 
-from bench.demo import corpus
+from examples.demo import corpus
 
 SCRIPTS = Path(__file__).parent / "whole_job"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -14,7 +14,7 @@ from small_llama import VOCABULARY, small_llama
 from transformers import AutoModelForCausalLM
 
 import hqq_oft
-from hqq_oft import cli, layer_bench, load_quantized
+from hqq_oft import cli, load_quantized
 
 TOKENS = torch.arange(6)[None] % VOCABULARY
 
@@ -78,25 +78,6 @@ def test_env(capsys):
     assert "HQQ_OFT_BACKEND=" in capsys.readouterr().out
 
 
-def test_bench(capsys):
-    arguments = ["--out-features", "32", "--in-features", "64", "--tokens", "3", "--seconds", "0"]
-    assert cli.main(["bench", *arguments, "--block-size", "8", "--group-size", "16"]) == 0
-    said = capsys.readouterr().out
-    assert "one layer 32x64, 3 tokens, 4 bits, group 16, block 8, torch.float32, cpu" in said
-    assert said.count("(1.00x)") >= 2
-
-
-def test_the_contenders_of_bench_compute_the_same_result():
-    case = layer_bench.LayerCase(64, 64, tokens=4, block_size=8, nbits=8, group_size=16)
-    layers, x = layer_bench.contenders(case), torch.randn(4, 64)
-    ours, dense = layers["hqq_oft"].eval(), layers["dense, no adapter"]
-    for name, layer in layers.items():
-        if name.startswith("peft"):
-            assert torch.allclose(ours(x), layer.eval()(x), atol=1e-5)
-    rotation = ours.get_delta_weight("default")
-    assert (ours(x) - dense(x @ rotation)).norm() < 0.02 * dense(x).norm()
-
-
 FAILURES = {
     "no model": (["quantize", "{tmp}/lost", "{tmp}/out"], "lost contains no config.json: give the directory of a"),
     "a model that is quantized": (["quantize", "{folder}/four", "{tmp}/out"], "four is already quantized"),
@@ -122,10 +103,6 @@ FAILURES = {
     "a device that is none": (["quantize", "{folder}/dense", "{tmp}/out", "--device", "nowhere"], "nowhere"),
     "a dense model to merge into": (["merge", "{folder}/dense", "{folder}/adapter", "{tmp}/out"], "is not for HQQ"),
     "no adapter": (["merge", "{folder}/four", "{folder}/four", "{tmp}/out"], "contains no adapter_config.json: give"),
-    "a bench that does not fit": (
-        ["bench", "--in-features", "10", "--out-features", "10"],
-        "group_size=64 does not divide the 10x10",
-    ),
 }
 
 
@@ -177,7 +154,6 @@ def test_an_interrupt_exits_with_130_and_writes_nothing(folder, tmp_path, capsys
         ["quantize", "a", "b", "--override", "q_proj=8"],
         ["merge", "a", "b"],
         ["merge", "a", "b", "c", "--into", "thin"],
-        ["bench", "--dtype", "int8"],
     ],
 )
 def test_wrong_usage_exits_with_2(arguments, capsys):
@@ -187,7 +163,7 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
     assert "usage: hqq-oft" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["quantize", "merge", "env", "bench"])
+@pytest.mark.parametrize("command", ["quantize", "merge", "env"])
 def test_help_has_examples_that_parse(command, capsys):
     with pytest.raises(SystemExit) as exit_info:
         cli.main([command, "--help"])

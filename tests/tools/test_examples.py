@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from small_llama import save_byte_llama
 
-from bench.demo import corpus
+from examples.demo import corpus
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"

