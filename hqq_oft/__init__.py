@@ -11,11 +11,10 @@ from .ops.weight import QuantizedWeight
 from .quant.model import QuantizationReport, QuantizationSettings, quantize_model
 from .tuner.convert import ConversionReport, convert, revert
 from .tuner.distributed import full_adapter_state_dict
-from .tuner.frozen import frozen_rotations
 from .tuner.layer import HqqOFTLinear
 from .tuner.merge_report import LayerReport, MergeReport, merge_report
 from .tuner.patch import PatchHandle, dispatch_hqq, patch_peft, unpatch_peft
-from .tuner.rotation_modes import share_rotations
+from .tuner.rotation_modes import frozen_rotations, share_rotations
 
 __version__ = _metadata.version("hqq-oft")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from ..ops.weight import require_whole
 from . import rotation_batch
 from .rotation_cache import RotationCache
 from .settings import AdapterSettings
+from .snapshot import MergeState
 
 
 class AdaptedLayer:
@@ -29,19 +31,34 @@ class AdaptedLayer:
         oft_block_size: dict[str, int]
         r: dict[str, int]
         active_adapters: list[str]
-        merged_adapters: list[str]
         training: bool
         disable_adapters: bool
-        merged: bool
         _active_adapter: str | list[str]
         _modules: dict[str, Any]
-        _lock: Any
+        _lock: threading.RLock
         _rotations: RotationCache
+        _merge: MergeState
 
         get_base_layer: Callable[[], Any]
         set_adapter: Callable[..., None]
         reset_oft_parameters: Callable[[str, bool], None]
         adjust_oft_parameters: Callable[[int, int], int]
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the merged adapters, in the order in which their rotations are applied."""
+        return list(self._merge.adapters)
+
+    @merged_adapters.setter
+    def merged_adapters(self, names: list[str]) -> None:
+        if names:
+            raise ValueError("adapters are merged by `merge`, not by naming them.")
+        self._merge = MergeState()  # PEFT's constructor
+
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter is merged."""
+        return bool(self._merge.adapters)
 
     def update_layer(
         self, adapter_name: str, r: int = 8, config: Any = None, inference_mode: bool = False, **settings: Any
@@ -67,17 +84,10 @@ class AdaptedLayer:
             r, block_size = chosen.blocks(self.in_features, self.adjust_oft_parameters)
             self._rotations.drop(adapter_name)
             dropout = MultiplicativeDropoutLayer(p=chosen.module_dropout) if chosen.module_dropout else nn.Identity()
-            module = OFTRotationModule(
-                1 if chosen.block_share else r,
-                block_size * (block_size - 1) // 2,
-                block_size,
-                self.in_features,
-                coft=chosen.coft,
-                eps=chosen.eps,
-                block_share=chosen.block_share,
-                use_cayley_neumann=chosen.use_cayley_neumann,
-                num_cayley_neumann_terms=chosen.num_cayley_neumann_terms,
-            )
+            stored, elements = 1 if chosen.block_share else r, block_size * (block_size - 1) // 2
+            names = ("coft", "eps", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms")
+            options = {name: getattr(chosen, name) for name in names}
+            module = OFTRotationModule(stored, elements, block_size, self.in_features, **options)
             self.oft_dropout[adapter_name], self.oft_R[adapter_name] = dropout, module
             self.reset_oft_parameters(adapter_name, chosen.init_weights)
             self.r[adapter_name], self.oft_block_size[adapter_name] = r, block_size

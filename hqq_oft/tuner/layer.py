@@ -10,7 +10,7 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
 from hqq.core.quantize import HQQLinear
@@ -23,13 +23,12 @@ from .._config import KeepPristine, keep_pristine_from_environment
 from ..ops.autocast import without_autocast
 from ..ops.weight import QuantizedWeight
 from ..quant import hqq_layer
-from .adapters import AdaptedLayer
 from .merge import MergeableLayer
 from .rotation_cache import RotationCache
 from .snapshot import MergeState, Snapshot
 
 
-class HqqOFTLinear(AdaptedLayer, MergeableLayer, nn.Module, OFTLayer):
+class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
     """OFT on an `HQQLinear`: `y = x * blockdiag(R) * W^T + bias` with `W` packed.
 
     Parameters, state-dict keys (`oft_R.<adapter>.weight`, `[blocks, b(b-1)/2]`) and numerics are those of PEFT's
@@ -63,12 +62,6 @@ class HqqOFTLinear(AdaptedLayer, MergeableLayer, nn.Module, OFTLayer):
 
     fan_in_fan_out = False
 
-    if TYPE_CHECKING:  # PEFT is not typed
-        base_layer: Any
-        in_features: int
-        out_features: int
-        disable_adapters: bool
-
     def __init__(
         self,
         base_layer: nn.Module,
@@ -87,8 +80,17 @@ class HqqOFTLinear(AdaptedLayer, MergeableLayer, nn.Module, OFTLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        base = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+        if not isinstance(base, HQQLinear):
+            raise TypeError(
+                f"HqqOFTLinear needs an hqq.core.quantize.HQQLinear, got {type(base).__name__}; use PEFT's own OFT "
+                "layer for other linear layers."
+            )
+        QuantizedWeight.from_hqq(base)  # raises if the layer is empty or inconsistent
         config = config if config is not None else kwargs.pop("oft_config", None)
-        self._init_around(base_layer, adapter_name, **kwargs)
+        OFTLayer.__init__(self, base_layer, **kwargs)
+        self._active_adapter = adapter_name
+        self._take_base_layer()
         self.update_layer(
             adapter_name,
             r,
@@ -102,19 +104,6 @@ class HqqOFTLinear(AdaptedLayer, MergeableLayer, nn.Module, OFTLayer):
             use_cayley_neumann=use_cayley_neumann,
             num_cayley_neumann_terms=num_cayley_neumann_terms,
         )
-
-    def _init_around(self, base_layer: nn.Module, active_adapter: str | list[str], **kwargs: Any) -> None:
-        """The part of construction that depends only on the base layer; requires that `nn.Module.__init__` has run."""
-        base = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
-        if not isinstance(base, HQQLinear):
-            raise TypeError(
-                f"HqqOFTLinear needs an hqq.core.quantize.HQQLinear, got {type(base).__name__}; use PEFT's own OFT "
-                "layer for other linear layers."
-            )
-        QuantizedWeight.from_hqq(base)  # raises if the layer is empty or inconsistent
-        OFTLayer.__init__(self, base_layer, **kwargs)
-        self._active_adapter = active_adapter
-        self._take_base_layer()
 
     def _take_base_layer(self) -> None:
         """Initialize missing per-layer state, and detach the tensors that HQQ leaves attached in the base layer."""

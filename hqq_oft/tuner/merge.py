@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import threading
 import warnings
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hqq.core.quantize import HQQLinear
@@ -21,10 +19,11 @@ from ..ops.weight import QuantizedWeight
 from ..quant import hqq_layer
 from ..quant.hqq_layer import PackedState
 from . import fold
+from .adapters import AdaptedLayer
 from .snapshot import MergeState, Snapshot
 
 
-class MergeableLayer:
+class MergeableLayer(AdaptedLayer):
     """The part of `HqqOFTLinear` that merges and unmerges; a failed merge changes nothing.
 
     A change is computed aside and published by one assignment, so forwards in other threads go on meanwhile with the
@@ -34,32 +33,8 @@ class MergeableLayer:
 
     if TYPE_CHECKING:
         base_layer: Any
-        oft_R: Any  # noqa: N815
-        active_adapters: list[str]
         keep_pristine: KeepPristine
-        _modules: dict[str, Any]
-        _merge: MergeState
         _snapshot: Snapshot | None
-        _lock: threading.RLock
-
-        get_base_layer: Callable[[], Any]
-        _rotation: Callable[[str], Tensor]
-
-    @property
-    def merged_adapters(self) -> list[str]:
-        """Names of the merged adapters, in the order in which their rotations are applied."""
-        return list(self._merge.adapters)
-
-    @merged_adapters.setter
-    def merged_adapters(self, names: list[str]) -> None:
-        if names:
-            raise ValueError("adapters are merged by `merge`, not by naming them.")
-        self._merge = MergeState()  # PEFT's constructor
-
-    @property
-    def merged(self) -> bool:
-        """Whether any adapter is merged."""
-        return bool(self._merge.adapters)
 
     @property
     def merge_error(self) -> float | None:
