@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import subprocess
-import sys
 from typing import Any
 
 import oracle
@@ -142,12 +140,3 @@ def live_bytes() -> int:
     gc.collect()
     plain = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
     return sum(t.numel() * t.element_size() for t in plain if t.layout == torch.strided)
-
-
-def python(*command: Any, **settings) -> subprocess.CompletedProcess[str]:
-    """Run Python in a process with one thread and without a GPU; it must succeed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, **settings)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done

@@ -27,31 +27,31 @@ def x_and_d():
 def registry(monkeypatch):
     """Empty backends for this test only; the test registers their functions."""
     tables = {"triton": {}, "native": {}, "reference": {name: getattr(reference, name) for name in backends.OPERATIONS}}
-    entries = {name: backends.Backend(name, table) for name, table in tables.items()}
-    monkeypatch.setattr(backends, "_registry", entries)
-    monkeypatch.setattr(backends, "_logged", set())
-    monkeypatch.delenv("HQQ_OFT_BACKEND", raising=False)
+    for name, table in tables.items():
+        monkeypatch.setitem(backends.registry(), name, backends.Backend(name, table))
     return tables
 
 
-def test_auto_selects_the_first_backend_that_supports_the_call_and_logs_each_reason_once(registry, x_and_d, caplog):
-    calls = []
+def test_auto_selects_the_first_backend_that_supports_the_call_and_logs_each_reason_once(registry, caplog):
+    calls, v = [], torch.randn(2, 6)  # the other tests leave `cayley` alone: its reasons are not logged yet
 
-    def picky(x, d, index, transpose):
-        calls.append(x.shape)
-        raise Unsupported("x has 3 rows, this kernel takes 16")
+    def picky(v, *settings):
+        calls.append(v.shape)
+        raise Unsupported("v has 2 rows, this kernel takes 16")
 
-    registry["triton"]["rotate"] = picky
+    preferred, other = [name for name in backends.registry() if name != "reference"]
+    registry[preferred]["cayley"] = picky
     with caplog.at_level(logging.INFO, logger="hqq_oft"):
-        first = functional.rotate(*x_and_d)
-        second = functional.rotate(*x_and_d)
-    assert calls == [(3, 8), (3, 8)]
-    assert torch.equal(first, reference.rotate(*x_and_d, None, False))
+        first = functional.cayley(v, 4)
+        second = functional.cayley(v, 4)
+    assert calls == [(2, 6), (2, 6)]
+    with hqq_oft.backend("reference"):
+        assert torch.equal(first, functional.cayley(v, 4))
     assert torch.equal(first, second)
     messages = [record.getMessage() for record in caplog.records]
     assert messages == [
-        "rotate is not supported by the triton backend: x has 3 rows, this kernel takes 16",
-        "rotate is not supported by the native backend: the native backend has no kernel for rotate",
+        f"cayley is not supported by the {preferred} backend: v has 2 rows, this kernel takes 16",
+        f"cayley is not supported by the {other} backend: the {other} backend has no kernel for cayley",
     ]
 
 
