@@ -172,12 +172,7 @@ def _plan(outline: Any, checkpoint: Checkpoint, config_path: Path) -> _Plan:
 
 
 def _fill(
-    model: Any,
-    plan: _Plan,
-    checkpoint: Checkpoint,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    progress: bool,
+    model: Any, plan: _Plan, checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device, progress: bool
 ) -> None:
     places: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -21,10 +21,7 @@ class SharedRotations:
     """Handle returned by `share_rotations`: `remove()`, or the end of a `with` block, stops sharing."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._handles = [
-            model.register_forward_pre_hook(_enter),
-            model.register_forward_hook(_leave, always_call=True),
-        ]
+        self._handles = [model.register_forward_pre_hook(_enter), model.register_forward_hook(_leave, always_call=True)]
 
     def __enter__(self) -> SharedRotations:
         return self
