@@ -214,4 +214,7 @@ class MergeableLayer(AdaptedLayer):
     def restore_merge_state(self, state: tuple[PackedState, MergeState]) -> None:
         """Restore what `merge_state` returned."""
         with self._lock:
-            self._publish(*state)
+            packed, merge = state
+            packed.install(self.get_base_layer())
+            # The next forward makes the snapshot: that of a sharded layer raises, and would hide the merge's own error.
+            self._merge, self._snapshot = merge, None

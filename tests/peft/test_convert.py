@@ -229,7 +229,7 @@ def test_conversion_keeps_adapters_switches_and_attributes(tokens, disabled):
     model.set_adapter("second")
     if disabled:
         model.base_model.disable_adapter_layers()
-    layers(model)[0].keep_pristine = "host"
+    layers(model)[0].keep_pristine = "cpu"
     layers(model)[0].note = "mine"
     expected = logits(model, tokens)
     hqq_oft.revert(model)
@@ -238,7 +238,7 @@ def test_conversion_keeps_adapters_switches_and_attributes(tokens, disabled):
     assert len(layers(model)) == 4
     assert all(layer.active_adapters == ["second"] for layer in layers(model))
     assert all(layer.disable_adapters is disabled for layer in layers(model))
-    assert (layers(model)[0].keep_pristine, layers(model)[0].note) == ("host", "mine")
+    assert (layers(model)[0].keep_pristine, layers(model)[0].note) == ("cpu", "mine")
     assert torch.equal(logits(model, tokens), expected)
     model.merge_adapter()
     model.unmerge_adapter()

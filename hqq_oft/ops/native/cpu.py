@@ -8,6 +8,7 @@ whichever of x [M, K] and W [N, K] has fewer rows.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -179,7 +180,22 @@ def linear_packed(
     x: Tensor, weight: QuantizedWeight, d: Tensor | None, bias: Tensor | None, adapter_index: Tensor | None
 ) -> Tensor:
     """The product from packed levels, decoded in registers."""
+    state = vars(weight)
+    handle = state.get("_kept")
+    if handle is None and "_kept" in state:  # not one that the dispatcher has put together for a single call
+        handle = state["_kept"] = _keep(weight)
+    if handle:
+        return _lib.linear_kept(x, d, handle, bias, adapter_index)
+    state.setdefault("_kept", None)
     return _lib.linear(x, d, *weight.arguments(), bias, adapter_index)
+
+
+def _keep(weight: QuantizedWeight) -> int:
+    """The library's handle for a weight, released with it; 0 if it keeps none."""
+    handle = int(_lib.keep_weight(*weight.arguments()))
+    if handle:
+        weakref.finalize(weight, _lib.release_weight, handle).atexit = False
+    return handle
 
 
 def linear_through_scratch(
