@@ -51,9 +51,7 @@ class AdaptedLayer:
 
     @merged_adapters.setter
     def merged_adapters(self, names: list[str]) -> None:
-        if names:
-            raise ValueError("adapters are merged by `merge`, not by naming them.")
-        self._merge = MergeState()  # PEFT's constructor
+        self._merge = MergeState(tuple(names))  # of PEFT's constructor: none
 
     @property
     def merged(self) -> bool:

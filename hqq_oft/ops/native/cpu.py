@@ -106,22 +106,14 @@ def plan_cayley(
     return _lib.cayley
 
 
-def plan_cayley_backward(by_name: bool, grad: Tensor, v: Tensor, *settings: Any) -> Any:
-    """Of `hqq_oft.ops.reference.cayley_backward`."""
-    _check(grad, v)
-    return _lib.cayley_backward
+def _planner(name: str, tensors: int) -> Planner:
+    """Of an operator with the operation's own arguments, the first `tensors` of which it computes with."""
 
+    def plan(by_name: bool, *args: Any) -> Any:
+        _check(*args[:tensors])
+        return getattr(_lib, name)
 
-def plan_rotate(by_name: bool, x: Tensor, d: Tensor, *settings: Any) -> Any:
-    """Of `hqq_oft.ops.reference.rotate`."""
-    _check(x, d)
-    return _lib.rotate
-
-
-def plan_rotate_backward(by_name: bool, grad: Tensor, x: Tensor, d: Tensor, *settings: Any) -> Any:
-    """Of `hqq_oft.ops.reference.rotate_backward`."""
-    _check(grad, x, d)
-    return _lib.rotate_backward
+    return plan
 
 
 def plan_dequantize(by_name: bool, weight: QuantizedWeight, dtype: torch.dtype) -> Any:
@@ -260,9 +252,9 @@ def linear_backward(
 
 OPERATIONS: dict[str, Planner] = {
     "cayley": plan_cayley,
-    "cayley_backward": plan_cayley_backward,
-    "rotate": plan_rotate,
-    "rotate_backward": plan_rotate_backward,
+    "cayley_backward": _planner("cayley_backward", 2),
+    "rotate": _planner("rotate", 2),
+    "rotate_backward": _planner("rotate_backward", 3),
     "dequantize": plan_dequantize,
     "dequantize_rotate": plan_dequantize_rotate,
     "linear": plan_linear,
