@@ -110,7 +110,7 @@ def replace_meta(base, **entries):
 
 def cast_tensors(base, dtype):  # HQQ's own product needs them in the compute dtype
     base.bias = base.bias.to(dtype)
-    base.meta.update(scale=base.meta["scale"].to(dtype), zero=base.meta["zero"].to(dtype))
+    base.meta.update(scale=base.meta["scale"].to(dtype), zero=base.meta["zero"].to(dtype), compute_dtype=dtype)
 
 
 OUTSIDE = {
