@@ -18,6 +18,11 @@ from hqq_oft.ops import backends
 _ROTATION = {"linear": 2, "linear_backward": 3, "rotate": 1, "rotate_backward": 2}
 
 
+def quantized_weight(out_features: int = 32, in_features: int = 64, **settings: Any) -> QuantizedWeight:
+    settings = {"nbits": settings.pop("bits", 4), **settings}
+    return QuantizedWeight.from_hqq(hqq_layer(out_features, in_features, **settings))
+
+
 def linear(
     x: Tensor, weight: QuantizedWeight, d: Tensor | None = None, bias: Tensor | None = None, index: Tensor | None = None
 ) -> tuple[Any, ...]:

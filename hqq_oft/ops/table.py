@@ -117,6 +117,8 @@ def _key(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             continue
         kind = type(value)
         if kind is Tensor or kind is nn.Parameter:
+            if value.is_meta:
+                return None
             # Triton compiles for pointers that 16 divides, and for others
             facts += (value.dtype, value.device, value.shape, value.stride(), value.data_ptr() % 16)
         elif kind is QuantizedWeight:

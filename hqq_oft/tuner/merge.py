@@ -159,6 +159,7 @@ class MergeableLayer(AdaptedLayer):
     def _rotated_weight(self, order: list[str], check: bool) -> Tensor:
         """The pristine weight with the rotations of `order` folded in, `[N, K]` in float32."""
         rotations = [(name, self._rotation(name)) for name in order]
+        self._current()  # so that forwards which begin during the merge need no lock to find the state from before
         base = self.base_layer
         pristine = self._merge.pristine if self.merged else PackedState.of(base)
         if pristine is not None:

@@ -75,23 +75,19 @@ class Snapshot:
         """Whether the layer's state is still the one that this was made from, by the identity of its parts."""
         now, then = vars(self.base), vars(self.product)
         meta, parameters = now["meta"], now["_parameters"]
-        kept_meta, kept = then["meta"], then["_parameters"]
-        packed = parameters.get("W_q")
+        kept, packed = then["_parameters"], parameters.get("W_q", now.get("W_q"))
         return (
             outer is self.outer
             and merge is self.merge
             and meta is self.meta
-            and meta.get("scale") is kept_meta.get("scale")
-            and meta.get("zero") is kept_meta.get("zero")
-            and packed is kept.get("W_q")
-            and (packed is None or _addresses(packed, meta) == self.addresses)
+            and packed is kept.get("W_q", then.get("W_q"))
+            and _addresses(packed, meta) == self.addresses
             and parameters.get("bias") is kept.get("bias")
             and now.get("bias") is then.get("bias")
-            and now.get("W_q") is then.get("W_q")
             and now["compute_dtype"] is self.dtype
         )
 
 
 def _addresses(packed: Tensor, meta: dict[str, Any]) -> tuple[int, ...]:
     parts = (packed, meta.get("scale"), meta.get("zero"))
-    return tuple(0 if part is None else part.data_ptr() for part in parts)
+    return tuple([0 if part is None else part.data_ptr() for part in parts])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import calls
 import pytest
@@ -113,3 +117,59 @@ def test_the_environment_chooses_the_instruction_set(wanted):
     else:
         assert "ValueError: " in run.stderr
         assert ("HQQ_OFT_CPU_ISA='sse9' is not understood" if wanted == "sse9" else "it has portable") in run.stderr
+
+
+# --- Kept weights ----------------------------------------------------------------------------------------------------
+
+
+def kept(weight):
+    """The library's handle for a weight that has been multiplied with several times; None if it keeps none."""
+    return vars(weight).get("_kept") or None
+
+
+@pytest.mark.parametrize(("bits", "axis"), [(8, 1), (4, 1), (4, 0), (3, 1), (2, 1), (1, 0)])
+def test_a_weight_that_is_used_again_is_kept_and_gives_the_same_product(bits, axis):
+    weight, x = calls.quantized_weight(bits=bits, axis=axis), torch.randn(3, 64)
+    first = functional.linear(x, weight)
+    assert kept(weight) is None
+    for _ in range(3):
+        assert torch.equal(functional.linear(x, weight), first)
+    assert kept(weight)
+
+
+def test_a_kept_weight_is_released_with_it():
+    weight, x = calls.quantized_weight(), torch.randn(3, 64)
+    alive = weakref.ref(weight.packed.untyped_storage())
+    for _ in range(2):
+        functional.linear(x, weight)
+    handle = kept(weight)
+    assert torch.equal(
+        torch.ops.hqq_oft_native.linear_kept(x, None, handle, None, None), functional.linear(x, weight)
+    )
+    del weight
+    gc.collect()
+    with pytest.raises(RuntimeError, match="no kept weight has this handle"):
+        torch.ops.hqq_oft_native.linear_kept(x, None, handle, None, None)
+    assert alive() is None
+
+
+def test_a_weight_that_the_kernels_must_copy_is_not_kept():
+    weight = calls.quantized_weight()
+    scale = torch.tensor(0.5).expand(weight.groups)  # one scale for the whole weight
+    weight, x = dataclasses.replace(weight, scale=scale), torch.randn(3, 64)
+    dense = functional.dequantize(weight)
+    for _ in range(3):
+        assert relative_error(functional.linear(x, weight), x @ dense.T) <= 1e-5
+        assert kept(weight) is None
+
+
+def test_a_copy_of_a_kept_weight_has_a_handle_of_its_own():
+    weight, x = calls.quantized_weight(), torch.randn(3, 64)
+    for _ in range(2):
+        expected = functional.linear(x, weight)
+    copied = copy.deepcopy(weight)
+    assert kept(copied) is None
+    for _ in range(3):
+        assert torch.equal(functional.linear(x, copied), expected)
+    assert kept(copied) != kept(weight)
+
