@@ -22,7 +22,7 @@ from hqq_oft.quant.hqq_layer import requantize
 from hqq_oft.tuner.fold import rotate_weight
 
 from . import contenders, model
-from .contenders import DENSE, HQQ, LORA, OURS, PEFT, Contender
+from .contenders import DENSE, HQQ, LORA, OURS, PEFT, Contender, rotate_blocks
 from .host import stub_gpu
 from .problem import TOLERANCE, Problem, Setting, hqq_layer, relative_error, skew_parameters
 from .timing import Call, Limits, kept_mib
@@ -268,12 +268,6 @@ def cayley_many(session: Any, adapters: tuple[int, tuple[int, ...]]) -> Iterator
         yield Job(name, "forward", _ungraded(way), (cost,), 1, name == OURS)
 
 
-def _blocks(x: Tensor, d: Tensor) -> Tensor:
-    """`x + x D` by PyTorch's batched product."""
-    blocks = x.view(x.shape[0], -1, d.shape[-1]).transpose(0, 1)
-    return torch.baddbmm(blocks, blocks, d.expand(len(blocks), -1, -1)).transpose(0, 1).reshape(x.shape)
-
-
 @kind("ops", "rotate K={k} M={m}", "rotate rotate_backward")
 def rotate(session: Any, k: int, m: int) -> Iterator[Job]:
     """x R, and its gradients."""
@@ -284,14 +278,14 @@ def rotate(session: Any, k: int, m: int) -> Iterator[Job]:
 
     def plain_backward(_: int) -> tuple[Tensor, Tensor]:
         left, right = (side.view(m, -1, b).transpose(0, 1) for side in (x, g))
-        return _blocks(g, d.transpose(1, 2)), torch.bmm(left.transpose(1, 2), right)
+        return rotate_blocks(g, d.transpose(1, 2)), torch.bmm(left.transpose(1, 2), right)
 
     ahead, back = (model.rotate(cost, m),), (model.rotate_backward(cost, m),)
     truth = reference.rotate(x[:CHECKED_ROWS].double(), d.double(), None, False)
     error = {"error": check(OURS, ops.rotate(x[:CHECKED_ROWS], d, None, False), truth, problem.dtype)}
     yield Job(OURS, "forward", lambda _: ops.rotate(x, d, None, False), ahead, 1, True, error)
     yield Job(OURS, "backward", lambda _: ops.rotate_backward(g, x, d, None, False, True, True), back, 1, True)
-    yield Job("plain PyTorch", "forward", lambda _: _blocks(x, d), ahead, 1, True)
+    yield Job("plain PyTorch", "forward", lambda _: rotate_blocks(x, d), ahead, 1, True)
     yield Job("plain PyTorch", "backward", plain_backward, back, 1, True)
     yield Job("PEFT", "forward", lambda _: module(x), (model.cayley(cost, MAIN.terms), *ahead))
 
@@ -309,7 +303,7 @@ def dequantize(session: Any, shape: Shape, setting: Setting) -> Iterator[Job]:
     flat, rotated = (model.dequantize(cost),), (model.dequantize_rotate(cost),)
     ways: tuple[tuple[str, str, Call, tuple[model.Cost, ...]], ...] = (
         (OURS, "dequantize_rotate", lambda i: ops.dequantize_rotate(weights[i], d, dtype), rotated),
-        ("HQQ + plain rotation", "dequantize_rotate", lambda i: _blocks(hqq[i].dequantize(), d.mT), rotated),
+        ("HQQ + plain rotation", "dequantize_rotate", lambda i: rotate_blocks(hqq[i].dequantize(), d.mT), rotated),
         (OURS, "dequantize", lambda i: ops.dequantize(weights[i], dtype), flat),
         (HQQ, "dequantize", lambda i: hqq[i].dequantize(), flat),
         ("copy", "dequantize", lambda i: dense[i].clone(), (model.copy(cost),)),

@@ -66,27 +66,20 @@ class Contender:
 Build = Callable[[Problem], Contender]
 
 
-class _Holder(nn.Module):
-    """The smallest model that PEFT accepts."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-
-def _adapted(problem: Problem, config: Any, backend: HQQBackend | None = None) -> list[nn.Module]:
-    """PEFT's layers around HQQ layers with the problem's contents."""
+def _adapted(problem: Problem, config: Any, backend: HQQBackend = HQQBackend.PYTORCH) -> list[nn.Module]:
+    """PEFT's layers around HQQ layers with the problem's contents, on one of HQQ's backends."""
     layers = []
     for weight in problem.weights:
         base = hqq_layer(weight, problem.dtype)
-        if backend is not None:
+        if backend is not HQQBackend.PYTORCH:
             base.forward = types.MethodType(getattr(HQQLinear, backend.value), base)
-        layers.append(get_peft_model(_Holder(base), config).base_model.model.layer.to(problem.device).eval())
+        model = get_peft_model(nn.ModuleDict({"layer": base}), config)
+        layers.append(model.base_model.model["layer"].to(problem.device).eval())
     return layers
 
 
-def peft_oft(problem: Problem, backend: HQQBackend | None = None) -> Contender:
-    """PEFT's OFT on HQQ's PyTorch backend, or another."""
+def peft_oft(problem: Problem, backend: HQQBackend = HQQBackend.PYTORCH) -> Contender:
+    """PEFT's OFT on HQQ."""
     setting = problem.setting
     neumann = {"use_cayley_neumann": not setting.exact, "block_share": setting.share}
     config = OFTConfig(r=0, oft_block_size=setting.block, target_modules=["layer"], **neumann)
@@ -121,7 +114,7 @@ def native_decode(problem: Problem) -> Contender:
 
 def unrotated(problem: Problem) -> Contender:
     """This package's product without a rotation: the difference is what the rotation costs."""
-    return _operator(problem, lambda weight, x: functional.linear(x, None, weight), False)
+    return _operator(problem, lambda weight, x: functional.linear(x, weight), False)
 
 
 def dense(problem: Problem) -> Contender:
@@ -146,15 +139,15 @@ def peft_oft_aten(problem: Problem) -> Contender:
     return peft_oft(problem, HQQBackend.ATEN)
 
 
-def _check_compiler(problem: Problem) -> None:
+def _compiled(problem: Problem, contender: Contender) -> Contender:
     if problem.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise Unavailable("torch.compile finds no C++ compiler")
+    return replace(contender, compiled=True)
 
 
 def peft_oft_compiled(problem: Problem) -> Contender:
     """PEFT's OFT on HQQ's PYTORCH_COMPILE backend."""
-    _check_compiler(problem)
-    return replace(peft_oft(problem, HQQBackend.PYTORCH_COMPILE), compiled=True)
+    return _compiled(problem, peft_oft(problem, HQQBackend.PYTORCH_COMPILE))
 
 
 def peft_lora(problem: Problem) -> Contender:
@@ -173,32 +166,36 @@ class _Plain(nn.Module):
     def __init__(self, problem: Problem, base: HQQLinear) -> None:
         super().__init__()
         self.base, self.b, self.terms = base, problem.setting.block, problem.setting.terms
-        self.v = nn.Parameter(problem.v.clone())
+        self.v, self.kept = nn.Parameter(problem.v.clone()), None
         rows, columns = torch.triu_indices(self.b, self.b, 1, device=problem.device)
         self.register_buffer("place", rows * self.b + columns)
-        self.kept: Tensor | None = None
 
-    def rotation(self, dtype: torch.dtype) -> Tensor:
+    def rotation(self) -> Tensor:
         upper = self.v.new_zeros(self.v.shape[0], self.b**2).index_copy(1, self.place, self.v)
         q = upper.view(-1, self.b, self.b)
         q = q - q.transpose(1, 2)
         if self.terms is None:
-            return torch.linalg.solve(torch.eye(self.b, device=q.device) + q, -2 * q, left=False).to(dtype)
+            return torch.linalg.solve(torch.eye(self.b, device=q.device) + q, -2 * q, left=False)
         first, *others = reference.series_coefficients(self.terms)
         power, d = q, first * q
         for coefficient in others:
             power = torch.bmm(power, q)
             d = d + coefficient * power
-        return d.to(dtype)
+        return d
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            d = self.rotation(x.dtype)
+        if torch.is_grad_enabled() or self.kept is None:
+            d = self.rotation().to(x.dtype)
+            self.kept = None if torch.is_grad_enabled() else d
         else:
-            self.kept = d = self.rotation(x.dtype) if self.kept is None else self.kept
-        blocks = x.view(x.shape[0], -1, self.b).transpose(0, 1)
-        turned = torch.baddbmm(blocks, blocks, d.expand(blocks.shape[0], -1, -1))
-        return self.base(turned.transpose(0, 1).reshape(x.shape))
+            d = self.kept
+        return self.base(rotate_blocks(x, d))
+
+
+def rotate_blocks(x: Tensor, d: Tensor) -> Tensor:
+    """`x + x D` by PyTorch's batched product."""
+    blocks = x.view(x.shape[0], -1, d.shape[-1]).transpose(0, 1)
+    return torch.baddbmm(blocks, blocks, d.expand(len(blocks), -1, -1)).transpose(0, 1).reshape(x.shape)
 
 
 def plain(problem: Problem) -> Contender:
@@ -209,9 +206,8 @@ def plain(problem: Problem) -> Contender:
 
 def plain_compiled(problem: Problem) -> Contender:
     """The same OFT in plain PyTorch under `torch.compile`."""
-    _check_compiler(problem)
-    contender = plain(problem)
-    return replace(contender, layers=[torch.compile(layer, dynamic=False) for layer in contender.layers], compiled=True)
+    contender = _compiled(problem, plain(problem))
+    return replace(contender, layers=[torch.compile(layer, dynamic=False) for layer in contender.layers])
 
 
 class _Scratch(torch.autograd.Function):
@@ -236,11 +232,8 @@ class _Scratch(torch.autograd.Function):
 def scratch(problem: Problem) -> Contender:
     """Unsloth's way with our kernels: a scratch for the weight, the rotation in a pass of its own over x."""
     setting, v = problem.setting, nn.Parameter(problem.v.clone())
-
-    def run(weight: Any, x: Tensor) -> Tensor:
-        return _Scratch.apply(x, v, setting.block, setting.terms, weight)
-
-    return Contender([functools.partial(run, weight) for weight in problem.weights], True, [v])
+    contender = _operator(problem, lambda w, x: _Scratch.apply(x, v, setting.block, setting.terms, w), True)
+    return replace(contender, parameters=[v], decodes_only=False)
 
 
 def gemlite(problem: Problem) -> Contender:
@@ -259,17 +252,13 @@ def int4(problem: Problem) -> Contender:
     setting = problem.setting
     if problem.device.type != "cpu" or (setting.bits, setting.axis, setting.dtype) != (4, 1, "bf16"):
         raise Unavailable("PyTorch's int4 kernel is timed on a CPU, for 4 bits on axis 1 in bf16")
-    groups = problem.k // setting.group
-
-    def layer(weight: Any) -> Callable[[Tensor], Tensor]:
-        levels = unpack(weight.packed, 4, problem.n * groups).view(problem.n, problem.k)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.int().contiguous(), 1)
-        zero = (8 - weight.zero.float()) * weight.scale.float()  # its form is (level - 8) scale + zero
-        pairs = torch.stack([weight.scale, zero.bfloat16()], dim=-1).view(problem.n, groups, 2)
-        pairs = pairs.transpose(0, 1).contiguous()
-        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, setting.group, pairs)
-
-    return Contender([layer(weight) for weight in problem.weights], False, decodes_only=True)
+    (weight,), shape = problem.weights, (problem.n, problem.k // setting.group, 2)
+    levels = unpack(weight.packed, 4, weight.groups).view(weight.shape).int().contiguous()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
+    zero = (8 - weight.zero.float()) * weight.scale.float()  # its form is (level - 8) scale + zero
+    pairs = torch.stack([weight.scale, zero.bfloat16()], dim=-1).view(shape).transpose(0, 1).contiguous()
+    product = torch.ops.aten._weight_int4pack_mm_for_cpu
+    return _operator(problem, lambda _, x: product(x, packed, setting.group, pairs), False)
 
 
 CONTENDERS: dict[str, Build] = {

@@ -244,7 +244,7 @@ def training_process(session: Any, decoder: Decoder, m: int) -> Iterator[Job]:
     """Median step and peak memory of a process that does nothing but train; where no allocator counts."""
     if session.device.type == "cuda" or not RESET_PEAK.exists():
         return
-    repeats = 20 if session.budget else 2
+    repeats = max(2, round(40 * session.budget))
     rounds = [
         {name: _in_process(_trained, name, decoder, m, session.device, repeats) for name in (OURS, PEFT)}
         for _ in range(2)

@@ -94,25 +94,8 @@ TABLE: dict[str, tuple[Sweep, ...]] = {
 SUITES = ("ops", "layer", "model", "merge", "host")
 
 
-def _shrunk(name: str, value: Any) -> Any:
-    small = {4096: 512, 14336: 1024, 28672: 1536, 8192: 768, 1024: 256}
-    if isinstance(value, Shape):
-        return Shape(small[value.n], small[value.k])
-    replacements = {"decoder": Decoder(768, 768, 4, 2, 1, 64), "adapters": _adapters(768, 1536)[0], "decoded": 4}
-    replacements |= {"k": small.get(value, 512) if name == "k" else None, "layers": 1}
-    if name == "m":
-        return 1 if value == 1 else 16 if value <= 64 else 256
-    return value if name == "adapters" and isinstance(value, int) else replacements.get(name, value)
-
-
-def cases(suite: str, device: str, small: bool = False) -> list[Case]:
-    """A suite's cases on a kind of device, by priority; of those of one name, the first.
-
-    Args:
-        suite: one of `SUITES`.
-        device: a key of `TABLE`.
-        small: the same cases on layers small enough to run each in no time.
-    """
+def cases(suite: str, device: str) -> list[Case]:
+    """A suite's cases on a kind of device, by priority; of those of one name, the first."""
     found: dict[str, Case] = {}
     for name, priority, axes in TABLE[device]:
         if KINDS[name].suite != suite:
@@ -121,8 +104,6 @@ def cases(suite: str, device: str, small: bool = False) -> list[Case]:
         for values in itertools.product(*axes.values()):
             parameters = dict(zip(axes, values, strict=True))
             rank = priority + first.index(values[0]) if len(first) < 10 else priority
-            if small:
-                parameters = {key: _shrunk(key, value) for key, value in parameters.items()}
             case = Case(KINDS[name], rank, parameters)
             found.setdefault(case.name, case)
     return sorted(found.values(), key=lambda case: case.priority)

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,7 +37,7 @@ from . import timing
 from .environment import ROOT
 from .problem import TOLERANCE, Problem, Setting, relative_error
 
-SHAPES, SMALL = ((4096, 4096), (14336, 4096), (4096, 14336)), ((128, 128),)
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 BUFFERS = 160 << 20  # bytes of all sets of buffers of a layer, beyond any GPU's cache
 MARGIN = 0.98  # of the shipped tile's time: what is not faster by this much is noise
 BOUNDARIES = (64, 128, 192, 256, 384, 512, 768, 1024)
@@ -173,7 +174,7 @@ class Tuner:
                 chosen, least = tile, found
         return chosen
 
-    def boundary(self, table: dict[str, Any], tried: tuple[int, ...] = BOUNDARIES) -> int:
+    def boundary(self, table: dict[str, Any], tried: tuple[int, ...]) -> int:
         """Rows from which decoding into a scratch for the vendor's product always beats the fused one."""
         limit = tried[-1] * 2
         with _tiles.using(table), hqq_oft.backend("triton"):
@@ -200,44 +201,38 @@ def compile_ahead(plan: dict[Range, list[Tile]], device: str, dtype: str, proces
             job.get(max(0.0, end - time.monotonic()))
 
 
-def main(argv: list[str] | None = None) -> None:
+def tuned(tuner: Tuner, plan: dict[Range, list[Tile]], boundaries: tuple[int, ...] = BOUNDARIES) -> dict[str, Any]:
+    """The table of a device: of each range the best of its tiles, and the boundary."""
+    table: dict[str, Any] = {"regimes": dict(_tiles.table(tuner.identity[0])["regimes"])}
+    for target, tiles in plan.items():
+        table.setdefault(target.operation, []).append(asdict(tuner.best(target, tiles)))
+    if time.monotonic() < tuner.until:
+        table["regimes"]["scratch_from_m"] = tuner.boundary(table, boundaries)
+    return table
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.tune", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=480, help="stop trying tiles after this long")
     parser.add_argument("--log", type=Path, default=ROOT / "build" / "tune.jsonl")
     parser.add_argument("--out", type=Path, help="default: kernels/configs/<device>.json")
     parser.add_argument("--processes", type=int, default=8, help="that compile ahead; 0 for none")
-    parser.add_argument("--small", action="store_true", help="two tiles of each on a small layer, in float16")
-    options = parser.parse_args(argv)
-    until = time.monotonic() + options.seconds
-    device = torch.device(options.device)
+    options = parser.parse_args()
     options.log.parent.mkdir(parents=True, exist_ok=True)
-    shapes, dtype, most = (SMALL, "fp16", 2) if options.small else (SHAPES, "bf16", None)
-    ranges = tuple(replace(target, m=min(target.m, 64)) for target in RANGES) if options.small else RANGES
-    tuner = Tuner(device, options.log, until, shapes, dtype)
-    name = tuner.identity[0]
-    plan = {target: target.candidates(name)[:most] for target in ranges}
-    if options.processes and not options.small:
-        compile_ahead(plan, str(device), dtype, options.processes, options.seconds / 3)
-    table: dict[str, Any] = {"regimes": dict(_tiles.table(name)["regimes"])}
-    for target in ranges:
-        table.setdefault(target.operation, []).append(asdict(tuner.best(target, plan[target])))
-    if time.monotonic() < until:
-        table["regimes"]["scratch_from_m"] = tuner.boundary(table, BOUNDARIES[:1] if options.small else BOUNDARIES)
-    out = options.out or ROOT / "kernels" / "configs" / f"{name}.json"
-    out.write_text(table_text(table))
+    tuner = Tuner(torch.device(options.device), options.log, time.monotonic() + options.seconds)
+    plan = {target: target.candidates(tuner.identity[0]) for target in RANGES}
+    if options.processes:
+        compile_ahead(plan, options.device, tuner.dtype, options.processes, options.seconds / 3)
+    out = options.out or ROOT / "kernels" / "configs" / f"{tuner.identity[0]}.json"
+    out.write_text(table_text(tuned(tuner, plan)))
     print(f"written to {out}")
 
 
 def table_text(table: dict[str, Any]) -> str:
     """The table as JSON with one tile to a line."""
-    regimes, *operations = (
-        (key, json.dumps(value) if key == "regimes" else ",\n    ".join(map(json.dumps, value)))
-        for key, value in table.items()
-    )
-    parts = [f"  {json.dumps(regimes[0])}: {regimes[1]}"]
-    parts += [f"  {json.dumps(key)}: [\n    {lines}\n  ]" for key, lines in operations]
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+    lines = json.dumps(table).replace(": [{", ": [\n    {").replace("}, {", "},\n    {").replace("}]", "}\n  ]")
+    return "{\n  " + re.sub(r"([}\]]), \"", r'\1,\n  "', lines[1:-1]) + "\n}\n"
 
 
 if __name__ == "__main__":
