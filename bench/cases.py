@@ -158,27 +158,22 @@ def check(name: str, out: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
 @kind("layer", "{shape} M={m} {setting.label}{note}", PRODUCT)
 def layer(session: Any, shape: Shape, m: int, setting: Setting, against: tuple[str, ...], note: str) -> Iterator[Job]:
     """One layer against what a user would pick instead: forward in inference; forward and backward in training."""
-    shape = shape if shape.k % setting.block == 0 else Shape(shape.n, shape.k // 192 * 192)
     # A compiled layer is one more compilation for each set of buffers: it has one.
     copies = 1 if "compiled" in note else session.copies(setting.layer(*shape).weight_bytes)
-
-    def make() -> tuple[Problem, list[Any]]:
-        problem = Problem(*shape, setting, session.device, copies)
-        return problem, list(contenders.build_all(against, problem))
-
-    problem, built = session.keep((shape, setting, against), make)  # once for all numbers of tokens
+    # Once for all numbers of tokens.
+    make = partial(Problem, *shape, setting, session.device, copies)
+    problem, built = session.keep((shape, setting, against), lambda: (make(), {}))
     inputs = problem.inputs(m)
     truths = {rotates: problem.truth(inputs[0][:CHECKED_ROWS], rotates) for rotates in (True, False)}
-    for contender in built:
-        if not isinstance(contender, Contender):
-            yield Job(contender[0], columns={"status": contender[1]})
-        elif m <= DECODE_UP_TO or not contender.decodes_only:
-            try:
+    for name in against:
+        try:
+            contender = built[name] = built.get(name) or contenders.build(name, problem)
+            if m <= DECODE_UP_TO or not contender.decodes_only:
                 yield from _layer_jobs(contender, problem, inputs, truths[contender.rotates], session.limits)
-            except Exception as error:
-                if contender.name == OURS:
-                    raise
-                yield Job(contender.name, columns={"status": contenders.failure(error)})
+        except Exception as error:  # of code that is not ours costs its own row only
+            if name == OURS:
+                raise
+            yield Job(name, columns={"status": contenders.failure(error)})
 
 
 def _layer_jobs(

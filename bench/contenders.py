@@ -12,7 +12,7 @@ import importlib.util
 import os
 import shutil
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -288,22 +288,10 @@ def build(name: str, problem: Problem) -> Contender:
     return replace(CONTENDERS[name](problem), name=name)
 
 
-def build_all(names: tuple[str, ...], problem: Problem) -> Iterator[Contender | tuple[str, str]]:
-    """Every contender that can take part, and name and status of the others. What this package raises is an error."""
-    for name in names:
-        try:
-            yield build(name, problem)
-        except Unavailable as reason:
-            yield name, f"not run: {reason}"
-        except Exception as error:
-            if name == OURS:
-                raise
-            yield name, failure(error)
-
-
 def failure(error: Exception) -> str:
-    """The status of a row that has no time: the error and the first line of its message."""
-    return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    """The status of a row that has no time: why."""
+    first = (str(error).splitlines() or [""])[0]
+    return f"not run: {error}" if isinstance(error, Unavailable) else f"failed: {type(error).__name__}: {first}"
 
 
 # --- What a contender has to do at least; what it does beyond that is its own ----------------------------------------

@@ -64,26 +64,18 @@ def adapt(llama: nn.Module, name: str, device: torch.device, adapters: int = 1) 
 
 def build(name: str, decoder: Decoder, device: torch.device, adapters: int = 1) -> nn.Module:
     """A frozen Llama with random weights; its decoder layers quantized unless dense, and adapted."""
-    config = LlamaConfig(
-        vocab_size=decoder.vocabulary,
-        hidden_size=decoder.hidden,
-        intermediate_size=decoder.intermediate,
-        num_hidden_layers=decoder.layers,
-        num_attention_heads=decoder.heads,
-        num_key_value_heads=decoder.key_value_heads,
-        max_position_embeddings=1 << 16,
-        attn_implementation="sdpa",
-    )
+    sizes = {"vocab_size": decoder.vocabulary, "hidden_size": decoder.hidden, "num_hidden_layers": decoder.layers}
+    sizes |= {"num_attention_heads": decoder.heads, "num_key_value_heads": decoder.key_value_heads}
+    sizes |= {"intermediate_size": decoder.intermediate, "max_position_embeddings": 1 << 16}
     with device:
-        llama = LlamaForCausalLM(config).to(DTYPE).requires_grad_(False)
+        llama = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="sdpa")).to(DTYPE).requires_grad_(False)
     if name == DENSE:
         return llama
-    for layer in llama.model.layers:
-        for target in TARGETS:
-            parent = layer.self_attn if hasattr(layer.self_attn, target) else layer.mlp
-            linear = getattr(parent, target)
-            problem = Problem(linear.out_features, linear.in_features, MAIN, device)
-            setattr(parent, target, hqq_layer(problem.weights[0], DTYPE))
+    for module in list(llama.model.layers.modules()):
+        for target, linear in module.named_children():
+            if target in TARGETS:
+                problem = Problem(linear.out_features, linear.in_features, MAIN, device)
+                setattr(module, target, hqq_layer(problem.weights[0], DTYPE))
     llama.hqq_quantized = True
     return adapt(llama, name, device, adapters)
 
@@ -332,7 +324,7 @@ def smollm2(session: Any, layers: int, m: int, what: str) -> Iterator[Job]:
     try:
         models = session.keep(("smollm2", layers), make)
     except contenders.Unavailable as reason:
-        yield Job(OURS, columns={"status": f"not run: {reason}"})
+        yield Job(OURS, columns={"status": contenders.failure(reason)})
         return
     for name, (llama, error) in models.items():
         if what == "decoding":

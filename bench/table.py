@@ -24,8 +24,7 @@ GEMLITE = ((OURS, "GemLite"),)
 COMPILED = ((OURS, "plain PyTorch, compiled", "PEFT OFT, HQQ compiled"),)
 
 BITS = tuple(Setting(bits=bits) for bits in (2, 3, 8))
-BLOCKS = tuple(Setting(block=block) for block in (16, 64, 96, 128, 256))
-DIVIDING = tuple(setting for setting in BLOCKS if 4096 % setting.block == 0)
+BLOCKS = tuple(Setting(block=block) for block in (16, 64, 128, 256))
 OTHERS = (Setting(axis=0), Setting(group=128), Setting(share=True), Setting(exact=True), Setting(dtype="fp16"))
 SQUARE, UP, DOWN, NARROW = Shape(4096, 4096), Shape(14336, 4096), Shape(4096, 14336), Shape(1024, 4096)  # of 8B
 UP_70B, DOWN_70B = Shape(28672, 8192), Shape(8192, 28672)
@@ -61,14 +60,16 @@ TABLE: dict[str, tuple[Sweep, ...]] = {
                        "note": (" against GemLite",)}),
         ("layer", 30, {"setting": (*BITS, *BLOCKS, *OTHERS), "shape": (UP,), "m": (1, 16, 4096), "against": FEW,
                        "note": NONE}),
+        ("layer", 38, {"setting": (Setting(block=96),), "shape": (Shape(14336, 4032),), "m": (1, 16, 4096),
+                       "against": FEW, "note": NONE}),
         ("layer", 90, {"shape": (SQUARE,), "m": (1, 4096), "setting": (MAIN,), "against": COMPILED,
                        "note": (" compiled",)}),
         ("cayley_many", 0, {"adapters": _adapters(*(4096, 4096, 4096, 4096, 4096, 4096, 14336) * 32)}),
         ("dequantize", 1, {"shape": SHAPES, "setting": (MAIN,)}),
         ("rotate", 2, {"k": (4096, 8192, 14336, 28672), "m": (16384,)}),
         ("cayley", 2, {"k": (4096, 8192, 14336, 28672), "setting": (MAIN,), "note": NONE}),
-        ("dequantize", 20, {"setting": (*BITS, *DIVIDING, *OTHERS), "shape": (SQUARE,)}),
-        ("cayley", 21, {"setting": (*DIVIDING, *OTHERS[2:4]), "k": (4096,), "note": NONE}),
+        ("dequantize", 20, {"setting": (*BITS, *BLOCKS, *OTHERS), "shape": (SQUARE,)}),
+        ("cayley", 21, {"setting": (*BLOCKS, *OTHERS[2:4]), "k": (4096,), "note": NONE}),
         ("cayley", 30, {"k": (4096,), "setting": (MAIN,), "note": (", compiled",)}),
         ("merge", 0, {"shape": SHAPES, "setting": (MAIN,)}),
         *_decoder(LLAMA_8B, (2048, 8192), 8, 255),

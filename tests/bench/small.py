@@ -11,7 +11,7 @@ from bench.cases import Decoder, Shape
 from bench.timing import Limits
 
 LIMITS = Limits(bandwidth=1e10, rate=1e11)
-SIZES = {4096: 512, 14336: 1024, 28672: 1536, 8192: 768, 1024: 256, 2816: 512}
+SIZES = {4096: 512, 14336: 1024, 28672: 1536, 8192: 768, 1024: 256, 2816: 512, 4032: 576}
 REPLACED = {"decoder": Decoder(768, 768, 4, 2, 1, 64), "decoded": 4, "layers": 1}
 
 

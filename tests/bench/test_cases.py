@@ -103,14 +103,15 @@ def test_contenders_that_rotate_agree_on_gradients(setting):
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3, msg=name)
 
 
-def test_a_contender_that_cannot_be_built_costs_its_own_row_only(monkeypatch):
+def test_a_contender_that_cannot_be_built_costs_its_own_row_only(tmp_path, monkeypatch):
     def broken(problem):
         raise ImportError("no such module")
 
     monkeypatch.setitem(contenders.CONTENDERS, "HQQ", broken)
-    able, absent = contenders.build_all(("hqq_oft", "HQQ"), Problem(64, 64, SMALL, CPU))
-    assert able.name == "hqq_oft"
-    assert absent == ("HQQ", "failed: ImportError: no such module")
+    failed, rows = small.measure([case for case in small.cases("layer", "cpu") if "M=1 2-bit" in case.name], tmp_path)
+    assert len(failed) == 1
+    assert "HQQ: ImportError: no such module" in failed[0]
+    assert {row["contender"] for row in rows if row["status"] == "measured"} == {"hqq_oft", "dense"}
 
 
 def test_no_rotation_is_computed_while_a_layer_is_timed_in_inference(monkeypatch):
