@@ -46,10 +46,10 @@ def latest(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """
     table = pd.DataFrame(rows)
     table = table.reindex(columns=table.columns.union([*KEY, *CODE, *NUMBERS, "note"], sort=False))
-    table = table.astype(dict.fromkeys(NUMBERS, float))
+    table = table.astype(dict.fromkeys(NUMBERS, float) | dict.fromkeys(CODE, object)).fillna(dict.fromkeys(CODE, ""))
     # Rows without a contender are of cases that failed as a whole; a later run may have measured them.
     last = table.groupby(["suite", "case"])[[*CODE, "status"]].transform("last")
-    same = (table[CODE].astype(str) == last[CODE].astype(str)).all(axis=1)
+    same = (table[CODE] == last[CODE]).all(axis=1)
     table = table[same & (table.contender.notna() | (table.status == last.status))]
     table = table.drop_duplicates(KEY, keep="last").copy()
     table["kept_percent"] = 100 * table.kept_mib * 2**20 / (2 * table.M * (table.N + table.K))
