@@ -28,9 +28,10 @@ $(STAMP): constraints.txt pyproject.toml setup.py csrc/build.py
 native: $(STAMP) ## rebuild the native kernels after a change in csrc/
 	$(BIN)/python csrc/build.py hqq_oft/ops/native/hqq_oft_native.so
 
-check: $(STAMP) ## check lint, formatting and types
+check: $(STAMP) ## check lint, formatting, imports between packages and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
 format: $(STAMP) ## apply ruff's fixes and formatting
@@ -41,7 +42,7 @@ format: $(STAMP) ## apply ruff's fixes and formatting
 docs: $(STAMP) ## the documentation site, into build/site-docs (with `.venv/bin/mkdocs serve`, on localhost)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-test: $(STAMP) ## run the tests (options: PYTEST_ARGS="-k merge")
+test: $(STAMP) ## run the tests (options: PYTEST_ARGS="-k merge"; "--all-targets" compiles for every GPU architecture)
 	$(PYTEST) $(PYTEST_ARGS)
 
 coverage: PYTEST_ARGS += --cov --cov-report=term-missing
@@ -69,9 +70,9 @@ endef
 
 # PEFT-transformers version pairs, one environment each.
 MATRIX := 0.18.1-4.57.6 0.19.1-4.57.6 0.20.0-5.23.0 0.21.2-5.23.0
-MATRIX_TESTS := tests/test_peft_integration.py tests/test_layer.py tests/test_merge.py \
-	tests/test_quantize_model.py tests/test_save_load.py tests/test_merge_report.py tests/test_cli.py \
-	tests/test_transformers_hqq.py tests/test_whole_job.py
+MATRIX_TESTS := tests/layer $(addprefix tests/peft/test_,documented_uses.py adapters_of_a_model.py merge_and_unload.py \
+	mixed_batches_of_a_model.py patch.py convert.py training_loops.py merge_report.py transformers_hqq.py whole_job.py) \
+	tests/quant/test_quantize_model.py tests/checkpoint/test_save_load.py tests/tools/test_cli.py
 
 test-matrix: $(MATRIX:%=.venv-matrix/%/.passed) ## run the layer and PEFT tests on each supported PEFT and transformers
 
@@ -86,7 +87,7 @@ $(MATRIX:%=.venv-matrix/%/.passed): .venv-matrix/%/.passed: .venv-matrix/%/.inst
 	@echo "peft $(word 1,$(subst -, ,$*)), transformers $(word 2,$(subst -, ,$*))"
 	$(@D)/bin/python -c 'import peft, transformers; \
 		assert [peft.__version__, transformers.__version__] == "$*".split("-"), (peft, transformers)'
-	$(@D)/bin/python -m pytest -n 2 --durations=0 -k "not compile" $(MATRIX_TESTS)
+	$(@D)/bin/python -m pytest -n 2 --durations=0 -k "not compile" --backend auto $(MATRIX_TESTS)
 
 # The oldest supported Triton; its interpreter fails with newer numpy.
 OLD_TRITON := .venv-matrix/triton-3.6.0
@@ -94,7 +95,7 @@ OLD_TRITON := .venv-matrix/triton-3.6.0
 test-triton-3.6: $(OLD_TRITON)/.installed ## compile the kernels with Triton 3.6 and test them in its interpreter
 	$(OLD_TRITON)/bin/python -c 'import triton; assert triton.__version__ == "3.6.0", triton.__version__'
 	TRITON_DEFAULT_FP_FUSION=1 $(OLD_TRITON)/bin/python -m tests.offline --dtypes bf16 --targets sm_80 sm_90
-	$(OLD_TRITON)/bin/python -m pytest -n 2 -q tests/triton_kernels
+	$(OLD_TRITON)/bin/python -m pytest -n 2 -q --all-targets --backend triton tests/triton_kernels tests/layer
 
 $(OLD_TRITON)/.installed: $(STAMP)
 	$(call behind_own,$(@D))
@@ -162,4 +163,4 @@ demo: $(STAMP) ## run the demo: train, quantize, fine-tune, save, load, merge, u
 	$(BIN)/python -m examples.demo $(DEMO)
 
 clean: ## remove everything that the other commands created
-	rm -rf $(VENV) .venv-matrix build *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-matrix build *.egg-info .coverage .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

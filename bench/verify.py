@@ -11,7 +11,8 @@ from hqq_oft.ops.table import OPERATIONS
 
 from .environment import ROOT
 
-TESTS = {"cuda": ["tests/gpu/test_operations.py"], "cpu": ["tests/test_functional.py", "tests/native"]}
+OPS = [f"tests/ops/test_{name}.py" for name in ("values", "gradients", "operators", "bad_input")]
+TESTS = {"cuda": ["tests/gpu/test_operations.py"], "cpu": [*OPS, "tests/native"]}
 
 
 def red_operations(device: str, junit: Path | None = None) -> frozenset[str]:

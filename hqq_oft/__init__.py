@@ -3,19 +3,18 @@
 from importlib import metadata as _metadata
 
 from . import functional
+from .checkpoint.files import CheckpointError
 from .checkpoint.load import load_quantized
-from .checkpoint.safetensors_file import CheckpointError
 from .checkpoint.save import save_quantized
 from .ops.backends import BackendError, Unsupported, backend
 from .ops.weight import QuantizedWeight
-from .quant.model import QuantizationReport, quantize_model
+from .quant.model import QuantizationReport, QuantizationSettings, quantize_model
 from .tuner.convert import ConversionReport, convert, revert
 from .tuner.distributed import full_adapter_state_dict
-from .tuner.frozen import frozen_rotations
 from .tuner.layer import HqqOFTLinear
-from .tuner.merge_report import MergeReport, merge_report
-from .tuner.patch import dispatch_hqq, patch_peft, unpatch_peft
-from .tuner.rotation_modes import share_rotations
+from .tuner.merge_report import LayerReport, MergeReport, merge_report
+from .tuner.patch import PatchHandle, dispatch_hqq, patch_peft, unpatch_peft
+from .tuner.rotation_modes import frozen_rotations, share_rotations
 
 __version__ = _metadata.version("hqq-oft")
 
@@ -24,8 +23,11 @@ __all__ = [
     "CheckpointError",
     "ConversionReport",
     "HqqOFTLinear",
+    "LayerReport",
     "MergeReport",
+    "PatchHandle",
     "QuantizationReport",
+    "QuantizationSettings",
     "QuantizedWeight",
     "Unsupported",
     "backend",

@@ -6,7 +6,7 @@ import os
 from typing import Literal, cast, get_args
 
 BackendName = Literal["auto", "triton", "native", "reference"]
-KeepPristine = Literal["device", "host", "none"]
+KeepPristine = Literal["device", "cpu", "none"]
 CPUInstructionSet = Literal["auto", "portable", "avx2", "avx512", "avx512_bf16"]
 
 _BACKENDS = get_args(BackendName)
@@ -37,7 +37,7 @@ def keep_pristine_from_environment() -> KeepPristine:
     """Where a merged layer keeps its original packed weight: `HQQ_OFT_KEEP_PRISTINE`, `device` if unset.
 
     Raises:
-        ValueError: the value is not `device`, `host` or `none`.
+        ValueError: the value is not `device`, `cpu` or `none`.
     """
     return cast(KeepPristine, _choice("HQQ_OFT_KEEP_PRISTINE", "device", get_args(KeepPristine)))
 

@@ -73,11 +73,7 @@ def _quantize(options: argparse.Namespace) -> None:
         progress=not options.quiet,
     )
     save_quantized(
-        model,
-        target,
-        max_shard_size=options.max_shard_size,
-        overwrite=options.force,
-        extra_files=_companions(source),
+        model, target, max_shard_size=options.max_shard_size, overwrite=options.force, extra_files=_companions(source)
     )
     _say(options, f"{report}\nwritten to {target}")
 
@@ -185,7 +181,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     quantize.add_argument("model", type=Path, metavar="MODEL", help="directory of a dense transformers model")
     _add_output(quantize)
-    _add_quantizer(quantize)
+    quantize.add_argument("--nbits", type=_bits, default=4, help="8, 6, 5, 4, 3, 2, 1.58 or 1 (default: 4)")
+    quantize.add_argument(
+        "--group-size", type=_positive, default=64, help="weights per scale: a multiple of 8 (default: 64)"
+    )
     quantize.add_argument("--axis", type=int, default=1, choices=(0, 1), help="1: groups along a row; 0: down a column")
     quantize.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="compute dtype; auto: as stored")
     quantize.add_argument(
@@ -252,13 +251,6 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="maximum file size (default: 5GB)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it contains a model")
     parser.add_argument("--quiet", action="store_true", help="no progress and no summary")
-
-
-def _add_quantizer(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nbits", type=_bits, default=4, help="8, 6, 5, 4, 3, 2, 1.58 or 1 (default: 4)")
-    parser.add_argument(
-        "--group-size", type=_positive, default=64, help="weights per scale: a multiple of 8 (default: 64)"
-    )
 
 
 def _number(text: str) -> float:

@@ -1,10 +1,16 @@
+"""What several files build and compare: layers, adapted models, their logits, tolerances."""
+
 from __future__ import annotations
 
+import gc
 import os
 import shutil
+from typing import Any
 
+import oracle
 import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+from peft import OFTConfig, get_peft_model
 from torch import Tensor, nn
 
 from hqq_oft import HqqOFTLinear
@@ -18,6 +24,21 @@ COMPILE_BACKEND = "inductor" if shutil.which(os.environ.get("CXX", "g++")) else 
 def layers(model: nn.Module) -> list[HqqOFTLinear]:
     """The HqqOFTLinear layers, in order."""
     return [module for module in model.modules() if isinstance(module, HqqOFTLinear)]
+
+
+def adapted(base: nn.Module | None = None, *, std: float = 0.05, **settings) -> Any:
+    """A model with random rotations in one adapter, by default a small Llama over HQQ layers; PEFT must be patched."""
+    from small_llama import quantized_llama
+
+    settings = {"r": 0, "oft_block_size": 8, "target_modules": ["q_proj", "v_proj"], **settings}
+    model = get_peft_model(quantized_llama() if base is None else base, OFTConfig(**settings))
+    randomize(model, std)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module, tokens: Tensor, **kwargs) -> Tensor:
+    return model(input_ids=tokens, **kwargs).logits
 
 
 def randomize(model: nn.Module, std: float = 0.05, adapter: str = "default") -> None:
@@ -65,6 +86,43 @@ def add_adapter(layer: HqqOFTLinear, adapter: str, std: float = 0.05, **settings
     nn.init.normal_(layer.oft_R[adapter].weight, std=std)
 
 
+def two_adapters(
+    base: HQQLinear | None = None, *, std: float = 0.15, second: dict[str, Any] | None = None, **settings
+) -> HqqOFTLinear:
+    """A layer in evaluation mode with the active adapters "a" and "b", by default of rotations that do not commute."""
+    layer = oft_layer(base, "a", std=std, **{"oft_block_size": 8, **settings}).eval()
+    add_adapter(layer, "b", std=std, **({"oft_block_size": 3} if second is None else second))
+    layer.set_adapter(["a", "b"])
+    return layer
+
+
+def rotation(layer: HqqOFTLinear, adapter: str) -> Tensor:
+    """The dense rotation of an adapter, `[K, K]` in float64, by the oracle."""
+    module = layer.oft_R[adapter]
+    v = module.weight.detach()
+    terms = module.num_cayley_neumann_terms if module.use_cayley_neumann else None
+    max_norm = module.eps / v.shape[0] ** 0.5 if module.coft else None
+    return oracle.rotation(v, module.block_size, layer.in_features, terms, max_norm)
+
+
+def truth(layer: HqqOFTLinear, x: Tensor, *adapters: str) -> Tensor:
+    """The layer's output in float64, by the oracle."""
+    x = x.double()
+    for name in adapters:
+        x = x @ rotation(layer, name)
+    base = layer.get_base_layer()
+    y = x @ oracle.of_layer(base).T
+    return y if base.bias is None else y + base.bias.double()
+
+
+def rotated_truth(layer: HqqOFTLinear, *adapters: str) -> Tensor:
+    """`W * (R_1 ... R_n)^T` in float64, of the layer's current weight."""
+    weight = oracle.of_layer(layer.get_base_layer())
+    for name in reversed(adapters):
+        weight = weight @ rotation(layer, name).T
+    return weight
+
+
 def packed_bytes(base: HQQLinear) -> dict[str, Tensor]:
     """Every stored tensor of an HQQ layer, copied."""
     state = {"W_q": base.W_q.detach().clone()}
@@ -75,3 +133,10 @@ def packed_bytes(base: HQQLinear) -> dict[str, Tensor]:
 def same_bytes(base: HQQLinear, state: dict[str, Tensor]) -> bool:
     now = packed_bytes(base)
     return now.keys() == state.keys() and all(torch.equal(now[key], state[key]) for key in state)
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors that Python can reach, views counted as if they were their own."""
+    gc.collect()
+    plain = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+    return sum(t.numel() * t.element_size() for t in plain if t.layout == torch.strided)

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import copy
-import gc
 import resource
 import sys
 
 import pytest
 import torch
-from helpers import add_adapter, hqq_layer, oft_layer, packed_bytes, same_bytes
+from helpers import add_adapter, hqq_layer, live_bytes, oft_layer, packed_bytes, same_bytes
 from peft import OFTConfig, get_peft_model
 from small_llama import VOCABULARY, quantized_llama
-from torch import nn
 
 import hqq_oft
 from hqq_oft import HqqOFTLinear
 
 CYCLES = 200
 STEPS = 2000
-
-
-def live_tensors() -> int:
-    """Bytes of all tensors that Python can reach, views counted as if they were their own."""
-    gc.collect()
-    plain = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
-    return sum(t.numel() * t.element_size() for t in plain if t.layout == torch.strided)
 
 
 def resident() -> int:
@@ -63,7 +54,7 @@ def test_training_does_not_leak_memory_and_is_reproducible(shared):
             optimizer.step()
             optimizer.zero_grad()
             if step in (STEPS // 16, STEPS // 4 - 1):
-                memory.append((live_tensors(), resident()))
+                memory.append((live_bytes(), resident()))
         results.append([p.detach().clone() for p in trained])
         check_flat(memory)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -89,7 +80,7 @@ def test_repeated_merging_and_unmerging_is_exact_and_does_not_leak_memory():
             assert torch.equal(plain, expected[names][0])
             assert torch.equal(merged, expected[names][1])
             if cycle in (CYCLES // 4, CYCLES - 1):
-                memory.append((live_tensors(), resident()))
+                memory.append((live_bytes(), resident()))
     assert same_bytes(layer.get_base_layer(), pristine)
     check_flat(memory)
 
@@ -120,5 +111,5 @@ def test_added_and_deleted_adapters_do_not_leak_memory():
             assert torch.equal(layer(x), expected)
             copy.deepcopy(layer)
             if cycle in (CYCLES // 4, CYCLES - 1):
-                memory.append((live_tensors(), resident()))
+                memory.append((live_bytes(), resident()))
     check_flat(memory)

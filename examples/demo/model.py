@@ -116,7 +116,7 @@ def trained_on_prose(text: Text, steps: int, seed: int, cache: Path, device: str
 def quantize(model: LlamaForCausalLM, bits: float, group_size: int, device: str) -> LlamaForCausalLM:
     """Quantize every linear layer but the head with HQQ, in place."""
     model.requires_grad_(False)
-    hqq_oft.quantize_model(model, bits, group_size, device=device)
+    hqq_oft.quantize_model(model, nbits=bits, group_size=group_size, device=device)
     return model
 
 

@@ -6,21 +6,35 @@ Directories written by transformers do not have this file and are read without v
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 import re
+import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from .safetensors_file import CheckpointError, Entry, TensorFile, crc32, write
-
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U8": torch.uint8, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+}
 SINGLE, INDEX, MANIFEST, CONFIG = "model.safetensors", "model.safetensors.index.json", "hqq_oft.json", "config.json"
 FORMAT_VERSION = 1
 _MAX_JSON = 64 << 20  # bytes
+
+
+class CheckpointError(ValueError):
+    """A file of a saved model is damaged, truncated or invalid; the message names the file and the tensor."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -56,13 +70,18 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         with ExitStack() as stack:
-            self._files: dict[str, TensorFile] = {}
+            self._files: dict[str, tuple[Path, Any]] = {}
             for path, names in self._listed().items():
-                file = stack.enter_context(TensorFile(path))
-                if names is not None and names != file.entries.keys():
-                    odd = sorted(names ^ file.entries.keys())[0]
+                try:
+                    # Not mapped into memory: reading a mapped file that another process truncates kills this one.
+                    file = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
+                except SafetensorError as error:
+                    raise CheckpointError(f"{path}: truncated, damaged or not a safetensors file ({error}).") from None
+                found = set(file.keys())
+                if names is not None and names != found:
+                    odd = sorted(names ^ found)[0]
                     raise CheckpointError(f"{path}: tensor {odd!r}: not in both the file and {INDEX}.")
-                self._files.update(dict.fromkeys(file.entries, file))
+                self._files.update(dict.fromkeys(found, (path, file)))
             self._sums = self._checksums()
             self._stack = stack.pop_all()
 
@@ -132,18 +151,17 @@ class Checkpoint:
 
     def error(self, name: str, why: str) -> CheckpointError:
         """Create, but do not raise, an error about the tensor `name`."""
-        where = self._files[name].path if name in self._files else self.directory
+        where = self._files[name][0] if name in self._files else self.directory
         return CheckpointError(f"{where}: tensor {name!r}: {why}.")
 
-    def entry(self, name: str) -> Entry:
-        """Header entry of a tensor (dtype, shape, byte range); reads no data.
-
-        Raises:
-            CheckpointError: the tensor is missing.
-        """
+    def _header(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Dtype and shape of a tensor, which safetensors has compared with the size of the file; reads no data."""
         if name not in self._files:
             raise self.error(name, "missing")
-        return self._files[name].entries[name]
+        entry = self._files[name][1].get_slice(name)
+        if entry.get_dtype() not in DTYPES:
+            raise self.error(name, f"dtype {entry.get_dtype()} is not one of {', '.join(DTYPES)}")
+        return DTYPES[entry.get_dtype()], tuple(entry.get_shape())
 
     def expect(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
         """Check shape and dtype of a tensor without reading its data.
@@ -151,23 +169,34 @@ class Checkpoint:
         Raises:
             CheckpointError: the tensor is missing or has a different shape or dtype.
         """
-        entry = self.entry(name)
-        if entry.shape != shape:
-            raise self.error(name, f"its shape is {list(entry.shape)}, expected {list(shape)}")
-        if entry.dtype not in dtypes:
-            raise self.error(name, f"its dtype is {entry.dtype}, expected {' or '.join(map(str, dtypes))}")
+        dtype, found = self._header(name)
+        if found != shape:
+            raise self.error(name, f"its shape is {list(found)}, expected {list(shape)}")
+        if dtype not in dtypes:
+            raise self.error(name, f"its dtype is {dtype}, expected {' or '.join(map(str, dtypes))}")
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, max_bytes: int | None = None) -> Tensor:
         """Read a tensor into host memory.
 
         Raises:
-            CheckpointError: the tensor is missing or its checksum does not match.
+            CheckpointError: the tensor is missing, larger than `max_bytes` or damaged.
         """
-        self.entry(name)
-        tensor = self._files[name].read(name)
+        dtype, shape = self._header(name)
+        size = math.prod(shape) * dtype.itemsize
+        if max_bytes is not None and size > max_bytes:
+            raise self.error(name, f"{size} bytes are too many, at most {max_bytes} are accepted")
+        try:
+            tensor: Tensor = self._files[name][1].get_tensor(name)
+        except SafetensorError as error:
+            raise self.error(name, f"truncated or damaged after the file was opened ({error})") from error
         if self._sums is not None and crc32(tensor) != self._sums[name]:
             raise self.error(name, "damaged: its checksum does not match")
         return tensor
+
+
+def crc32(tensor: Tensor) -> int:
+    """CRC-32 of the tensor's bytes in row-major order; the tensor must be in host memory."""
+    return zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _is_file_name(value: Any) -> bool:
@@ -180,31 +209,45 @@ def write_checkpoint(directory: Path, tensors: Mapping[str, Tensor], max_shard_b
 
     Args:
         directory: the empty directory to write to.
-        tensors: tensors by name, on any device; written in this order.
+        tensors: tensors by name, on any device. One file's tensors at a time are copied to host memory.
         max_shard_bytes: maximum size of the tensors in one file; a larger tensor gets its own file.
         version: version of this package, stored in the manifest.
+
+    Raises:
+        TypeError: the dtype of a tensor is not supported.
+        OSError: a file can't be written.
     """
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
     for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += size
-    many = len(shards)
-    files = [SINGLE] if many == 1 else [f"model-{i + 1:05}-of-{many:05}.safetensors" for i in range(many)]
+        if tensor.dtype not in DTYPES.values():
+            raise TypeError(f"tensor {name!r}: {tensor.dtype} can't be stored; accepted are {', '.join(DTYPES)}.")
+    split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_bytes)
     sums: dict[str, int] = {}
-    for file, shard in zip(files, shards, strict=True):
-        sums.update(write(directory / file, shard))
-    if many > 1:
-        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: tensors[name].detach().cpu().contiguous() for name in names}
+        sums.update({name: crc32(tensor) for name, tensor in shard.items()})
+        _write(directory / file, shard)
+    if split.is_sharded:
+        _write_json(directory / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
     _write_json(
         directory / MANIFEST, {"format_version": FORMAT_VERSION, "written_by": f"hqq_oft {version}", "crc32": sums}
     )
+
+
+def _write(path: Path, shard: dict[str, Tensor]) -> None:
+    """Write a new safetensors file of contiguous tensors in host memory."""
+    owners: dict[int, str] = {}
+    for name, tensor in shard.items():
+        if owners.setdefault(tensor.untyped_storage().data_ptr(), name) != name:
+            shard[name] = tensor.clone()  # safetensors refuses tensors that share memory
+    path.touch(exist_ok=False)
+    mode = path.stat().st_mode
+    try:
+        save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(mode)  # safetensors makes files that only their owner can read
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number)) from error
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

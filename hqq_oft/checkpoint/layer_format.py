@@ -62,10 +62,7 @@ class StoredLayer:
 
         def setting(field: str, decode: Callable[[Tensor], Any], accepted: Any = None) -> Any:
             key = f"{name}.{field}"
-            entry = checkpoint.entry(key)
-            if entry.bytes > _MAX_SETTING:
-                raise checkpoint.error(key, f"{entry.bytes} bytes are too many for a setting")
-            tensor = checkpoint.read(key)
+            tensor = checkpoint.read(key, _MAX_SETTING)
             value = decode(tensor)
             if value is None:
                 raise checkpoint.error(key, f"{tensor.tolist()} is not a single number")
@@ -120,18 +117,36 @@ class StoredLayer:
         if linear.bias is not None:
             checkpoint.expect(f"{name}.bias", (self.shape[0],), tuple(_DTYPES.values()))
 
-    def load(self, checkpoint: Checkpoint, name: str, has_bias: bool, device: torch.device) -> HQQLinear:
-        """Load the layer onto `device`.
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        has_bias: bool,
+        device: torch.device,
+        compute_dtype: torch.dtype | None = None,
+    ) -> HQQLinear:
+        """Load the layer onto `device`, by default in its stored compute dtype.
 
         Raises:
             CheckpointError: a tensor is damaged.
+            ValueError: the packed weight can't be viewed as `compute_dtype`.
         """
+        dtype = compute_dtype or self.compute_dtype
         packed = checkpoint.read(f"{name}.W_q")
+        if packed.dtype != dtype and self.view_as_float:
+            row = packed.shape[-1] * packed.element_size()
+            if row % dtype.itemsize:
+                raise ValueError(
+                    f"{name}: its rows of {row} packed bytes, stored as {packed.dtype}, can't be viewed as {dtype}; "
+                    "load it without compute_dtype."
+                )
+            packed = packed.view(dtype)
         parts = {}
         for field in ("scale", "zero"):
             parts[field] = checkpoint.read(f"{name}.{field}")
             if not parts[field].isfinite().all():
                 raise checkpoint.error(f"{name}.{field}", "contains NaN or infinity")
+            parts[field] = parts[field].to(compute_dtype)
         meta = {
             "nbits": self.nbits,
             "group_size": self.group_size,
@@ -142,7 +157,7 @@ class StoredLayer:
             "unpack_view_dtype": Quantizer.unpack_view_dtype[self.packing],
             "quant_scale": False,
             "quant_zero": False,
-            "compute_dtype": self.compute_dtype,
+            "compute_dtype": dtype,
             **parts,
         }
         try:
@@ -151,7 +166,7 @@ class StoredLayer:
             raise checkpoint.error(f"{name}.W_q", str(error).rstrip(".")) from error
         return hqq_layer.make_layer(
             hqq_layer.PackedState(packed, meta).to(device),
-            bias=checkpoint.read(f"{name}.bias").to(device) if has_bias else None,
+            bias=checkpoint.read(f"{name}.bias").to(device, compute_dtype) if has_bias else None,
             settings={
                 "weight_quant_params": {
                     "nbits": self.nbits,

@@ -16,9 +16,9 @@ from accelerate import init_empty_weights
 from torch import nn
 from tqdm import tqdm
 
-from .files import CONFIG, Checkpoint, read_json
+from ..quant.model import check_compute_dtype
+from .files import CONFIG, Checkpoint, CheckpointError, read_json
 from .layer_format import FIELDS, StoredLayer
-from .safetensors_file import CheckpointError
 
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Sizes of non-persistent buffers depend only on config.json, so they are limited. Real ones are tables of a few MiB.
@@ -26,7 +26,11 @@ _MAX_COMPUTED_BUFFERS = 1 << 30
 
 
 def load_quantized(
-    directory: str | os.PathLike[str], *, device: torch.device | str | None = None, progress: bool = True
+    directory: str | os.PathLike[str],
+    *,
+    compute_dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
 ) -> Any:
     """Load a model that was saved by `save_quantized`, or by transformers 4.57 with an `HqqConfig`.
 
@@ -36,6 +40,8 @@ def load_quantized(
 
     Args:
         directory: the model directory.
+        compute_dtype: floating dtype of the HQQ layers, to which the model's other parameters are cast too; as stored
+            by default.
         device: device to load the model onto, layer by layer; host memory by default.
         progress: show a progress bar on a terminal.
 
@@ -46,8 +52,10 @@ def load_quantized(
         FileNotFoundError: the directory contains no model.
         CheckpointError: a file is damaged, truncated or inconsistent; the message names the file and the tensor.
         ValueError: the installed transformers does not have the model class.
+        TypeError: `compute_dtype` is not a floating dtype.
         OSError: a file can't be read.
     """
+    check_compute_dtype(compute_dtype)
     directory, device = Path(directory), torch.device("cpu" if device is None else device)
     torch.empty(0, device=device)
     config_path = directory / CONFIG
@@ -65,7 +73,7 @@ def load_quantized(
         plan = _plan(outline, checkpoint, config_path)
         del outline
         model = _build(model_class, config, init_empty_weights(include_buffers=False))
-        _fill(model, plan, checkpoint, device, progress)
+        _fill(model, plan, checkpoint, compute_dtype, device, progress)
     if (directory / "generation_config.json").is_file() and model.can_generate():
         from transformers import GenerationConfig
 
@@ -163,17 +171,20 @@ def _plan(outline: Any, checkpoint: Checkpoint, config_path: Path) -> _Plan:
     return plan
 
 
-def _fill(model: Any, plan: _Plan, checkpoint: Checkpoint, device: torch.device, progress: bool) -> None:
+def _fill(
+    model: Any, plan: _Plan, checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device, progress: bool
+) -> None:
     places: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(id(module), []).append(name)
     modules = {name: model.get_submodule(name) for name in plan.layers}
     for name, stored in tqdm(plan.layers.items(), disable=None if progress else True, desc="Loading", unit="layer"):
-        layer = stored.load(checkpoint, name, modules[name].bias is not None, device)
+        layer = stored.load(checkpoint, name, modules[name].bias is not None, device, dtype)
         for place in places[id(modules[name])]:
             _set(model, place, layer)
     for name, names in plan.dense.items():
-        tensor = checkpoint.read(name).to(device)
+        tensor = checkpoint.read(name)
+        tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)
         old = _get(model, names[0])
         if isinstance(old, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import convert_file_size_to_int
 from hqq.core.quantize import HQQLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -19,8 +19,6 @@ from ..quant import hqq_layer
 from .atomic_directory import staged_directory
 from .files import CONFIG, write_checkpoint
 from .layer_format import tensors_of
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def save_quantized(
@@ -48,8 +46,8 @@ def save_quantized(
 
     Raises:
         FileExistsError: the directory exists and is not empty, and `overwrite` is False or it contains no model.
-        TypeError: the model is not a transformers model, has adapters, or has no HQQ layer.
-        ValueError: `max_shard_size` is invalid; a tensor is on the meta device.
+        TypeError: the model is not a transformers model.
+        ValueError: the model has adapters or no HQQ layer; `max_shard_size` is invalid; a tensor is on the meta device.
         OSError: a file can't be read or written. On any of these errors nothing on disk has changed.
     """
     shard_bytes = parse_size(max_shard_size)
@@ -77,22 +75,26 @@ def parse_size(size: int | str) -> int:
     Raises:
         ValueError: `size` is not a valid size.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
-    if not found or found[2].upper() not in _UNITS or float(found[1]) <= 0:
+    text = str(size).replace(" ", "").upper()  # accelerate reads lower case "b" as bits
+    try:
+        found = convert_file_size_to_int(int(text) if text.isdecimal() else text)
+    except (ValueError, OverflowError):
+        found = 0
+    if not found:
         raise ValueError(f"a size must be a number of bytes or like '500MB' or '2GiB', got {size!r}.")
-    return max(1, int(float(found[1]) * _UNITS[found[2].upper()]))
+    return found
 
 
 def _check_model(model: nn.Module) -> None:
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise TypeError(
+        raise ValueError(
             "the model has adapters: merge them with model.merge_and_unload(), or remove them with "
             "model.unload() and save them with model.save_pretrained()."
         )
     if not hasattr(getattr(model, "config", None), "to_json_string"):
         raise TypeError(f"expected a transformers model, got {type(model).__name__}, which has no config.")
     if not any(isinstance(module, HQQLinear) for module in model.modules()):
-        raise TypeError("the model has no HQQ layer: call quantize_model first, or use model.save_pretrained.")
+        raise ValueError("the model has no HQQ layer: call quantize_model first, or use model.save_pretrained.")
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

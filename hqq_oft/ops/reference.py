@@ -7,9 +7,6 @@ in-features K, out-features N, block size b, blocks B = K / b, adapters A.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -234,12 +231,8 @@ def linear_backward(
     return rotate_backward(g, x, d, adapter_index, False, need_x, need_d)
 
 
-def _always(function: Callable[..., Any]) -> Planner:
-    return lambda by_name, *args: function
-
-
 OPERATIONS: dict[str, Planner] = {
-    function.__name__: _always(function)
+    function.__name__: lambda by_name, *args, function=function: function
     for function in (
         cayley, cayley_backward, rotate, rotate_backward, dequantize, dequantize_rotate, linear, linear_backward
     )

@@ -83,11 +83,8 @@ class Operation:
                 if len(self._plans) >= _MOST_PLANS:
                     self._plans.clear()
                 self._plans[key] = plan
-        device_type = args[0].device.type
-        if torch.is_autocast_enabled(device_type):
-            with without_autocast(device_type):
-                return plan(*args)
-        return plan(*args)
+        with without_autocast(args[0].device):
+            return plan(*args)
 
     def _take_apart(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         at = self._weight_at
@@ -107,8 +104,8 @@ def _observed() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.maybe_current_level() is not None
-        or torch.autograd._profiler_enabled()
-        or torch.jit.is_tracing()
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
     )
 
 

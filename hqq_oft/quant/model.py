@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from accelerate.utils import compute_module_sizes
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear, Quantizer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -22,6 +23,13 @@ logger = logging.getLogger("hqq_oft")
 Overrides = Mapping[str, Mapping[str, Any] | None]
 
 
+class _Default(int):
+    """A default value, distinguishable from an equal value that the caller gave."""
+
+
+_SKIPPED = ("lm_head",)
+
+
 @dataclass(frozen=True)
 class QuantizationSettings:
     """Quantization settings of one layer.
@@ -33,6 +41,7 @@ class QuantizationSettings:
 
     Raises:
         ValueError: a value is out of range.
+        TypeError: `from_hqq` got another kind of configuration.
     """
 
     nbits: float = 4
@@ -65,6 +74,29 @@ class QuantizationSettings:
                 f"another group_size for it with overrides={{{name!r}: {{'group_size': ...}}}}, or skip it."
             )
 
+    @classmethod
+    def from_hqq(cls, config: Any) -> QuantizationSettings:
+        """The settings in HQQ's `BaseQuantizeConfig` or transformers' `HqqConfig`.
+
+        Other options than number of bits, group size and axis must have the values that `BaseQuantizeConfig` gives
+        them: quantized or offloaded scales and zeros, in particular, are refused.
+        """
+        config = getattr(config, "quant_config", config)
+        accepted = "accepted are BaseQuantizeConfig(nbits=..., group_size=..., axis=...) and HqqConfig of the same"
+        if not isinstance(config, Mapping):
+            raise TypeError(f"quant_config is a {type(config).__name__}; {accepted}.")
+        weight = config.get("weight_quant_params")
+        if not isinstance(weight, Mapping):
+            raise ValueError(f"quant_config has no weight_quant_params; {accepted}; use overrides= for dynamic_config.")
+        settings = cls(**{name: weight[name] for name in ("nbits", "group_size", "axis") if name in weight})
+        usual = settings.for_hqq()
+        found = {**weight, **{key: value for key, value in config.items() if key != "weight_quant_params"}}
+        expected = {**usual.pop("weight_quant_params"), **usual}
+        odd = [f"{key}={value!r}" for key, value in found.items() if value != expected.get(key)]
+        if odd:
+            raise ValueError(f"quant_config: {', '.join(odd)} is not supported; {accepted}.")
+        return settings
+
     def for_hqq(self) -> dict[str, Any]:
         """The settings as HQQ's `quant_config`."""
         return BaseQuantizeConfig(nbits=self.nbits, group_size=self.group_size, axis=self.axis)
@@ -89,7 +121,7 @@ class QuantizationReport:
     def __str__(self) -> str:
         lines = [
             f"{len(self.quantized)} layer(s) quantized, {len(self.kept)} kept; "
-            f"{size_text(self.bytes_before)} before, {size_text(self.bytes_after)} after"
+            f"{tqdm.format_sizeof(self.bytes_before, 'B')} before, {tqdm.format_sizeof(self.bytes_after, 'B')} after"
         ]
         lines += [f"  kept {name}: {reason}" for name, reason in self.kept.items()]
         return "\n".join(lines)
@@ -97,12 +129,14 @@ class QuantizationReport:
 
 def quantize_model(
     model: nn.Module,
-    nbits: float = 4,
-    group_size: int | None = 64,
-    axis: int = 1,
+    *,
+    nbits: float = _Default(4),
+    group_size: int | None = _Default(64),
+    axis: int = _Default(1),
+    quant_config: Any = None,
     compute_dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    skip_modules: Sequence[str] = ("lm_head",),
+    skip_modules: Sequence[str] = _SKIPPED,
     overrides: Overrides | None = None,
     progress: bool = True,
 ) -> QuantizationReport:
@@ -123,6 +157,8 @@ def quantize_model(
         nbits: bits per weight: 8, 6, 5, 4, 3, 2, 1.58 or 1.
         group_size: weights per scale and zero: a multiple of 8, or None for a whole row or column.
         axis: 1 for groups along a row, 0 down a column.
+        quant_config: instead of `nbits`, `group_size` and `axis`: HQQ's `BaseQuantizeConfig` or transformers'
+            `HqqConfig`, whose `skip_modules` are the default of `skip_modules`.
         compute_dtype: floating dtype of the layers; the model's other parameters are cast to it too. By default each
             layer keeps its dtype and nothing is cast.
         device: device to move the whole model to, layer by layer; by default nothing is moved.
@@ -135,18 +171,28 @@ def quantize_model(
         A report of the quantized layers, the kept layers with reasons, and the model sizes.
 
     Raises:
-        TypeError: `compute_dtype` is not a floating dtype, or the model has adapters.
-        ValueError: a setting is out of range, invalid for a layer or matches no layer; a weight is on the meta device
-            or not finite; a layer has hooks. The model is unchanged.
+        TypeError: `compute_dtype` is not a floating dtype, or `quant_config` not a configuration.
+        ValueError: a setting is out of range, invalid for a layer or matches no layer; `quant_config` has an option
+            that is not supported, or other settings are given with it; the model has adapters; a weight is on the meta
+            device or not finite; a layer has hooks. The model is unchanged.
         RuntimeError: quantizing a layer failed; the message names it and gives the state of the model.
     """
-    if compute_dtype is not None and not compute_dtype.is_floating_point:
-        raise TypeError(f"compute_dtype must be a floating dtype, got {compute_dtype}.")
+    check_compute_dtype(compute_dtype)
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise TypeError("the model has adapters; quantize the base model, then add the adapters.")
+        raise ValueError("the model has adapters; quantize the base model, then add the adapters.")
     torch.empty(0, device=device)  # raises if the device is unknown or unavailable
+    given = {"nbits": nbits, "group_size": group_size, "axis": axis}
+    if quant_config is None:
+        plain = {name: int(value) if isinstance(value, _Default) else value for name, value in given.items()}
+        default = QuantizationSettings(**plain)  # type: ignore[arg-type]
+    else:
+        both = [name for name, value in given.items() if not isinstance(value, _Default)]
+        if both:
+            raise ValueError(f"quant_config and {', '.join(both)} are given: give the settings in one of the two.")
+        default = QuantizationSettings.from_hqq(quant_config)
+        if skip_modules is _SKIPPED:
+            skip_modules = getattr(quant_config, "skip_modules", skip_modules)
     report = QuantizationReport(bytes_before=stored_bytes(model))
-    default = QuantizationSettings(nbits, group_size, axis)
     places = _plan(model, default, skip_modules, overrides or {}, report)
 
     bar = tqdm(places.items(), disable=None if progress else True, desc="Quantizing", unit="layer")
@@ -287,19 +333,17 @@ def _place_rest(model: nn.Module, dtype: torch.dtype | None, device: torch.devic
                 module._buffers[name] = buffer.to(device, dtype if cast else None)
 
 
-def size_text(size: int) -> str:
-    """Human-readable size."""
-    value, units = float(size), iter(("B", "KiB", "MiB", "GiB"))
-    unit = next(units)
-    while value >= 1024 and unit != "GiB":
-        value, unit = value / 1024, next(units)
-    return f"{value:.1f} {unit}" if unit != "B" else f"{size} B"
-
-
 def stored_bytes(model: nn.Module) -> int:
     """Size in bytes of a model's parameters and buffers, including the metadata tensors of HQQ layers."""
-    tensors = [*model.parameters(), *model.buffers()]
-    for module in model.modules():
-        if isinstance(module, HQQLinear):
-            tensors += [value for value in (*module.meta.values(), module.bias) if isinstance(value, torch.Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in tensors}.values())
+    parameters = {id(parameter) for parameter in model.parameters()}
+    layers = [module for module in model.modules() if isinstance(module, HQQLinear)]
+    extra = [
+        value for layer in layers for value in (*layer.meta.values(), layer.bias) if isinstance(value, torch.Tensor)
+    ]
+    return int(compute_module_sizes(model)[""]) + sum(value.nbytes for value in extra if id(value) not in parameters)
+
+
+def check_compute_dtype(dtype: torch.dtype | None) -> None:
+    """Raise TypeError unless `dtype` is a floating dtype or None."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"compute_dtype must be a floating dtype, got {dtype}.")

@@ -36,11 +36,14 @@ class ConversionReport:
 
 
 def _become(layer: OFTLayer, new_class: type[OFTLayer]) -> None:
+    if isinstance(layer, HqqOFTLinear):
+        layer._release_base_layer()
     layer.__class__ = new_class
     if isinstance(layer, HqqOFTLinear):
         layer._take_base_layer()
     else:
         layer.fan_in_fan_out = layer.is_target_conv_1d_layer = False
+        layer.merged_adapters = []
 
 
 def _turn(
@@ -67,7 +70,7 @@ def _turn(
             classes[child] = type(child)
             report.replaced.append(name)
     if not report.replaced and not report.kept:
-        raise TypeError(
+        raise ValueError(
             f"expected a model with OFT adapters, got {type(peft_model).__name__} without any; make one with "
             "get_peft_model(model, OFTConfig(...))."
         )
@@ -77,6 +80,8 @@ def _turn(
     except BaseException:
         for layer, old_class in classes.items():
             layer.__class__ = old_class
+            if isinstance(layer, HqqOFTLinear):
+                layer._take_base_layer()
         raise
     return report
 
@@ -113,7 +118,7 @@ def convert(peft_model: nn.Module) -> ConversionReport:
         What was replaced, and what was not and why.
 
     Raises:
-        TypeError: the model has no OFT adapters.
+        ValueError: the model has no OFT adapters.
     """
     report = _turn(peft_model, HqqOFTLinear, _why_not_convert)
     match_tuners(peft_model)
@@ -130,7 +135,7 @@ def revert(peft_model: nn.Module) -> ConversionReport:
         What was replaced, and what was not and why.
 
     Raises:
-        TypeError: the model has no OFT adapters.
+        ValueError: the model has no OFT adapters.
     """
     report = _turn(peft_model, _PeftHqqLayer, _why_not_revert)
     match_tuners(peft_model)

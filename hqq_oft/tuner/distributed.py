@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -23,10 +25,21 @@ def full_adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> 
     Raises:
         ValueError: the model has no adapter of that name.
     """
+    found: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            continue
+        for attribute in (*module.adapter_layer_names, *module.other_param_names):
+            adapters = getattr(module, attribute, None)
+            if isinstance(adapters, (nn.ModuleDict, nn.ParameterDict)) and adapter_name in adapters:
+                place, own = ".".join(filter(None, (prefix, attribute, adapter_name))), adapters[adapter_name]
+                if isinstance(own, nn.Module):
+                    found.update(own.named_parameters(prefix=place))
+                elif isinstance(own, nn.Parameter):
+                    found[place] = own
     state = {
         name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().cpu()
-        for name, parameter in model.named_parameters()
-        if adapter_name in name.split(".")
+        for name, parameter in found.items()
     }
     if not state:
         raise ValueError(f"the model has no adapter {adapter_name!r}.")

@@ -5,10 +5,9 @@ The arithmetic is in `hqq_oft.quant.hqq_layer`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hqq.core.quantize import HQQLinear
@@ -20,29 +19,52 @@ from ..ops.weight import QuantizedWeight
 from ..quant import hqq_layer
 from ..quant.hqq_layer import PackedState
 from . import fold
-from .state_lock import StateLock, alone
+from .adapters import AdaptedLayer
+from .snapshot import MergeState, Snapshot
 
 
-class MergeableLayer:
-    """The part of `HqqOFTLinear` that merges and unmerges; a failed merge leaves the layer unchanged."""
+class MergeableLayer(AdaptedLayer):
+    """The part of `HqqOFTLinear` that merges and unmerges; a failed merge changes nothing.
+
+    A change is computed aside and published by one assignment, so forwards in other threads go on meanwhile with the
+    state that they began with. Writers exclude each other by a lock, which a forward takes only where it finds the base
+    layer's tensors to be others than it knows.
+    """
 
     if TYPE_CHECKING:
         base_layer: Any
-        oft_R: Any  # noqa: N815
-        active_adapters: list[str]
-        merged_adapters: list[str]
-        merged: bool
         keep_pristine: KeepPristine
-        merge_error: float | None
-        _pristine: PackedState | None
-        _lock: StateLock
+        _snapshot: Snapshot | None
 
-        get_base_layer: Callable[[], Any]
-        _rotation: Callable[[str], Tensor]
+    @property
+    def merge_error(self) -> float | None:
+        """While merged, the relative quantization error of the merged weight, |W'_q - W'| / |W'|; else None."""
+        return self._merge.error
 
-    @alone
+    def _current(self) -> Snapshot:
+        """The state to compute with; made again where the base layer's tensors are no longer those it was made from."""
+        snapshot, outer = self._snapshot, self._modules["base_layer"]
+        if snapshot is None or not snapshot.is_current(outer, self._merge):
+            with self._lock:  # another thread may be publishing
+                snapshot, outer = self._snapshot, self._modules["base_layer"]
+                if snapshot is None or not snapshot.is_current(outer, self._merge):
+                    snapshot = self._snapshot = Snapshot.of(outer, self.get_base_layer(), self._merge)
+        return snapshot
+
+    def _publish(self, packed: PackedState, merge: MergeState) -> None:
+        """Make the layer compute with this state; if that fails, with the one from before. The lock is held."""
+        base, before, merge_before = self.get_base_layer(), PackedState.of(self.get_base_layer()), self._merge
+        try:
+            packed.install(base)
+            self._merge = merge
+            self._snapshot = Snapshot.of(self.base_layer, base, merge)
+        except BaseException:
+            before.install(base)
+            self._merge, self._snapshot = merge_before, None
+            raise
+
     def merge(
-        self, safe_merge: bool = False, adapter_names: list[str] | None = None, into: float | None = None
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, into: fold.MergeInto = None
     ) -> None:
         """Fold adapters into the pristine weight and requantize it with HQQ's quantizer.
 
@@ -57,29 +79,35 @@ class MergeableLayer:
             into: bits of the merged weight, by default those of the layer; unmerging restores the layer's own.
 
         Raises:
-            ValueError: `safe_merge` found NaN or infinity (the message names the adapter); or the layer wraps another
-                tuner layer, which merging would bypass.
+            ValueError: `safe_merge` found NaN or infinity (the message names the adapter); the layer wraps another
+                tuner layer, which merging would bypass; or `into` is no number of bits.
         """
-        order = self._adapters_after_merge(adapter_names, again=into is not None)
-        if not order or (into is None and set(order) == set(self.merged_adapters)):
-            return
-        base = self.base_layer
-        pristine = self._pristine if self.merged else PackedState.of(base)
-        dense = self._rotated_weight(order, check=safe_merge)
-        merged = hqq_layer.requantize(base, dense, into)
-        error = fold.relative_error(merged.weight(), dense)
-        if safe_merge and not math.isfinite(error):
-            raise ValueError(f"NaN or infinity after quantizing the weight merged with {order}. Nothing was merged.")
-        with self._unchanged_on_error():
-            kept = self._kept(pristine)
-            merged.install(base)
-            self._pristine, self.merged_adapters, self.merge_error = kept, order, error
+        if into == "dense":
+            raise ValueError(
+                "a layer cannot become dense in place; `merged_linear()` returns the dense layer, and the model's "
+                '`merge_and_unload(into="dense")` replaces every layer.'
+            )
+        fold.check_into(into)
+        with self._lock:
+            order = self._adapters_after_merge(adapter_names, again=into is not None)
+            if not order or (into is None and set(order) == set(self.merged_adapters)):
+                return
+            base = self.base_layer
+            pristine = self._merge.pristine if self.merged else PackedState.of(base)
+            dense = self._rotated_weight(order, check=safe_merge)
+            packed = hqq_layer.requantize(base, dense, into)
+            error = fold.relative_error(packed.weight(), dense)
+            if safe_merge and not math.isfinite(error):
+                raise ValueError(
+                    f"NaN or infinity after quantizing the weight merged with {order}. Nothing was merged."
+                )
+            self._publish(packed, MergeState(tuple(order), self._kept(pristine), error))
         left_out = [name for name in self.active_adapters if name in self.oft_R and name not in order]
         if left_out:
             warnings.warn(
                 f"Merged {order}; the active adapter(s) {left_out} are not merged and have no effect until "
                 "`unmerge` is called: a merged layer uses only its base weight.",
-                stacklevel=3,
+                stacklevel=2,
             )
 
     def merged_linear(
@@ -130,10 +158,10 @@ class MergeableLayer:
         """The pristine weight with the rotations of `order` folded in, `[N, K]` in float32."""
         rotations = [(name, self._rotation(name)) for name in order]
         base = self.base_layer
-        pristine = self._pristine if self.merged else PackedState.of(base)
+        pristine = self._merge.pristine if self.merged else PackedState.of(base)
         if pristine is not None:
             return fold.rotate_weight(pristine.to(base.W_q.device).weight(), rotations, check)
-        dense = self._estimate_pristine(action="Merging more adapters", stacklevel=5)
+        dense = self._estimate_pristine(action="Merging more adapters", stacklevel=4)
         return fold.rotate_dense(dense, rotations, check)
 
     def _merge_order(self, names: list[str]) -> list[str]:
@@ -144,7 +172,7 @@ class MergeableLayer:
         """Reconstruct the dense pristine weight from the merged one by the inverse rotation, if it was discarded."""
         warnings.warn(
             f"{action} without the pristine weight, which was discarded: the inverse rotation of the merged weight is "
-            'quantized again, which loses precision. Set keep_pristine to "device" or "host" before merging to avoid '
+            'quantized again, which loses precision. Set keep_pristine to "device" or "cpu" before merging to avoid '
             "this.",
             stacklevel=stacklevel,
         )
@@ -154,46 +182,36 @@ class MergeableLayer:
     def _kept(self, pristine: PackedState | None) -> PackedState | None:
         if pristine is None or self.keep_pristine == "none":
             return None
-        return pristine.to("cpu") if self.keep_pristine == "host" else pristine
+        return pristine.to("cpu") if self.keep_pristine == "cpu" else pristine
 
-    @alone
     def unmerge(self) -> None:
         """Unmerge all adapters: bit-exact, unless the pristine weight was discarded.
 
         Without it the inverse rotation is applied to the merged weight and the result is requantized, which is lossy
         and raises a warning.
         """
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
-            return
-        base = self.get_base_layer()
-        if self._pristine is not None:
-            state = self._pristine.to(base.W_q.device)
-        else:
-            state = hqq_layer.requantize(base, self._estimate_pristine(action="Unmerging", stacklevel=4))
-        with self._unchanged_on_error():
-            state.install(base)
-            self._pristine, self.merged_adapters, self.merge_error = None, [], None
+        with self._lock:
+            if not self.merged:
+                warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+                return
+            base, pristine = self.get_base_layer(), self._merge.pristine
+            if pristine is not None:
+                packed = pristine.to(base.W_q.device)
+            else:
+                packed = hqq_layer.requantize(base, self._estimate_pristine(action="Unmerging", stacklevel=3))
+            self._publish(packed, MergeState())
 
     def drop_pristine(self) -> None:
         """Discard the pristine weight of a merged layer to free its memory; unmerging is then lossy."""
-        self._pristine = None
+        with self._lock:
+            self._merge = dataclasses.replace(self._merge, pristine=None)
 
-    @contextmanager
-    def _unchanged_on_error(self) -> Iterator[None]:
-        before = self.merge_state()
-        try:
-            yield
-        except BaseException:
-            self.restore_merge_state(before)
-            raise
+    def merge_state(self) -> tuple[PackedState, MergeState]:
+        """What a merge changes, for `restore_merge_state`; tensors are shared, not copied."""
+        with self._lock:
+            return PackedState.of(self.get_base_layer()), self._merge
 
-    def merge_state(self) -> tuple[PackedState, PackedState | None, list[str], float | None]:
-        """A snapshot of the state that a merge changes, for `restore_merge_state`; tensors are shared, not copied."""
-        return PackedState.of(self.get_base_layer()), self._pristine, list(self.merged_adapters), self.merge_error
-
-    @alone
-    def restore_merge_state(self, state: tuple[PackedState, PackedState | None, list[str], float | None]) -> None:
-        """Restore a snapshot that `merge_state` returned."""
-        packed, self._pristine, self.merged_adapters, self.merge_error = state
-        packed.install(self.get_base_layer())
+    def restore_merge_state(self, state: tuple[PackedState, MergeState]) -> None:
+        """Restore what `merge_state` returned."""
+        with self._lock:
+            self._publish(*state)

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..ops import table as ops
 from ..ops.weight import QuantizedWeight
 from ..quant import hqq_layer
 from ..quant.hqq_layer import PackedState
-from ..quant.model import size_text
 from . import fold
 from .fold import MergeInto, check_into
 from .layer import HqqOFTLinear
@@ -90,7 +90,8 @@ class MergeReport:
         rows += [(_call(into), self.worst(into), self.total_bytes(into)) for into in choices]
         width = max(len(label) for label, _, _ in rows)
         return "\n".join(
-            f"  {label:{width}}  worst weight error {error:8.2%}  {size_text(size):>11}" for label, error, size in rows
+            f"  {label:{width}}  worst weight error {error:8.2%}  {tqdm.format_sizeof(size, 'B'):>8}"
+            for label, error, size in rows
         )
 
     def __str__(self) -> str:
@@ -139,9 +140,8 @@ def merge_report(
         The measurements.
 
     Raises:
-        TypeError: the model has no `HqqOFTLinear`.
-        ValueError: an alternative is not a valid `into`; a layer is already merged or cannot be merged; no layer has an
-            adapter to merge.
+        ValueError: the model has no `HqqOFTLinear`; an alternative is not a valid `into`; a layer is already merged or
+            cannot be merged; no layer has an adapter to merge.
     """
     choices: list[MergeInto] = [None]
     for into in alternatives:
@@ -149,7 +149,7 @@ def merge_report(
         choices.append(into)  # type: ignore[arg-type]
     layers = {name: module for name, module in model.named_modules() if isinstance(module, HqqOFTLinear)}
     if not layers:
-        raise TypeError(f"{type(model).__name__} has no HqqOFTLinear to merge.")
+        raise ValueError(f"{type(model).__name__} has no HqqOFTLinear to merge.")
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"{merged[0]} is merged: unmerge first; model.merge_errors() returns its error.")

@@ -1,24 +1,27 @@
-"""Sharing work across the layers of a model."""
+"""What a model does with all its rotations at once: sharing launches in training, fixed addresses in inference."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import rotation_batch as rotation_step
+from . import rotation_batch
 from .layer import HqqOFTLinear
+
+
+def _layers(model: nn.Module) -> list[HqqOFTLinear]:
+    return [module for module in model.modules() if isinstance(module, HqqOFTLinear)]
 
 
 class SharedRotations:
     """Handle returned by `share_rotations`: `remove()`, or the end of a `with` block, stops sharing."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._handles = [
-            model.register_forward_pre_hook(_enter),
-            model.register_forward_hook(_leave, always_call=True),
-        ]
+        self._handles = [model.register_forward_pre_hook(_enter), model.register_forward_hook(_leave, always_call=True)]
 
     def __enter__(self) -> SharedRotations:
         return self
@@ -34,14 +37,13 @@ class SharedRotations:
 
 def _enter(model: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
-        layers = [module for module in model.modules() if isinstance(module, HqqOFTLinear)]
-        members = [member for layer in layers for member in layer._rotations_to_share()]
-        rotation_step.enter(rotation_step.RotationStep(model, members))
+        members = [member for layer in _layers(model) for member in layer._rotations_to_share()]
+        rotation_batch.enter(rotation_batch.RotationStep(model, members))
 
 
 def _leave(model: nn.Module, args: Any, output: Any) -> None:
     if not torch.compiler.is_compiling():
-        rotation_step.leave(model)
+        rotation_batch.leave(model)
 
 
 def share_rotations(model: nn.Module) -> SharedRotations:
@@ -64,9 +66,43 @@ def share_rotations(model: nn.Module) -> SharedRotations:
     Raises:
         ValueError: the model has no such layer.
     """
-    if not any(isinstance(module, HqqOFTLinear) for module in model.modules()):
+    if not _layers(model):
         raise ValueError(
             "the model has no HqqOFTLinear layer: there are no rotations to share. Call `patch_peft()` or `convert()` "
             "first."
         )
     return SharedRotations(model)
+
+
+@contextmanager
+def frozen_rotations(model: nn.Module) -> Iterator[None]:
+    """Keep the cached rotations at fixed addresses, for CUDA graphs captured inside the block.
+
+    Without it a captured graph recomputes each rotation at every replay, and a batch that mixes adapters cannot be
+    captured. Inside the block, run each kind of batch once, capture it, then replay it; do not replay after the block,
+    when the rotations may be freed. Adapters must not change inside the block: a forward with a changed adapter, and
+    removing or replacing one, raises. Use one stream, or synchronize: streams share the cached rotations.
+
+    Args:
+        model: the model whose `HqqOFTLinear` layers to freeze, in evaluation mode.
+
+    Raises:
+        ValueError: the model has no such layer, is in training mode, or is already frozen.
+    """
+    layers = _layers(model)
+    if not layers:
+        raise ValueError(
+            "the model has no HqqOFTLinear layer: nothing to freeze. Call `patch_peft()` or `convert()` first."
+        )
+    if any(layer.training for layer in layers):
+        raise ValueError("rotations can only be frozen in evaluation mode: call `model.eval()` first.")
+    if any(layer.rotations_frozen for layer in layers):
+        raise ValueError("the rotations of this model are already frozen; leave that `frozen_rotations` block first.")
+    for layer in layers:
+        layer.rotations_frozen = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.rotations_frozen = False
+            layer.clear_rotations()

@@ -16,15 +16,15 @@ class AdapterSettings:
         ValueError: a value is out of range; the message says what is accepted.
     """
 
-    r: int
-    oft_block_size: int
-    module_dropout: float
-    init_weights: bool
-    coft: bool
-    eps: float
-    block_share: bool
-    use_cayley_neumann: bool
-    num_cayley_neumann_terms: int
+    r: int = 8
+    oft_block_size: int = 0
+    module_dropout: float = 0.0
+    init_weights: bool = True
+    coft: bool = False
+    eps: float = 6e-5
+    block_share: bool = False
+    use_cayley_neumann: bool = False
+    num_cayley_neumann_terms: int = 5
 
     def __post_init__(self) -> None:
         if self.r < 0 or self.oft_block_size < 0 or (self.r == 0) == (self.oft_block_size == 0):
@@ -43,7 +43,13 @@ class AdapterSettings:
 
     @classmethod
     def from_config(cls, config: Any) -> AdapterSettings:
-        """From a `peft.OFTConfig`."""
+        """From a `peft.OFTConfig`.
+
+        Raises:
+            TypeError: `config` is something else.
+        """
+        if not hasattr(config, "oft_block_size"):
+            raise TypeError(f"config must be a peft.OFTConfig, got {config!r}; give settings by name.")
         return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
     def blocks(self, in_features: int, adjust: Callable[[int, int], int]) -> tuple[int, int]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import calls
 import pytest
 import torch
-from gpu.cases import operations, widened
+from calls import widened
+from gpu.cases import operations
 from helpers import TOLERANCE, relative_error
 
 from hqq_oft.ops import reference
@@ -16,10 +20,15 @@ pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="needs a C++ 
 HALF = (torch.bfloat16, torch.float16)
 
 
+def emulated(args, **how):
+    x, weight, d, bias, index = calls.linear_parts(args)
+    return emulation.linear(x, d, *weight.arguments(), bias, index, **how)
+
+
 def check(args, dtype, **how):
     """Each emulated run within the dtype's tolerance of float64, and no further from it than twice the reference; all
     runs the same, bit for bit."""
-    runs = emulation.linear(*args, **how)
+    runs = emulated(args, **how)
     truth, own = reference.linear(*widened(args)), reference.linear(*args)
     error, own_error = relative_error(runs[0], truth), relative_error(own, truth)
     assert error <= TOLERANCE[dtype]
@@ -29,7 +38,7 @@ def check(args, dtype, **how):
 
 
 def arguments(m, n, k, b, dtype, **settings):
-    return list(operations(m, n, k, b, "cpu", dtype, **settings)["linear"])
+    return operations(m, n, k, b, "cpu", dtype, **settings)["linear"]
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
@@ -101,14 +110,14 @@ def test_blocks_of_fewer_warps(warps):
 
 
 def test_without_rotation_and_bias():
-    args = arguments(4, 64, 192, 32, torch.float16)
-    check([args[0], None, *args[2:10], None, None], torch.float16)
+    x, weight, *_ = calls.linear_parts(arguments(4, 64, 192, 32, torch.float16))
+    check(calls.linear(x, weight), torch.float16)
 
 
 def test_rows_of_x_with_a_stride():
-    args = arguments(4, 64, 192, 32, torch.float16)
-    args[0] = torch.nn.functional.pad(args[0], (0, 24))[:, :192]
-    check(args, torch.float16)
+    x, *others = calls.linear_parts(arguments(4, 64, 192, 32, torch.float16))
+    x = torch.nn.functional.pad(x, (0, 24))[:, :192]
+    check(calls.linear(x, *others), torch.float16)
 
 
 def test_the_default_plan():
@@ -118,7 +127,6 @@ def test_the_default_plan():
 
 def test_zeros_are_exact():
     """Levels equal to their zero contribute exactly 0 for any x and scale."""
-    args = arguments(2, 64, 128, 32, torch.bfloat16)
-    args[2] = torch.full_like(args[2], 0x77)
-    args[4] = torch.full_like(args[4], 7.0)
-    assert not emulation.linear(*args[:10], None, None).any()
+    x, weight, d, _, _ = calls.linear_parts(arguments(2, 64, 128, 32, torch.bfloat16))
+    weight = replace(weight, packed=torch.full_like(weight.packed, 0x77), zero=torch.full_like(weight.zero, 7.0))
+    assert not emulated(calls.linear(x, weight, d)).any()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import calls
 import torch
+from calls import widened
+from helpers import TOLERANCE, relative_error
 from torch import Tensor
 
 from bench.problem import quantized_weight, skew_parameters
@@ -12,7 +15,6 @@ from hqq_oft import backend
 from hqq_oft.ops import reference
 from hqq_oft.ops import table as ops
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 # Tolerance for the summation order of float32 products, added to twice the error of the reference.
 ORDER_OF_SUMS = {torch.float32: 5e-6, torch.float16: 2e-5, torch.bfloat16: 2e-5}
 
@@ -44,7 +46,7 @@ def operations(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).to(dtype)
 
-    weight = quantized_weight(n, k, device, bits=bits, group=group, axis=axis, dtype=dtype).arguments()
+    weight = quantized_weight(n, k, device, bits=bits, group=group, axis=axis, dtype=dtype)
     stored = stored or k // b
     v = skew_parameters(stored, b, device, dtype)
     d = reference.cayley(v.double(), b, 5, None, None, dtype)
@@ -59,10 +61,10 @@ def operations(
         "cayley_backward": (dd, v, b, terms, None, None),
         "rotate": (x, several, index, transpose),
         "rotate_backward": (g, x, several, index, transpose, True, True),
-        "dequantize": (*weight, dtype),
-        "dequantize_rotate": (*weight, d, dtype),
-        "linear": (x, several, *weight, bias, index),
-        "linear_backward": (dy, x, several, *weight, index, True, True),
+        "dequantize": calls.dequantize(weight, dtype),
+        "dequantize_rotate": calls.dequantize_rotate(weight, d, dtype),
+        "linear": calls.linear(x, weight, several, bias, index),
+        "linear_backward": calls.linear_backward(dy, x, weight, several, index),
     }
 
 
@@ -77,24 +79,6 @@ def run_reference(name: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """The operation's results by the reference, always as a tuple."""
     out = getattr(reference, name)(*args)
     return out if isinstance(out, tuple) else (out,)
-
-
-def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same arguments in float64, results as well."""
-
-    def widen(arg: Any) -> Any:
-        if isinstance(arg, Tensor) and arg.is_floating_point():
-            return arg.double()
-        return torch.float64 if isinstance(arg, torch.dtype) else arg
-
-    return tuple(widen(arg) for arg in args)
-
-
-def relative_error(out: Tensor, truth: Tensor) -> float:
-    """|out - truth| / |truth|; NaN if anything in `out` is, so that no comparison with it holds."""
-    out, truth = out.detach().double(), truth.detach().double()
-    norm = truth.norm()
-    return float((out - truth).norm() / (norm if norm > 0 else 1))
 
 
 def check(name: str, args: tuple[Any, ...], dtype: torch.dtype, on: Any = "triton") -> None:

@@ -1,34 +1,11 @@
-"""The tests of this folder need a GPU; elsewhere they are collected and skipped."""
+"""The tests of this folder need a GPU; elsewhere they are not collected (`available.py`)."""
 
 from __future__ import annotations
-
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 
 DEVICE = "cuda"
-HERE = Path(__file__).parent
-
-
-def reason_to_skip() -> str | None:
-    if not torch.cuda.is_available():
-        return "needs a GPU that torch can use"
-    if find_spec("triton") is None:
-        return "needs Triton"
-    import triton
-
-    if triton.knobs.runtime.interpret:
-        return "Triton interprets its kernels in this process: run `make gpu-test`, or set TRITON_INTERPRET=0"
-    return None
-
-
-def pytest_collection_modifyitems(items):
-    reason = reason_to_skip()
-    for item in items:
-        if reason is not None and HERE in item.path.parents:
-            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ import torch
 
 from bench.environment import commit, device_names, version
 
+from . import available
+
 BUILD = Path("build")
 
 
@@ -78,6 +80,8 @@ def tests(arguments: list[str]) -> tuple[bool, list[str]]:
     failed = len(lines) - 1
     if failed > 30:
         lines[31:] = [f"  and {failed - 30} more"]
+    if available.reason_to_skip():
+        lines.append(f"  not collected: {available.reason_to_skip()}")
     lines += [f"  skipped {number}: {reason}" for reason, number in reasons.items()]
     return status == 0 and passed > 0, lines
 

@@ -7,13 +7,12 @@ from collections import Counter
 import oracle
 import pytest
 import torch
+from helpers import TOLERANCE, relative_error
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from torch import nn
 
 import hqq_oft.ops.table
 from hqq_oft import HqqOFTLinear, QuantizedWeight, backend
-
-from .cases import TOLERANCE, relative_error
 
 N, K, B = 64, 192, 32
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import calls
 import pytest
 import torch
+from calls import widened
+from helpers import TOLERANCE, relative_error
 
 from hqq_oft import backend
 from hqq_oft.ops import reference
@@ -11,7 +14,7 @@ from hqq_oft.ops import table as ops
 from hqq_oft.ops.backends import BackendError, registry
 from hqq_oft.ops.native import cuda
 
-from .cases import ORDER_OF_SUMS, TOLERANCE, operations, relative_error, widened
+from .cases import ORDER_OF_SUMS, operations
 
 DTYPES = [torch.bfloat16, torch.float16]
 SHAPES = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
@@ -36,7 +39,8 @@ def poison(device, *sizes):
 
 
 def run(args):
-    x, n = args[0], args[5]
+    x, weight, *_ = calls.linear_parts(args)
+    n = weight.out_features
     poison(x.device, x.shape[0] * n * 2, *(splits * x.shape[0] * n * 4 for splits in (2, 4, 8, 16, 32)))
     return ops.linear(*args)
 
@@ -86,8 +90,8 @@ def test_mixed_adapters(m, adapters, b, device):
 
 
 def test_without_rotation_and_bias(device):
-    args = linear(5, 1024, 1024, 32, device, torch.bfloat16)
-    check((args[0], None, *args[2:10], None, None), torch.bfloat16)
+    x, weight, *_ = calls.linear_parts(linear(5, 1024, 1024, 32, device, torch.bfloat16))
+    check(calls.linear(x, weight), torch.bfloat16)
 
 
 def test_strided_inputs(device):
@@ -116,13 +120,13 @@ def test_runs_repeat_bit_for_bit(shape, m, b, device):
 @pytest.mark.parametrize("m", [1, 16])
 def test_graphs(m, b, device):
     """Replayed one after the other and two at a time, on streams of their own."""
-    calls = [linear(m, 4096, 4096, b, device, torch.bfloat16) for _ in range(2)]
-    expected = [ops.linear(*args) for args in calls]
-    graphs, results = [torch.cuda.CUDAGraph() for _ in calls], []
-    for graph, args in zip(graphs, calls, strict=True):
+    runs = [linear(m, 4096, 4096, b, device, torch.bfloat16) for _ in range(2)]
+    expected = [ops.linear(*args) for args in runs]
+    graphs, results = [torch.cuda.CUDAGraph() for _ in runs], []
+    for graph, args in zip(graphs, runs, strict=True):
         with torch.cuda.graph(graph):
             results.append([ops.linear(*args) for _ in range(4)])
-    streams = [torch.cuda.Stream(device) for _ in calls]
+    streams = [torch.cuda.Stream(device) for _ in runs]
     for _ in range(20):
         for result in (out for outs in results for out in outs):
             result.fill_(float("nan"))
@@ -137,13 +141,13 @@ def test_graphs(m, b, device):
 
 @pytest.mark.parametrize("m", [1, 16])
 def test_two_streams_at_once(m, device):
-    calls = [linear(m, 14336, 4096, 32, device, torch.bfloat16) for _ in range(2)]
-    expected = [ops.linear(*args) for args in calls]
-    streams = [torch.cuda.Stream(device) for _ in calls]
+    runs = [linear(m, 14336, 4096, 32, device, torch.bfloat16) for _ in range(2)]
+    expected = [ops.linear(*args) for args in runs]
+    streams = [torch.cuda.Stream(device) for _ in runs]
     torch.cuda.synchronize(device)
     results = [[], []]
     for _ in range(20):
-        for stream, args, result in zip(streams, calls, results, strict=True):
+        for stream, args, result in zip(streams, runs, results, strict=True):
             with torch.cuda.stream(stream):
                 result.append(ops.linear(*args))
     torch.cuda.synchronize(device)

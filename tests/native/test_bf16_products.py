@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import calls
 import oracle
 import pytest
 import torch
@@ -43,13 +46,12 @@ def test_every_row_and_column_is_written_to_its_position(m):
     """Powers of two times small levels are exact in bfloat16, so each product with a single weight is exact."""
     n, k = 160, 192
     weight = quantized_weight(n, k, "cpu", dtype=BF16)
-    packed, scale, zero, *sizes = weight.arguments()
-    args = (packed, torch.full_like(scale, 0.5), torch.full_like(zero, 3.0), *sizes)
-    truth = oracle.weight(*args[:3], (n, k), 4, 64, 1)
+    weight = replace(weight, scale=torch.full_like(weight.scale, 0.5), zero=torch.full_like(weight.zero, 3.0))
+    truth = oracle.weight(weight.packed, weight.scale, weight.zero, (n, k), 4, 64, 1)
     for first in range(0, max(n, k), m):
         for size, product in (
-            (k, lambda x: (ops.linear(x, None, *args, None, None), truth.T)),
-            (n, lambda dy: (ops.linear_backward(dy, dy, None, *args, None, True, False)[0], truth)),
+            (k, lambda x: (ops.linear(*calls.linear(x, weight)), truth.T)),
+            (n, lambda dy: (ops.linear_backward(*calls.linear_backward(dy, dy, weight, need_d=False))[0], truth)),
         ):
             x = torch.zeros(m, size, dtype=BF16)
             rows = torch.arange(m)[: max(0, size - first)]
@@ -62,20 +64,20 @@ def test_every_row_and_column_is_written_to_its_position(m):
     "dtypes", [(torch.float32, torch.float32), (torch.float16, torch.float16), (BF16, torch.float32)]
 )
 def test_scale_and_zero_of_any_dtype(dtypes):
-    packed, scale, zero, *sizes = quantized_weight(80, 192, "cpu", dtype=BF16).arguments()
-    weight = (packed, scale.to(dtypes[0]), zero.to(dtypes[1]), *sizes)
+    weight = quantized_weight(80, 192, "cpu", dtype=BF16)
+    weight = replace(weight, scale=weight.scale.to(dtypes[0]), zero=weight.zero.to(dtypes[1]))
     for m in (3, 20, 90):
         x, dy = torch.randn(m, 192).to(BF16), torch.randn(m, 80).to(BF16)
-        check("linear", (x, None, *weight, torch.randn(80), None), BF16, on="native")
-        check("linear_backward", (dy, x, None, *weight, None, True, False), BF16, on="native")
+        check("linear", calls.linear(x, weight, None, torch.randn(80)), BF16, on="native")
+        check("linear_backward", calls.linear_backward(dy, x, weight, need_d=False), BF16, on="native")
 
 
 @pytest.mark.parametrize("m", [3, 20, 90])
 def test_inputs_that_are_not_contiguous(m):
-    weight = quantized_weight(80, 192, "cpu", dtype=BF16).arguments()
+    weight = quantized_weight(80, 192, "cpu", dtype=BF16)
     x, dy = torch.randn(m, 2 * 192).to(BF16)[:, ::2], torch.randn(80, m).to(BF16).T
-    check("linear", (x, None, *weight, None, None), BF16, on="native")
-    check("linear_backward", (dy, x, None, *weight, None, True, False), BF16, on="native")
+    check("linear", calls.linear(x, weight), BF16, on="native")
+    check("linear_backward", calls.linear_backward(dy, x, weight, need_d=False), BF16, on="native")
 
 
 def test_rows_longer_than_a_slice_of_the_few():
@@ -86,12 +88,12 @@ def test_rows_longer_than_a_slice_of_the_few():
 
 @pytest.mark.parametrize("m", [3, 20, 70])
 def test_nan_affects_only_its_own_row(m):
-    weight = quantized_weight(80, 192, "cpu", dtype=BF16).arguments()
+    weight = quantized_weight(80, 192, "cpu", dtype=BF16)
     x, dy = torch.randn(m, 192).to(BF16), torch.randn(m, 80).to(BF16)
     for value in (float("nan"), float("inf")):
         for given, product in (
-            (x, lambda x: ops.linear(x, None, *weight, None, None)),
-            (dy, lambda dy: ops.linear_backward(dy, dy, None, *weight, None, True, False)[0]),
+            (x, lambda x: ops.linear(*calls.linear(x, weight))),
+            (dy, lambda dy: ops.linear_backward(*calls.linear_backward(dy, dy, weight, need_d=False))[0]),
         ):
             bad = given.clone()
             bad[1, 5] = value
@@ -126,14 +128,15 @@ def test_few_and_more_rows_take_different_kernels(instruction_set):
     """Few rows apply the scale separately; more rows round level * scale to bfloat16 first, where 1 + 2^-9 is 1."""
     if instruction_set != "avx512_bf16":
         pytest.skip("the weight is never rounded")
-    packed, scale, zero, *sizes = quantized_weight(64, 128, "cpu", dtype=torch.float32).arguments()
-    scale = torch.ones_like(scale)
+    weight = quantized_weight(64, 128, "cpu", dtype=torch.float32)
+    scale = torch.ones_like(weight.scale)
     scale[::2] += 2**-9  # of the first of two groups in each row
-    args = (torch.full_like(packed, 0x55), scale, torch.zeros_like(zero), *sizes)
+    packed, zero = torch.full_like(weight.packed, 0x55), torch.zeros_like(weight.zero)
+    weight = replace(weight, packed=packed, scale=scale, zero=zero)
     for m, out in ((4, 2.5), (5, 2.5), (63, 2.5), (64, 0)):
         x = torch.zeros(m, 128, dtype=BF16)
         x[:, 7], x[:, 70] = 256, -256
-        assert torch.equal(ops.linear(x, None, *args, None, None), torch.full((m, 64), out, dtype=BF16))
+        assert torch.equal(ops.linear(*calls.linear(x, weight)), torch.full((m, 64), out, dtype=BF16))
 
 
 def test_packed_kernels_run_on_supported_cpus(instruction_set):
@@ -177,9 +180,9 @@ def test_results_are_bitwise_equal_for_every_number_of_threads():
 
 def test_zeros_far_from_the_levels():
     """An offset added and subtracted in float32 must cancel: zeros may lie outside the range of the levels."""
-    packed, scale, zero, *sizes = quantized_weight(64, 256, "cpu", dtype=BF16).arguments()
-    args = (packed, scale, zero * 20 - 100, *sizes)
-    truth = oracle.weight(*args[:3], (64, 256), 4, 64, 1)
+    weight = quantized_weight(64, 256, "cpu", dtype=BF16)
+    weight = replace(weight, zero=weight.zero * 20 - 100)
+    truth = oracle.weight(weight.packed, weight.scale, weight.zero, (64, 256), 4, 64, 1)
     for m in (2, 20, 90):
         x = torch.randn(m, 256).to(BF16)
-        assert relative_error(ops.linear(x, None, *args, None, None), x.double() @ truth.T) <= 4e-3
+        assert relative_error(ops.linear(*calls.linear(x, weight)), x.double() @ truth.T) <= 4e-3

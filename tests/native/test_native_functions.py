@@ -6,10 +6,10 @@ import os
 import subprocess
 import sys
 
+import calls
 import pytest
 import torch
 from helpers import COMPILE_BACKEND, oft_layer, relative_error
-from test_functional import operator_arguments
 
 from hqq_oft import BackendError, Unsupported, backend, functional
 from hqq_oft.ops import backends
@@ -18,7 +18,7 @@ from hqq_oft.ops import native as _native
 
 @pytest.mark.parametrize("case", range(20))
 def test_opcheck(case):
-    name, args = operator_arguments()[case]
+    name, args = calls.examples()[case]
     if any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float64 for arg in args):
         pytest.skip("float64 is left to the reference")
     torch.library.opcheck(getattr(torch.ops.hqq_oft, name).default, args)
@@ -103,7 +103,7 @@ def test_an_instruction_set_by_name():
 @pytest.mark.parametrize("wanted", ["portable", "AVX512_BF16", "sse9"])
 def test_the_environment_chooses_the_instruction_set(wanted):
     available = _native.cpu.instruction_sets()
-    program = "from hqq_oft import _native; print(_native.cpu.instruction_set())"
+    program = "from hqq_oft.ops import native as _native; print(_native.cpu.instruction_set())"
     environment = {**os.environ, "HQQ_OFT_CPU_ISA": wanted}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     if wanted.lower() in available:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import calls
 import oracle
 import pytest
 import torch
@@ -55,17 +57,20 @@ def test_every_layout_against_the_oracle(shape, bits, axis):
     for dtype in DTYPES:
         weight = layout(n, k, group, bits, axis, dtype=dtype)
         truth = oracle.weight(weight.packed, weight.scale, weight.zero, (n, k), bits, group, axis)
-        args = weight.arguments()
-        assert torch.equal(ops.dequantize(*args, torch.float32), reference.dequantize(*args, torch.float32))
-        assert relative_error(ops.dequantize(*args, dtype), truth) <= cases.TOLERANCE[dtype]
+        exact = calls.dequantize(weight, torch.float32)
+        assert torch.equal(ops.dequantize(*exact), reference.dequantize(*exact))
+        assert relative_error(ops.dequantize(*calls.dequantize(weight, dtype)), truth) <= cases.TOLERANCE[dtype]
         d, bias = rotations(k // 8, 8, 8, dtype=dtype), torch.randn(n).to(dtype)
         r = dense_rotation(d, k)
-        assert relative_error(ops.dequantize_rotate(*args, d, dtype), truth @ r.T) <= cases.TOLERANCE[dtype]
+        assert (
+            relative_error(ops.dequantize_rotate(*calls.dequantize_rotate(weight, d, dtype)), truth @ r.T)
+            <= cases.TOLERANCE[dtype]
+        )
         for m in (3, 18):
             x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
             expected = x.double() @ r @ truth.T + bias.double()
-            assert relative_error(ops.linear(x, d, *args, bias, None), expected) <= cases.TOLERANCE[dtype]
-            dx, dd = ops.linear_backward(dy, x, d, *args, None, True, True)
+            assert relative_error(ops.linear(*calls.linear(x, weight, d, bias)), expected) <= cases.TOLERANCE[dtype]
+            dx, dd = ops.linear_backward(*calls.linear_backward(dy, x, weight, d))
             g = dy.double() @ truth
             expected_dd = torch.einsum("mbi,mbj->bij", x.double().view(m, -1, 8), g.view(m, -1, 8))
             assert relative_error(dx, g @ r.T) <= cases.TOLERANCE[dtype]
@@ -118,10 +123,11 @@ def test_the_product_with_long_rows(dtype):
 def test_scale_and_zero_of_other_dtypes():
     weight = quantized_weight(64, 128, "cpu")
     x = torch.randn(5, 128, dtype=torch.bfloat16)
-    packed, scale, zero, *sizes = weight.arguments()
+    scale, zero = weight.scale, weight.zero
     for s, z in ((scale.float(), zero.float()), (scale.half(), zero), (scale[:1].expand(128), zero[:1].expand(128))):
-        check("linear", (x, None, packed, s, z, *sizes, None, None), torch.bfloat16)
-        check("dequantize", (packed, s, z, *sizes, torch.float32))
+        other = replace(weight, scale=s, zero=z)
+        check("linear", calls.linear(x, other), torch.bfloat16)
+        check("dequantize", calls.dequantize(other, torch.float32))
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -150,7 +156,7 @@ def test_strided_inputs(m):
         columns[:, ::2] = t
         return t.t().contiguous().t(), rows[:, 1:-2], columns[:, ::2]
 
-    weight = quantized_weight(40, 96, "cpu", group=32, dtype=torch.float32).arguments()
+    weight = quantized_weight(40, 96, "cpu", group=32, dtype=torch.float32)
     x, g, dy = torch.randn(m, 96), torch.randn(m, 96), torch.randn(m, 40)
     blocks = rotations(12, 8, 8)
     d = blocks.mT.contiguous().mT
@@ -158,8 +164,8 @@ def test_strided_inputs(m):
     for x_view, g_view, dy_view in zip(strided(x), strided(g), strided(dy), strict=True):
         check("rotate", (x_view, d, None, True))
         check("rotate_backward", (g_view, x_view, d, None, False, True, True))
-        check("linear", (x_view, d, *weight, bias, None))
-        check("linear_backward", (dy_view, x_view, d, *weight, None, True, True))
+        check("linear", calls.linear(x_view, weight, d, bias))
+        check("linear_backward", calls.linear_backward(dy_view, x_view, weight, d))
     v = skew_parameters(12, 8, "cpu").t().contiguous().t()
     check("cayley", (v, 8, 5, torch.tensor([True, False] * 12)[::2], None, torch.float32))
     check("cayley_backward", (d, v, 8, 5, None, None))
@@ -168,15 +174,15 @@ def test_strided_inputs(m):
 @pytest.mark.usefixtures("instruction_set")
 def test_only_the_window_is_written():
     """Windows of the weight into the middle of a larger tensor, at the edges of bands and groups."""
-    args = quantized_weight(40, 96, "cpu", group=32, dtype=torch.float32).arguments()
-    dense = reference.dequantize(*args, torch.float32)
+    weight = quantized_weight(40, 96, "cpu", group=32, dtype=torch.float32)
+    dense = reference.dequantize(*calls.dequantize(weight, torch.float32))
     d = rotations(12, 8, 8)
-    rotated = reference.dequantize_rotate(*args, d, torch.float32)
+    rotated = reference.dequantize_rotate(*calls.dequantize_rotate(weight, d, torch.float32))
     for first_row, rows, first_column, columns in ((0, 40, 0, 96), (19, 3, 8, 40), (0, 1, 88, 8), (39, 1, 0, 96)):
         for blocks, whole in ((None, dense), (d, rotated)):
             around = torch.full((rows + 2, columns + 5), -7.0)
             inside = around[1:-1, 2:-3]
-            torch.ops.hqq_oft_native.dequantize_into(inside, *args, blocks, first_row, first_column)
+            torch.ops.hqq_oft_native.dequantize_into(inside, *weight.arguments(), blocks, first_row, first_column)
             expected = whole[first_row : first_row + rows, first_column : first_column + columns]
             assert relative_error(inside, expected) <= 1e-6
             inside.fill_(-7.0)
@@ -197,15 +203,16 @@ def test_empty_batches(dtype):
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("m", [5, 40])
 def test_gradients_that_are_not_needed_are_not_computed(m):
-    x, d, *weight_bias_index = operations(m, 40, 96, 8, "cpu", torch.float32, group=32)["linear"]
-    weight, dy = weight_bias_index[:8], torch.randn(m, 40)
-    dx, dd = ops.linear_backward(dy, dy, d, *weight, None, True, False)  # x is not read, so dy is passed in its place
+    x, weight, d, _, _ = calls.linear_parts(operations(m, 40, 96, 8, "cpu", torch.float32, group=32)["linear"])
+    dy = torch.randn(m, 40)
+    # x is not read, so dy is passed in its place
+    dx, dd = ops.linear_backward(*calls.linear_backward(dy, dy, weight, d, need_d=False))
     assert dx.shape == (m, 96)
     assert dd.numel() == 0
-    dx, dd = ops.linear_backward(dy, x, d, *weight, None, False, True)
+    dx, dd = ops.linear_backward(*calls.linear_backward(dy, x, weight, d, need_x=False))
     assert dx.numel() == 0
     assert dd.shape == d.shape
-    check("linear_backward", (dy, x, None, *weight, None, True, False))
+    check("linear_backward", calls.linear_backward(dy, x, weight, need_d=False))
 
 
 def test_the_callers_tensors_are_not_modified():
@@ -282,7 +289,8 @@ def test_large_skew_blocks_have_an_exact_map():
 @pytest.mark.parametrize("settings", [{}, {"stored": 1}, {"adapters": 3}], ids=str)
 def test_results_are_bitwise_equal_for_every_number_of_threads(settings):
     args = operations(1100, 128, 512, 32, "cpu", torch.bfloat16, **settings)
-    few = {"linear": (args["linear"][0][:9], None, *args["linear"][2:10], args["linear"][10], None)}
+    x, weight, _, bias, _ = calls.linear_parts(args["linear"])
+    few = {"linear": calls.linear(x[:9], weight, None, bias)}
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 
+import calls
 import pytest
 import torch
 from helpers import COMPILE_BACKEND, hqq_layer, oft_layer, relative_error
-from test_functional import operator_arguments
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from hqq_oft import QuantizedWeight, functional
@@ -56,7 +56,7 @@ def test_gradcheck_products(nbits):
 
 @pytest.mark.parametrize("case", range(20))
 def test_opcheck(case):
-    name, args = operator_arguments()[case]
+    name, args = calls.examples()[case]
     torch.library.opcheck(getattr(torch.ops.hqq_oft, name).default, args)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import calls
 import pytest
 import torch
+from calls import first_dtype, widened
 from helpers import TOLERANCE, hqq_layer, relative_error
 
 from hqq_oft import QuantizedWeight, triton_kernels
@@ -24,30 +27,21 @@ def rotations(blocks, b, dtype=torch.float32):
     return (torch.randn(blocks, b, b) * (0.2 / math.sqrt(b))).to(dtype)
 
 
-def weight_arguments(n=40, k=96, **settings):
+def quantized_weight(n=40, k=96, **settings):
     settings = {"group_size": 32, "optimize": False, **settings}
-    return QuantizedWeight.from_hqq(hqq_layer(n, k, **settings)).arguments()
-
-
-def wide(arguments):
-    """The same call in float64, on the same stored values."""
-    widened = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in arguments]
-    return [torch.float64 if isinstance(t, torch.dtype) else t for t in widened]
+    return QuantizedWeight.from_hqq(hqq_layer(n, k, **settings))
 
 
 def check(name, *arguments, tolerance=None):
     """Run an operator on Triton; each result within tolerance of the reference in float64, and no further from it than
     twice the reference in the same dtype."""
     out = getattr(ops, name)(*arguments)
-    truth = getattr(reference, name)(*wide(arguments))
+    truth = getattr(reference, name)(*widened(arguments))
     plain = getattr(reference, name)(*arguments)
     for result, expected, ours in zip(*(x if isinstance(x, tuple) else (x,) for x in (out, truth, plain)), strict=True):
         assert result.shape == expected.shape
         assert result.dtype == ours.dtype
-        limit = (
-            tolerance
-            or TOLERANCE[next(t.dtype for t in arguments if isinstance(t, torch.Tensor) and t.is_floating_point())]
-        )
+        limit = tolerance or TOLERANCE[first_dtype(arguments)]
         error = relative_error(result, expected)
         assert error <= limit
         assert error <= 2 * relative_error(ours, expected) + 1e-6
@@ -139,11 +133,11 @@ def test_token_splits_cover_every_row_once():
 def test_memory_after_the_last_block_is_not_read():
     behind = torch.full((8, 8, 8), float("nan"))
     behind[:5] = rotations(5, 8)
-    x, grad, weight = torch.randn(9, 40), torch.randn(9, 40), weight_arguments(16, 40, group_size=8)
+    x, grad, weight = torch.randn(9, 40), torch.randn(9, 40), quantized_weight(16, 40, group_size=8)
     check("rotate", x, behind[:5], None, False)
     check("rotate_backward", grad, x, behind[:5], None, False, True, True)
-    check("dequantize_rotate", *weight, behind[:5], torch.float32)
-    check("linear", x, behind[:5], *weight, None, None)
+    check("dequantize_rotate", *calls.dequantize_rotate(weight, behind[:5], torch.float32))
+    check("linear", *calls.linear(x, weight, behind[:5]))
 
 
 # --- Weights ---------------------------------------------------------------------------------------------------------
@@ -160,39 +154,44 @@ LAYOUTS = [
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout.values())))
 def test_every_layout(layout):
     try:
-        weight = weight_arguments(**layout)
+        weight = quantized_weight(**layout)
     except ValueError:
         pytest.skip("HQQ cannot pack it")
     k = layout["k"]
-    check("dequantize", *weight, torch.float32, tolerance=1e-6)
-    check("dequantize_rotate", *weight, rotations(k // 8, 8), torch.float32)
+    check("dequantize", *calls.dequantize(weight, torch.float32), tolerance=1e-6)
+    check("dequantize_rotate", *calls.dequantize_rotate(weight, rotations(k // 8, 8), torch.float32))
     x, d, grad = torch.randn(19, k), rotations(k // 8, 8), torch.randn(19, layout["n"])
-    check("linear", x, d, *weight, torch.randn(layout["n"]), None)
-    check("linear_backward", grad, x, d, *weight, None, True, True)
+    check("linear", *calls.linear(x, weight, d, torch.randn(layout["n"])))
+    check("linear_backward", *calls.linear_backward(grad, x, weight, d))
 
 
 @pytest.mark.parametrize("b", [1, 2, 3, 16, 32, 64, 96, 128, 192])
 @pytest.mark.parametrize("shared", [False, True])
 def test_dequantize_rotate_at_every_block_size(b, shared):
     k = 384
-    weight = weight_arguments(16, k, group_size=64)
-    check("dequantize_rotate", *weight, rotations(1 if shared else k // b, b), torch.float32)
+    weight = quantized_weight(16, k, group_size=64)
+    check("dequantize_rotate", *calls.dequantize_rotate(weight, rotations(1 if shared else k // b, b), torch.float32))
 
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("nbits", [4, 3])
 def test_half_precision_weights(dtype, nbits):
-    weight = weight_arguments(nbits=nbits, dtype=dtype)
-    check("dequantize", *weight, dtype, tolerance=TOLERANCE[dtype])
-    check("dequantize_rotate", *weight, rotations(12, 8, dtype), dtype, tolerance=TOLERANCE[dtype])
+    weight = quantized_weight(nbits=nbits, dtype=dtype)
+    check("dequantize", *calls.dequantize(weight, dtype), tolerance=TOLERANCE[dtype])
+    check(
+        "dequantize_rotate",
+        *calls.dequantize_rotate(weight, rotations(12, 8, dtype), dtype),
+        tolerance=TOLERANCE[dtype],
+    )
 
 
 def test_poisoned_padding_does_not_leak():
     """A slice of 22 columns is decoded in a tile of 32, whose last ten are padding: infinite scales here."""
-    packed, scale, zero, *rest = weight_arguments(8, 88, group_size=8)
-    scale = scale.clone().reshape(8, 11)
+    weight = quantized_weight(8, 88, group_size=8)
+    scale = weight.scale.clone().reshape(8, 11)
     scale[:, 3] = float("inf")  # columns 24 to 31
-    out = ops.dequantize_rotate(packed, scale.reshape(-1), zero, *rest, rotations(4, 22), torch.float32)
+    weight = replace(weight, scale=scale.reshape(-1))
+    out = ops.dequantize_rotate(*calls.dequantize_rotate(weight, rotations(4, 22), torch.float32))
     assert torch.isfinite(out[:, :22]).all()
     assert not torch.isfinite(out[:, 22:44]).any()
 
@@ -205,20 +204,20 @@ MS = (1, 16, 17, 33, 70, 260)  # each tile of the table, and from 256 on the scr
 @pytest.mark.parametrize("m", MS)
 @pytest.mark.parametrize("b", [8, 32, 48, 96, None])
 def test_linear_at_every_m(m, b):
-    weight = weight_arguments()
+    weight = quantized_weight()
     d = None if b is None else rotations(96 // b, b)
     x, grad = torch.randn(96, m).T, torch.randn(40, m).T
-    check("linear", x, d, *weight, torch.randn(40), None)
-    check("linear_backward", grad, x, d, *weight, None, True, b is not None)
+    check("linear", *calls.linear(x, weight, d, torch.randn(40)))
+    check("linear_backward", *calls.linear_backward(grad, x, weight, d, need_d=b is not None))
 
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("m", [1, 33, 260])
 def test_linear_in_half_precision(dtype, m):
-    weight = weight_arguments(nbits=4, dtype=dtype, k=192, group_size=64)
+    weight = quantized_weight(nbits=4, dtype=dtype, k=192, group_size=64)
     d, x, grad = rotations(6, 32, dtype), torch.randn(m, 192).to(dtype), torch.randn(m, 40).to(dtype)
-    check("linear", x, d, *weight, torch.randn(40).to(dtype), None)
-    check("linear_backward", grad, x, d, *weight, None, True, True)
+    check("linear", *calls.linear(x, weight, d, torch.randn(40).to(dtype)))
+    check("linear_backward", *calls.linear_backward(grad, x, weight, d))
 
 
 @pytest.mark.parametrize("steps", [4, 9, 33])
@@ -232,14 +231,16 @@ def test_split_sums(steps, monkeypatch):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(type(kernel), "run", run)
-    weight = weight_arguments(16, 64 * steps, group_size=64)
+    weight = quantized_weight(16, 64 * steps, group_size=64)
     x, bias = torch.randn(5, 64 * steps), torch.randn(16)
-    once = check("linear", x, None, *weight, bias, None)
+    once = check("linear", *calls.linear(x, weight, None, bias))
     assert seen == [{4: 2, 9: 4, 33: 16}[steps]]
-    assert torch.equal(ops.linear(x, None, *weight, bias, None), once)
-    weight = weight_arguments(128 * steps, 32, group_size=32)
+    assert torch.equal(ops.linear(*calls.linear(x, weight, None, bias)), once)
+    weight = quantized_weight(128 * steps, 32, group_size=32)
     seen.clear()
-    check("linear_backward", torch.randn(5, 128 * steps), torch.randn(5, 32), None, *weight, None, True, False)
+    check(
+        "linear_backward", *calls.linear_backward(torch.randn(5, 128 * steps), torch.randn(5, 32), weight, need_d=False)
+    )
     assert max(seen) > 1
 
 
@@ -247,11 +248,11 @@ def test_split_sums(steps, monkeypatch):
 @pytest.mark.parametrize("b", [8, 48])
 @pytest.mark.parametrize("shared", [False, True])
 def test_linear_by_an_index_per_row(m, b, shared):
-    weight = weight_arguments()
+    weight = quantized_weight()
     d = torch.stack([rotations(1 if shared else 96 // b, b) for _ in range(3)])
     x, index = torch.randn(m, 96), torch.tensor([-1, 0, 2])[torch.arange(m) % 3]
-    check("linear", x, d, *weight, torch.randn(40), index)
-    check("linear_backward", torch.randn(m, 40), x, d, *weight, index, True, True)
+    check("linear", *calls.linear(x, weight, d, torch.randn(40), index))
+    check("linear_backward", *calls.linear_backward(torch.randn(m, 40), x, weight, d, index))
 
 
 @pytest.mark.parametrize("nbits", [4, 3])
@@ -260,26 +261,26 @@ def test_linear_by_an_index_per_row(m, b, shared):
 def test_a_scratch_in_chunks(nbits, b, kib, monkeypatch):
     for module in (triton_kernels.linear, triton_kernels.linear_backward):
         monkeypatch.setattr(module, "scratch_bytes", lambda: kib * 1024)
-    weight = weight_arguments(nbits=nbits, k=192)
+    weight = quantized_weight(nbits=nbits, k=192)
     d, x, bias = rotations(192 // b, b), torch.randn(260, 192), torch.randn(40)
-    check("linear", x, d, *weight, bias, None)
-    check("linear_backward", torch.randn(260, 40), x, d, *weight, None, True, True)
+    check("linear", *calls.linear(x, weight, d, bias))
+    check("linear_backward", *calls.linear_backward(torch.randn(260, 40), x, weight, d))
 
 
 def test_empty_batches():
-    weight, d, x, grad = weight_arguments(), rotations(12, 8), torch.randn(0, 96), torch.randn(0, 40)
-    assert ops.linear(x, d, *weight, None, None).shape == (0, 40)
-    dx, dd = ops.linear_backward(grad, x, d, *weight, None, True, True)
+    weight, d, x, grad = quantized_weight(), rotations(12, 8), torch.randn(0, 96), torch.randn(0, 40)
+    assert ops.linear(*calls.linear(x, weight, d)).shape == (0, 40)
+    dx, dd = ops.linear_backward(*calls.linear_backward(grad, x, weight, d))
     assert dx.shape == (0, 96)
     assert torch.equal(dd, torch.zeros(12, 8, 8))
     assert ops.rotate(x, d, None, False).shape == (0, 96)
 
 
 def test_the_callers_gradient_is_not_modified():
-    weight, d, x = weight_arguments(), rotations(12, 8), torch.randn(5, 96)
+    weight, d, x = quantized_weight(), rotations(12, 8), torch.randn(5, 96)
     grad, g = torch.randn(5, 40), torch.randn(5, 96)
     before, g_before = grad.clone(), g.clone()
-    ops.linear_backward(grad, x, d, *weight, None, True, True)
+    ops.linear_backward(*calls.linear_backward(grad, x, weight, d))
     ops.rotate_backward(g, x, d, None, False, True, True)
     assert torch.equal(grad, before)
     assert torch.equal(g, g_before)

@@ -1,0 +1,92 @@
+"""What one forward of a layer computes with, as one immutable value, so that a forward needs no lock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hqq.core.quantize import HQQLinear
+from torch import Tensor, nn
+
+from ..ops.weight import QuantizedWeight
+from ..quant.hqq_layer import PackedState
+
+
+@dataclass(frozen=True)
+class MergeState:
+    """What a layer has merged.
+
+    Attributes:
+        adapters: names of the merged adapters, in the order in which their rotations are applied.
+        pristine: the packed weight from before the merge, or None where it was discarded.
+        error: relative quantization error of the merged weight; None while nothing is merged.
+    """
+
+    adapters: tuple[str, ...] = ()
+    pristine: PackedState | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """The base layer's tensors and the merge state that belong together. Copies and pickles of it are None.
+
+    Attributes:
+        merge: the merge state.
+        weight: the base layer's packed weight.
+        bias: its bias.
+        dtype: its compute dtype.
+        product: computes HQQ's own product with this state, whatever the base layer becomes meanwhile.
+        outer: the layer's `base_layer`.
+        base: the HQQ layer: `outer`, or what it wraps.
+        meta: its meta data.
+        address: of the packed weight's storage.
+    """
+
+    merge: MergeState
+    weight: QuantizedWeight
+    bias: Tensor | None
+    dtype: torch.dtype
+    product: nn.Module
+    outer: nn.Module
+    base: HQQLinear
+    meta: dict[str, Any]
+    address: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    @classmethod
+    def of(cls, outer: nn.Module, base: HQQLinear, merge: MergeState) -> Snapshot:
+        """Of the state as it is: no other thread may be changing it.
+
+        Raises:
+            ValueError: the base layer is not initialised, or sharded.
+        """
+        weight, product = QuantizedWeight.from_hqq(base), base
+        address = 0
+        if not torch.compiler.is_compiling():  # a graph is compiled for one state
+            product, address = object.__new__(type(base)), base.W_q.data_ptr()
+            vars(product).update(vars(base), _parameters=dict(base._parameters), meta=dict(base.meta))
+        return cls(merge, weight, base.bias, base.compute_dtype, product, outer, base, base.meta, address)
+
+    def is_current(self, outer: nn.Module, merge: MergeState) -> bool:
+        """Whether the layer's state is still the one that this was made from, by the identity of its parts."""
+        now, then = vars(self.base), vars(self.product)
+        meta, parameters = now["meta"], now["_parameters"]
+        kept_meta, kept = then["meta"], then["_parameters"]
+        packed = parameters.get("W_q")
+        return (
+            outer is self.outer
+            and merge is self.merge
+            and meta is self.meta
+            and meta.get("scale") is kept_meta.get("scale")
+            and meta.get("zero") is kept_meta.get("zero")
+            and packed is kept.get("W_q")
+            and (packed is None or packed.data_ptr() == self.address)
+            and parameters.get("bias") is kept.get("bias")
+            and now.get("bias") is then.get("bias")
+            and now.get("W_q") is then.get("W_q")
+            and now["compute_dtype"] is self.dtype
+        )

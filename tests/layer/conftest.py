@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from hqq_oft.ops import table as ops
+
+
+def pytest_generate_tests(metafunc):
+    """Every test of this folder runs once on each backend."""
+    names = metafunc.config.getoption("--backend")
+    if not names:
+        compiles = "_fresh_compiler" in metafunc.fixturenames
+        names = ["auto", pytest.param("triton", marks=[pytest.mark.all_targets] if compiles else [])]
+        del names[2 if find_spec("triton") else 1 :]
+    metafunc.parametrize("_on_backend", names, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _on_backend(request, monkeypatch):
+    monkeypatch.setenv("HQQ_OFT_BACKEND", request.param)
+
+
+@pytest.fixture
+def _fresh_compiler():
+    torch._dynamo.reset()  # compilations of one function are counted across tests
+
+
+@pytest.fixture
+def cayleys(monkeypatch):
+    """The number of blocks of each `cayley` that runs."""
+    dispatch, seen = ops.dispatch, []
+
+    def counted(operation, *args):
+        if operation == "cayley":
+            seen.append(args[0].shape[0])
+        return dispatch(operation, *args)
+
+    monkeypatch.setattr(ops, "dispatch", counted)
+    return seen

@@ -1,0 +1,104 @@
+"""`patch_peft` and `unpatch_peft`."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import sys
+
+import packaging.version
+import peft
+import pytest
+from helpers import adapted, layers, logits, relative_error
+from hqq.core.quantize import HQQLinear
+from peft import OFTConfig, get_peft_model
+from peft.tuners.oft.model import OFTModel
+from small_llama import quantized_llama, small_llama
+
+import hqq_oft
+from hqq_oft import HqqOFTLinear
+
+# Up to 0.20 PEFT has a layer of its own for HQQ, which raises in forward.
+PEFT_RUNS = packaging.version.parse(peft.__version__).release >= (0, 21)
+
+
+USE_1 = {"r": 8, "oft_block_size": 0, "target_modules": ["q_proj", "v_proj"], "module_dropout": 0.1}
+
+
+def test_patching_is_idempotent_and_reversible():
+    hqq_oft.unpatch_peft()
+    before = {name: vars(OFTModel).get(name) for name in dir(OFTModel)}
+    modules = set(sys.modules)
+    hqq_oft.patch_peft()
+    patched = {name: vars(OFTModel).get(name) for name in dir(OFTModel)}
+    hqq_oft.patch_peft()
+    assert {name: vars(OFTModel).get(name) for name in dir(OFTModel)} == patched != before
+    hqq_oft.unpatch_peft()
+    hqq_oft.unpatch_peft()
+    assert {name: vars(OFTModel).get(name) for name in dir(OFTModel)} == before
+    assert set(sys.modules) == modules
+
+
+def test_a_patch_block_inside_a_permanent_patch_does_not_remove_it():
+    with hqq_oft.patch_peft():
+        pass
+    assert len(layers(adapted())) == 4
+    hqq_oft.unpatch_peft()
+    with hqq_oft.patch_peft():
+        assert len(layers(adapted())) == 4
+    if PEFT_RUNS:
+        assert not layers(get_peft_model(quantized_llama(), OFTConfig(**USE_1)))
+
+
+def test_a_permanent_patch_outlives_an_enclosing_patch_block():
+    hqq_oft.unpatch_peft()
+    with hqq_oft.patch_peft():
+        hqq_oft.patch_peft()
+    assert len(layers(adapted())) == 4
+    hqq_oft.unpatch_peft()
+    with hqq_oft.patch_peft(), hqq_oft.patch_peft():
+        assert len(layers(adapted())) == 4
+    if PEFT_RUNS:
+        assert not layers(get_peft_model(quantized_llama(), OFTConfig(**USE_1)))
+
+
+@pytest.mark.parametrize("outlived", [False, True])
+@pytest.mark.parametrize("action", ["unload", "merge_and_unload"])
+def test_mixed_models_unload_hqq_layers(action, outlived):
+    settings = {"r": 0, "oft_block_size": 8, "target_modules": ["q_proj"]}
+    model = get_peft_model(quantized_llama(), OFTConfig(**settings), mixed=True)
+    assert len(layers(model)) == 2
+    if outlived:
+        hqq_oft.unpatch_peft()
+    unloaded = getattr(model, action)()
+    assert isinstance(unloaded.model.layers[0].self_attn.q_proj, HQQLinear)
+
+
+def test_the_old_import_path_works_while_patched():
+    module = importlib.import_module("peft.tuners.oft.hqq")
+    assert module.HqqOFTLinear is HqqOFTLinear
+    assert module.dispatch_hqq is hqq_oft.dispatch_hqq
+    assert importlib.util.find_spec("peft.tuners.oft.hqq").name == "peft.tuners.oft.hqq"
+    hqq_oft.unpatch_peft()
+    if PEFT_RUNS:
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("peft.tuners.oft.hqq")
+    else:
+        assert importlib.import_module("peft.tuners.oft.hqq").HqqOFTLinear is not HqqOFTLinear
+
+
+def test_a_model_outlives_the_patch(tokens):
+    model = adapted()
+    hqq_oft.unpatch_peft()
+    expected = logits(model, tokens)
+    assert relative_error(logits(copy.deepcopy(model), tokens), expected) == 0
+    assert logits(model, tokens, adapter_names=["default"] * 3).shape == expected.shape
+    assert isinstance(model.base_model, OFTModel)
+    assert not layers(model.merge_and_unload())
+
+
+def test_layers_other_than_hqq_use_pefts_layer():
+    model = get_peft_model(small_llama(), OFTConfig(**USE_1))
+    assert not layers(model)
+    assert type(model.base_model) is OFTModel

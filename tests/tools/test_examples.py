@@ -1,0 +1,90 @@
+"""The scripts in examples/, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_llama import save_byte_llama
+
+from examples.demo import corpus
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+ACCELERATE = ["-m", "accelerate.commands.launch", "--config_file", str(EXAMPLES / "accelerate_cpu.yaml")]
+SMALL = ["--device", "cpu", "--bits", "8", "--block-size", "8", "--length", "64", "--steps", "8", "--lr", "0.02"]
+
+
+def run(*command):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama over bytes in `model`, and real text in `text.txt`."""
+    folder = tmp_path_factory.mktemp("examples")
+    save_byte_llama(folder / "model")
+    text = bytes(corpus.prose().train[:8000].tolist()).decode("utf-8", "ignore")
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def losses(output):
+    before, after = re.search(r"held-out loss ([\d.]+) -> ([\d.]+)", output).groups()
+    return float(before), float(after)
+
+
+def inputs(folder, out):
+    return ["--model", folder / "model", "--text", folder / "text.txt", "--out", folder / out]
+
+
+def test_train_resume_and_serve(folder):
+    whole = run(EXAMPLES / "train.py", *inputs(folder, "whole"), *SMALL)
+    before, after = losses(whole.stdout)
+    assert after < before - 0.05
+    # The last checkpoint is the end: going on from it is evaluating it.
+    again = run(EXAMPLES / "train.py", *inputs(folder, "whole"), *SMALL, "--resume")
+    assert losses(again.stdout)[1] == after
+    prompts = ["--prompt", "a", "The def", "--prompt", "base", "The def", "--prompt", "a", "A class is"]
+    adapters = ["--adapter", f"a={folder / 'whole'}"]
+    served = run(
+        EXAMPLES / "serve.py", "--model", folder / "model", "--bits", "8", "--tokens", "8", *adapters, *prompts
+    )
+    lines = re.findall(r"^\[(a|base)\] '(.*)' -> (.*)$", served.stdout, re.MULTILINE)
+    assert [(name, prompt) for name, prompt, _ in lines] == [("a", "The def"), ("base", "The def"), ("a", "A class is")]
+    assert lines[0][2] != lines[1][2]  # the same prompt, with the adapter and without
+    assert "3 x 8 tokens" in served.stdout
+
+
+def test_two_processes_of_accelerate_train_as_one_with_the_doubled_batch(folder):
+    two = run(*ACCELERATE, EXAMPLES / "train.py", *inputs(folder, "two"), *SMALL, "--batch", "2", "--checkpointing")
+    one = run(EXAMPLES / "train.py", *inputs(folder, "one"), *SMALL, "--batch", "4")
+    states = [json.loads((folder / out / "checkpoint-8" / "trainer_state.json").read_text()) for out in ("two", "one")]
+    logged = [[row["loss"] for row in state["log_history"] if "loss" in row] for state in states]
+    assert len(logged[0]) == 8
+    assert logged[0] == pytest.approx(logged[1], rel=2e-4)  # logged with four decimals
+    assert losses(two.stdout) == pytest.approx(losses(one.stdout), rel=2e-4)
+
+
+def test_too_little_text_and_an_unknown_adapter_exit_with_a_message(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    (tmp_path / "short.txt").write_text("short")
+    options = ["--model", folder / "model", "--text", tmp_path / "short.txt", "--out", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
+    with pytest.raises(SystemExit, match=r"gives 0 sample\(s\) of 256 tokens; provide at least 2"):
+        runpy.run_path(str(EXAMPLES / "train.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--model", "m", "--adapter", "a=x", "--prompt", "b", "text"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES / "serve.py"), run_name="__main__")
+    assert "unknown adapters b; use base, a" in capsys.readouterr().err

@@ -1,0 +1,133 @@
+"""Every kernel compiles for every target as its launcher launches it, without spills; the checks detect faults."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+ROOT = Path(__file__).parents[2]
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+REPRESENTATIVE = ("sm_90", "gfx942")  # without --all-targets: NVIDIA with wgmma, and AMD
+
+
+@pytest.fixture
+def offline():
+    return importlib.import_module("offline")
+
+
+def kernels():
+    """Names of all kernels in the sources, without `_kernel`."""
+    found = set()
+    for file in (ROOT / "kernels" / "triton").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                assert any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list), node.name
+                found.add(node.name.removesuffix("_kernel"))
+    return found
+
+
+def test_kernels_compile_for_every_target(pytestconfig):
+    targets = TARGETS if pytestconfig.getoption("--all-targets") else REPRESENTATIVE
+    environment = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment.pop("TRITON_INTERPRET", None)  # compiled, not interpreted
+    command = [sys.executable, "-m", "tests.offline", "--targets", *targets]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:2] == "| "]
+    header, rows = rows[0], [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    assert {"kernel", "case", "target"} <= set(header)
+    assert "linear_fwd" in kernels()
+    assert {(row["kernel"], row["target"]) for row in rows} == {(k, t) for k in kernels() for t in targets}
+    for kernel in ("linear_fwd", "linear_bwd", "rotate_fwd", "rotate_bwd"):
+        seen = {(row["case"].split()[-1], row["target"]) for row in rows if row["kernel"] == kernel}
+        dtypes = ("fp16", "bf16", "fp32") if kernel.startswith("rotate") else ("fp16", "bf16")
+        assert seen == {(dtype, target) for dtype in dtypes for target in targets}, kernel
+
+
+def compiled(offline, target="sm_90", **changes):
+    """A compiled decode product without faults."""
+    constants = (("BM", 16), ("BN", 128), ("BK", 64), ("BANDED", True), ("BITS", 4), ("AXIS", 1))
+    launch = offline.Launch("linear_fwd_kernel", "M=16", "", (("x_ptr", "*bf16"),), constants, (), (("num_warps", 4),))
+    good = offline.Compiled(launch, target, 128, 0, 64 * 1024, "mma.sync", "cp.async 16, ld 16/2")
+    return replace(good, **changes)
+
+
+def with_constants(result, **changes):
+    constants = {**dict(result.launch.constants), **changes}
+    return replace(result, launch=replace(result.launch, constants=tuple(constants.items())))
+
+
+def test_a_correct_kernel_has_no_faults(offline):
+    assert offline.faults(compiled(offline)) == []
+    wide = with_constants(compiled(offline, matrix="wgmma", loads="ld 8/2"), BM=64)
+    assert offline.faults(wide) == []
+
+
+def test_spills_are_a_fault(offline):
+    assert offline.faults(compiled(offline, spills=8)) == ["8 bytes spilled"]
+
+
+@pytest.mark.parametrize(("target", "limit"), [("sm_80", 163), ("sm_89", 99), ("sm_90", 227), ("sm_100", 227)])
+def test_too_much_shared_memory_is_a_fault(offline, target, limit):
+    assert offline.faults(compiled(offline, target, shared=limit * 1024)) == []
+    (fault,) = offline.faults(compiled(offline, target, shared=limit * 1024 + 1))
+    assert f"the limit is {limit} KiB" in fault
+
+
+def test_a_product_without_matrix_units_is_a_fault(offline):
+    assert offline.faults(compiled(offline, matrix="")) == ["no matrix instruction"]
+
+
+def test_a_high_tile_without_wgmma_on_hopper_is_a_fault(offline):
+    high = with_constants(compiled(offline), BM=64)
+    assert offline.faults(high) == ["mma.sync in place of wgmma"]
+    assert offline.faults(replace(high, target="sm_80")) == []
+    assert offline.faults(with_constants(high, BM=32)) == []
+
+
+@pytest.mark.parametrize("loads", ["", "ld 8/2", "cp.async 8, ld 4/2", "cp.async 4"])
+def test_narrow_loads_are_a_fault_in_decoding(offline, loads):
+    narrow = compiled(offline, loads=loads)
+    assert offline.faults(narrow) == [f"no 16-byte loads, but {loads}"]
+    assert offline.faults(with_constants(narrow, BANDED=False)) == []
+
+
+def test_loads_of_single_bytes_are_a_fault_in_decoding(offline):
+    assert offline.faults(compiled(offline, loads="cp.async 16, ld 4/1")) == ["loads of single bytes"]
+
+
+def test_a_fault_gives_exit_status_1(offline, monkeypatch, capsys):
+    monkeypatch.setattr(offline._launch, "INTERPRETED", False)
+    monkeypatch.setattr(offline, "launches", lambda *_: [])
+    monkeypatch.setattr(sys, "argv", ["offline", "--processes", "1"])
+    for spills, status in ((0, 0), (8, 1)):
+        monkeypatch.setattr(offline, "compile_all", lambda *_, spills=spills: [compiled(offline, spills=spills)])
+        with pytest.raises(SystemExit) as exited:
+            offline.main()
+        assert exited.value.code == status
+        assert ("FAULT linear_fwd_kernel (M=16) on sm_90: 8 bytes spilled" in capsys.readouterr().err) == bool(status)
+
+
+def test_interpreted_kernels_are_refused(offline, monkeypatch):
+    monkeypatch.setattr(offline._launch, "INTERPRETED", True)
+    monkeypatch.setattr(sys, "argv", ["offline"])
+    with pytest.raises(SystemExit, match="Unset it"):
+        offline.main()
+
+
+def test_single_bytes_of_packed_weights_are_a_fault_in_dequantizing_too():
+    offline = pytest.importorskip("offline")
+    good = compiled(offline)
+    for loads, faulty in (("ld 8/2", False), ("ld 8/1", True)):
+        dequantize = replace(good, launch=replace(good.launch, name="dequantize_kernel"), matrix="", loads=loads)
+        assert (offline.faults(dequantize) == ["loads of single bytes"]) is faulty
