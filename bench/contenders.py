@@ -7,6 +7,7 @@ but where gradients are recorded the rotations are computed in every forward.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -30,7 +31,7 @@ from hqq_oft.ops.packing import unpack
 
 from . import model
 from .model import Cost
-from .problem import Problem, hqq_layer
+from .problem import DTYPES, Problem, Setting, hqq_layer, skew_parameters
 from .timing import Limits
 
 OURS, DENSE, HQQ, PEFT = "hqq_oft", "dense", "HQQ", "PEFT OFT"
@@ -66,34 +67,47 @@ class Contender:
 Build = Callable[[Problem], Contender]
 
 
-def _adapted(problem: Problem, config: Any, backend: HQQBackend = HQQBackend.PYTORCH) -> list[nn.Module]:
+def adapted(
+    module: nn.Module, name: str, setting: Setting, device: torch.device, targets: list[str], adapters: int = 1
+) -> nn.Module:
+    """A quantized model with the adapters of a contender, whose rotations are random and the same for all."""
+    if name == HQQ:
+        return module
+    neumann = {"use_cayley_neumann": not setting.exact, "block_share": setting.share}
+    config: Any = OFTConfig(r=0, oft_block_size=setting.block, target_modules=targets, **neumann)
+    if name == LORA:
+        config = LoraConfig(r=LORA_RANK, target_modules=targets)
+    with hqq_oft.patch_peft() if name == OURS else contextlib.nullcontext():
+        model = get_peft_model(module, config)
+        for number in range(1, adapters):
+            model.add_adapter(f"adapter{number}", config)
+    torch.manual_seed(0)
+    for key, parameter in model.to(device).named_parameters():
+        if "lora_" in key:  # in the model's dtype, as half-precision training sets it
+            parameter.data = parameter.data.to(DTYPES[setting.dtype])
+        elif "oft_R" in key:
+            parameter.data.copy_(skew_parameters(parameter.shape[0], setting.block, device))
+    return model
+
+
+def _adapters(name: str, problem: Problem, backend: HQQBackend = HQQBackend.PYTORCH) -> Contender:
     """PEFT's layers around HQQ layers with the problem's contents, on one of HQQ's backends."""
-    layers = []
+    layers, parameters = [], []
     for weight in problem.weights:
         base = hqq_layer(weight, problem.dtype)
         if backend is not HQQBackend.PYTORCH:
             base.forward = types.MethodType(getattr(HQQLinear, backend.value), base)
-        model = get_peft_model(nn.ModuleDict({"layer": base}), config)
-        layers.append(model.base_model.model["layer"].to(problem.device).eval())
-    return layers
-
-
-def peft_oft(problem: Problem, backend: HQQBackend = HQQBackend.PYTORCH) -> Contender:
-    """PEFT's OFT on HQQ."""
-    setting = problem.setting
-    neumann = {"use_cayley_neumann": not setting.exact, "block_share": setting.share}
-    config = OFTConfig(r=0, oft_block_size=setting.block, target_modules=["layer"], **neumann)
-    layers = _adapted(problem, config, backend)
-    parameters = [layer.oft_R["default"].weight for layer in layers]
-    for parameter in parameters:
+        model = adapted(nn.ModuleDict({"layer": base}), name, problem.setting, problem.device, ["layer"])
+        layers.append(model.base_model.model["layer"].eval())
+        parameters += [parameter for parameter in layers[-1].parameters() if parameter.requires_grad]
+    for parameter in parameters if name != LORA else ():
         parameter.data = problem.v
-    return Contender(layers, True, parameters)
+    return Contender(layers, name != LORA, parameters)
 
 
 def ours(problem: Problem) -> Contender:
     """This package's layer, as PEFT makes it after `patch_peft()`; inference as served, with rotations frozen."""
-    with hqq_oft.patch_peft():
-        contender = peft_oft(problem)
+    contender = _adapters(OURS, problem)
     for layer in contender.layers:
         layer.rotations_frozen = True  # else every replay of a captured graph would compute the rotations again
     return contender
@@ -132,11 +146,16 @@ def hqq(problem: Problem) -> Contender:
     return Contender([hqq_layer(weight, problem.dtype) for weight in problem.weights], False)
 
 
+def peft_oft(problem: Problem) -> Contender:
+    """PEFT's OFT on HQQ."""
+    return _adapters(PEFT, problem)
+
+
 def peft_oft_aten(problem: Problem) -> Contender:
     """PEFT's OFT on HQQ's ATEN backend."""
     if importlib.util.find_spec("hqq_aten") is None or problem.setting.axis != 0:
         raise Unavailable("HQQ's ATEN backend needs hqq_aten, and axis 0")
-    return peft_oft(problem, HQQBackend.ATEN)
+    return _adapters(PEFT, problem, HQQBackend.ATEN)
 
 
 def _compiled(problem: Problem, contender: Contender) -> Contender:
@@ -147,14 +166,12 @@ def _compiled(problem: Problem, contender: Contender) -> Contender:
 
 def peft_oft_compiled(problem: Problem) -> Contender:
     """PEFT's OFT on HQQ's PYTORCH_COMPILE backend."""
-    return _compiled(problem, peft_oft(problem, HQQBackend.PYTORCH_COMPILE))
+    return _compiled(problem, _adapters(PEFT, problem, HQQBackend.PYTORCH_COMPILE))
 
 
 def peft_lora(problem: Problem) -> Contender:
-    """PEFT's LoRA on HQQ: what people pick today; in the layer's dtype, as half-precision training sets it."""
-    layers = [layer.to(problem.dtype) for layer in _adapted(problem, LoraConfig(r=LORA_RANK, target_modules=["layer"]))]
-    pairs = [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in layers]
-    return Contender(layers, False, [parameter for pair in pairs for parameter in pair])
+    """PEFT's LoRA on HQQ: what people pick today."""
+    return _adapters(LORA, problem)
 
 
 class _Plain(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import math
 import multiprocessing
 import os
 import statistics
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 from hqq.core.quantize import HQQLinear
-from peft import LoraConfig, OFTConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -27,39 +27,14 @@ from hqq_oft.ops import reference
 
 from . import contenders, model
 from .cases import MAIN, PRODUCT, Decoder, Job, kind
-from .contenders import DENSE, HQQ, LORA, LORA_RANK, OURS, PEFT
+from .contenders import DENSE, HQQ, LORA, OURS, PEFT, adapted
 from .environment import ROOT
-from .problem import DTYPES, Problem, hqq_layer, relative_error, skew_parameters
+from .problem import DTYPES, Problem, hqq_layer, relative_error
 from .timing import RESET_PEAK, kept_mib, process_peak_mib
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DTYPE = DTYPES[MAIN.dtype]
 TOLERANCE_OF_LOGITS = 0.1  # after all layers in bfloat16
-
-
-def adapt(llama: nn.Module, name: str, device: torch.device, adapters: int = 1) -> nn.Module:
-    """A quantized model with the contender's adapters, whose rotations are random; `HQQ` has none."""
-    if name in (DENSE, HQQ):
-        return llama
-    if name == LORA:
-        adapted = get_peft_model(llama, LoraConfig(r=LORA_RANK, target_modules=TARGETS))
-        for parameter_name, parameter in adapted.named_parameters():
-            if "lora_" in parameter_name:  # in the model's dtype, as half-precision training sets it
-                parameter.data = parameter.data.to(DTYPE)
-        return adapted.to(device)
-    config = OFTConfig(r=0, oft_block_size=MAIN.block, target_modules=TARGETS, use_cayley_neumann=True)
-    if name == OURS:
-        with hqq_oft.patch_peft():
-            adapted = get_peft_model(llama, config)
-            for number in range(1, adapters):
-                adapted.add_adapter(f"adapter{number}", config)
-    else:
-        adapted = get_peft_model(llama, config)
-    torch.manual_seed(0)  # the same rotations for every contender
-    for parameter_name, parameter in adapted.to(device).named_parameters():
-        if "oft_R" in parameter_name:
-            parameter.data.copy_(skew_parameters(parameter.shape[0], MAIN.block, device))
-    return adapted
 
 
 def build(name: str, decoder: Decoder, device: torch.device, adapters: int = 1) -> nn.Module:
@@ -77,7 +52,7 @@ def build(name: str, decoder: Decoder, device: torch.device, adapters: int = 1) 
                 problem = Problem(linear.out_features, linear.in_features, MAIN, device)
                 setattr(module, target, hqq_layer(problem.weights[0], DTYPE))
     llama.hqq_quantized = True
-    return adapt(llama, name, device, adapters)
+    return adapted(llama, name, MAIN, device, TARGETS, adapters)
 
 
 def _base(llama: nn.Module) -> nn.Module:
@@ -193,42 +168,33 @@ def _in_process(function: Callable[..., list[float]], *arguments: Any) -> list[f
         return pool.apply(function, arguments)
 
 
-def _times(step: TrainingStep, repeats: int, device: torch.device) -> list[float]:
-    times = []
+def _steps(name: str, decoder: Decoder, m: int, device: torch.device, repeats: int, cache: str = "") -> list[float]:
+    """Peak memory in use while training, in MiB, and the seconds of each step; kernels are compiled into `cache`."""
+    if cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+    step, times = TrainingStep(build(name, decoder, device), _tokens(decoder, m, device)), []
+    if device.type == "cuda":  # the vendor's libraries start here, not in the first step
+        a = torch.randn(256, 256, device=device, dtype=DTYPE, requires_grad=True)
+        (a @ a).sum().backward()
+        torch.cuda.synchronize()
+    if RESET_PEAK.exists():
+        RESET_PEAK.write_text("5")  # what building the model took does not count
     for _ in range(repeats):
         start = time.perf_counter()
         step(0)
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return times
-
-
-def _first_steps(cache: str, decoder: Decoder, m: int, device: torch.device) -> list[float]:
-    os.environ["TRITON_CACHE_DIR"] = cache
-    step = TrainingStep(build(OURS, decoder, device), _tokens(decoder, m, device))
-    if device.type == "cuda":  # the vendor's libraries start here, not in the first step
-        a = torch.randn(256, 256, device=device, dtype=DTYPE, requires_grad=True)
-        (a @ a).sum().backward()
-        torch.cuda.synchronize()
-    return _times(step, 2, device)
+    return [process_peak_mib() if RESET_PEAK.exists() else math.nan, *times]
 
 
 @kind("model", "first step, {decoder.layers} layers", PRODUCT)
 def first_step(session: Any, decoder: Decoder, m: int) -> Iterator[Job]:
     """Time of the first step beyond the second's, in a process of its own with an empty kernel cache."""
     with tempfile.TemporaryDirectory() as folder:
-        first, second = _in_process(_first_steps, folder, decoder, m, session.device)
+        _, first, second = _in_process(_steps, OURS, decoder, m, session.device, 2, folder)
     columns = {"status": "measured", "p50_us": 1e6 * (first - second), "repeats": 1, "mode": "fresh process"}
     yield Job(OURS, "first step beyond the second", columns=columns)
-
-
-def _trained(name: str, decoder: Decoder, m: int, device: torch.device, repeats: int) -> list[float]:
-    """Peak of the memory in use while training, in MiB, and the seconds of each step after the first ones."""
-    step = TrainingStep(build(name, decoder, device), _tokens(decoder, m, device))
-    RESET_PEAK.write_text("5")  # what building the model took does not count
-    times = _times(step, repeats, device)
-    return [process_peak_mib(), *times[min(3, repeats // 2) :]]
 
 
 @kind("model", "training process, {decoder.layers} layers of {decoder.hidden}, sequence {m}", PRODUCT)
@@ -237,15 +203,16 @@ def training_process(session: Any, decoder: Decoder, m: int) -> Iterator[Job]:
     if session.device.type == "cuda" or not RESET_PEAK.exists():
         return
     repeats = max(2, round(40 * session.budget))
-    rounds = [
-        {name: _in_process(_trained, name, decoder, m, session.device, repeats) for name in (OURS, PEFT)}
-        for _ in range(2)
-    ]
-    for name in (OURS, PEFT):
-        seconds = [seconds for found in rounds for seconds in found[name][1:]]
-        columns = {"status": "measured", "mode": "eager", "repeats": len(seconds)}
-        columns |= {"p50_us": 1e6 * statistics.median(seconds), "peak_mib": max(found[name][0] for found in rounds)}
-        yield Job(name, "training process", columns=columns)
+    found: dict[str, list[float]] = {OURS: [], PEFT: []}
+    peaks = dict.fromkeys(found, 0.0)
+    for _ in range(2):
+        for name in found:
+            peak, *seconds = _in_process(_steps, name, decoder, m, session.device, repeats)
+            found[name] += seconds[min(3, repeats // 2) :]
+            peaks[name] = max(peaks[name], peak)
+    for name, seconds in found.items():
+        columns = {"status": "measured", "mode": "eager", "repeats": len(seconds), "peak_mib": peaks[name]}
+        yield Job(name, "training process", columns=columns | {"p50_us": 1e6 * statistics.median(seconds)})
 
 
 # --- A real model ----------------------------------------------------------------------------------------------------
@@ -313,7 +280,9 @@ def smollm2(session: Any, layers: int, m: int, what: str) -> Iterator[Job]:
     def make() -> dict[str, tuple[nn.Module, float]]:
         found = {}
         for name in (OURS, DENSE, LORA, PEFT):
-            llama = _smollm2(layers) if name == DENSE else adapt(_quantized(layers), name, session.device)
+            llama = (
+                _smollm2(layers) if name == DENSE else adapted(_quantized(layers), name, MAIN, session.device, TARGETS)
+            )
             with torch.no_grad():
                 error = relative_error(llama.eval()(prompt).logits, _wide(llama, layers)(prompt).logits)
             if not error < TOLERANCE_OF_LOGITS:

@@ -6,7 +6,7 @@ import csv
 from importlib.util import find_spec
 
 import pytest
-import small
+import small_cases as small
 import torch
 from helpers import COMPILE_BACKEND
 
