@@ -239,7 +239,7 @@ def _quantized(layers: int) -> nn.Module:
     folder = ROOT / "build" / f"smollm2-{layers}-layers"
     if not folder.exists():
         llama = copy.deepcopy(_smollm2(layers))
-        hqq_oft.quantize_model(llama, MAIN.bits, MAIN.group)
+        hqq_oft.quantize_model(llama, nbits=MAIN.bits, group_size=MAIN.group)
         hqq_oft.save_quantized(llama, folder)
     return hqq_oft.load_quantized(folder).requires_grad_(False).eval()
 

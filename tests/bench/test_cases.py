@@ -64,7 +64,7 @@ def test_every_gpu_case_has_consistent_shapes_at_full_size(suite, monkeypatch):
     monkeypatch.setattr(run.Session, "copies", lambda self, size: 2)
     measuring = run.Session(META, small.LIMITS, 0.0, 1)
     for case in table.cases(suite, "cuda"):
-        if "compiled" not in case.name:
+        if "compiled" not in case.name and case.parameters.get("m", 1) in (1, 16, 512, 16384):
             rows = list(measuring.run(case))
             assert any(row["status"] == "measured" for row in rows), case.name
             assert not [row for row in rows if row["status"].startswith("failed")], case.name
