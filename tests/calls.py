@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,15 +12,16 @@ from helpers import hqq_layer
 from torch import Tensor
 
 from hqq_oft import QuantizedWeight
+from hqq_oft.ops import backends
 
 # Where a call has its `d`.
-_ROTATION = {"linear": 1, "linear_backward": 2, "rotate": 1, "rotate_backward": 2}
+_ROTATION = {"linear": 2, "linear_backward": 3, "rotate": 1, "rotate_backward": 2}
 
 
 def linear(
     x: Tensor, weight: QuantizedWeight, d: Tensor | None = None, bias: Tensor | None = None, index: Tensor | None = None
 ) -> tuple[Any, ...]:
-    return x, d, *weight.arguments(), bias, index
+    return x, weight, d, bias, index
 
 
 def linear_backward(
@@ -29,15 +33,7 @@ def linear_backward(
     need_x: bool = True,
     need_d: bool = True,
 ) -> tuple[Any, ...]:
-    return dy, x, d, *weight.arguments(), index, need_x, need_d
-
-
-def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> tuple[Any, ...]:
-    return *weight.arguments(), dtype
-
-
-def dequantize_rotate(weight: QuantizedWeight, d: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
-    return *weight.arguments(), d, dtype
+    return dy, x, weight, d, index, need_x, need_d
 
 
 def without_rotation(operation: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -51,10 +47,9 @@ def rotations_of(operation: str, args: tuple[Any, ...]) -> tuple[Tensor | None, 
     return args[_ROTATION[operation]], args[-1] if operation == "linear" else args[2]
 
 
-def linear_parts(args: tuple[Any, ...]) -> tuple[Tensor, QuantizedWeight, Tensor | None, Tensor | None, Tensor | None]:
-    """What `linear` was called with."""
-    x, d, *weight, bias, index = args
-    return x, QuantizedWeight(*weight), d, bias, index
+def parts(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of the operator `torch.ops.hqq_oft.<name>`: a weight as its parts."""
+    return tuple(part for arg in args for part in (arg.arguments() if isinstance(arg, QuantizedWeight) else (arg,)))
 
 
 def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -63,6 +58,8 @@ def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:
     def widen(arg: Any) -> Any:
         if isinstance(arg, Tensor) and arg.is_floating_point():
             return arg.double()
+        if isinstance(arg, QuantizedWeight):
+            return replace(arg, scale=arg.scale.double(), zero=arg.zero.double())
         return torch.float64 if isinstance(arg, torch.dtype) else arg
 
     return tuple(widen(arg) for arg in args)
@@ -70,11 +67,26 @@ def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def first_dtype(args: tuple[Any, ...]) -> torch.dtype:
     """The dtype of the first tensor of floating point numbers."""
-    return next(arg.dtype for arg in args if isinstance(arg, Tensor) and arg.is_floating_point())
+    return next(arg.dtype for arg in parts(args) if isinstance(arg, Tensor) and arg.is_floating_point())
+
+
+@contextmanager
+def planners_of(backend: str, **planners: backends.Planner | None) -> Iterator[None]:
+    """Change a backend's planners of some operations inside the block; None removes one."""
+    before = backends.registry()[backend]
+    operations = {**before.operations, **planners}
+    operations = {name: planner for name, planner in operations.items() if planner is not None}
+    backends.registry()[backend] = backends.Backend(backend, operations, before.reason)
+    backends.forget_plans()
+    try:
+        yield
+    finally:
+        backends.registry()[backend] = before
+        backends.forget_plans()
 
 
 def examples() -> list[tuple[str, tuple[Any, ...]]]:
-    """A call of every operator, and of its variants, by the operator's name."""
+    """A call of every operation, and of its variants, by the operation's name."""
     weight = QuantizedWeight.from_hqq(hqq_layer(16, 24, group_size=8))
     v, d = torch.randn(3, 28) * 0.1, torch.randn(3, 8, 8)
     x, grad = torch.randn(5, 24), torch.randn(5, 16)
@@ -93,8 +105,8 @@ def examples() -> list[tuple[str, tuple[Any, ...]]]:
         ("rotate_backward", (x, x.flip(0), d, None, False, True, True)),
         ("rotate_backward", (x, x.flip(0), stacked, index, True, False, True)),
         ("rotate_backward", (x, x.flip(0), d.double(), None, False, True, False)),
-        ("dequantize", dequantize(weight, bf16)),
-        ("dequantize_rotate", dequantize_rotate(weight, d, f32)),
+        ("dequantize", (weight, bf16)),
+        ("dequantize_rotate", (weight, d, f32)),
         ("linear", linear(x, weight, d, bias)),
         ("linear", linear(torch.randn(24, 5).T, weight, stacked, None, index)),
         ("linear", linear(x, weight, None, bias)),

@@ -46,7 +46,7 @@ def linear(
     if d is not None:
         rotation(weight.in_features, d, adapter_index, x.shape[0])
     elif adapter_index is not None:
-        raise ValueError("adapter_index needs d, the adapters' stacked rotations.")
+        raise ValueError("adapter_index requires d, the adapters' stacked rotations.")
     same_device(x=x, d=d, weight=weight.packed, bias=bias, adapter_index=adapter_index)
 
 

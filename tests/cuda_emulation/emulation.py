@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hqq_oft import QuantizedWeight
+
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc" / "cuda"
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -90,19 +92,25 @@ def planned(
 
 
 def linear(
-    x: Tensor, d: Tensor | None, packed: Tensor, scale: Tensor, zero: Tensor, n: int, k: int, bits: int, group: int,
-    axis: int, bias: Tensor | None, index: Tensor | None, *, repeats: int = 2, **how: Any,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: QuantizedWeight,
+    d: Tensor | None,
+    bias: Tensor | None,
+    index: Tensor | None,
+    *,
+    repeats: int = 2,
+    **how: Any,
+) -> Tensor:
     """`repeats` results [repeats, M, N] of `reference.linear` by the emulated kernel, each in another thread order.
 
     Before each run, outputs and the workspace are filled with NaN, and the tickets as an aborted run
     might leave them. `how` goes to `planned`.
     """
-    assert axis == 1
-    tokens = x.shape[0]
+    assert weight.axis == 1
+    tokens, n = x.shape[0], weight.out_features
     b = 0 if d is None else d.shape[-1]
     adapters = 1 if index is None else d.shape[0]
-    problem = Problem(tokens, n, k, bits, group, b, adapters)
+    problem = Problem(tokens, n, weight.in_features, weight.bits, weight.group_size, b, adapters)
     result = planned(problem, **how)
     y = torch.full((repeats, tokens, n), float("nan"), dtype=x.dtype)
     partial = torch.full((result.partial_elements,), float("nan"))
@@ -114,8 +122,8 @@ def linear(
 
     done = library().emulate(
         ctypes.byref(problem), ctypes.byref(result.plan), int(x.dtype == torch.bfloat16), address(x),
-        ctypes.c_int64(x.stride(0)), address(d), 0 if d is None else d.shape[-3], address(index), address(packed),
-        address(scale), address(zero), address(bias), address(y), address(partial), address(tickets), repeats, reason,
+        ctypes.c_int64(x.stride(0)), address(d), 0 if d is None else d.shape[-3], address(index),
+        address(weight.packed), address(weight.scale), address(weight.zero), address(bias), address(y), address(partial), address(tickets), repeats, reason,
     )  # fmt: skip
     assert done, reason.value.decode()
     assert not tickets.any()  # every ticket is as a next launch may find it

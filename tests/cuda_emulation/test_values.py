@@ -20,15 +20,10 @@ pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="needs a C++ 
 HALF = (torch.bfloat16, torch.float16)
 
 
-def emulated(args, **how):
-    x, weight, d, bias, index = calls.linear_parts(args)
-    return emulation.linear(x, d, *weight.arguments(), bias, index, **how)
-
-
 def check(args, dtype, **how):
     """Each emulated run within the dtype's tolerance of float64, and no further from it than twice the reference; all
     runs the same, bit for bit."""
-    runs = emulated(args, **how)
+    runs = emulation.linear(*args, **how)
     truth, own = reference.linear(*widened(args)), reference.linear(*args)
     error, own_error = relative_error(runs[0], truth), relative_error(own, truth)
     assert error <= TOLERANCE[dtype]
@@ -110,12 +105,12 @@ def test_blocks_of_fewer_warps(warps):
 
 
 def test_without_rotation_and_bias():
-    x, weight, *_ = calls.linear_parts(arguments(4, 64, 192, 32, torch.float16))
+    x, weight, *_ = arguments(4, 64, 192, 32, torch.float16)
     check(calls.linear(x, weight), torch.float16)
 
 
 def test_rows_of_x_with_a_stride():
-    x, *others = calls.linear_parts(arguments(4, 64, 192, 32, torch.float16))
+    x, *others = arguments(4, 64, 192, 32, torch.float16)
     x = torch.nn.functional.pad(x, (0, 24))[:, :192]
     check(calls.linear(x, *others), torch.float16)
 
@@ -127,6 +122,6 @@ def test_the_default_plan():
 
 def test_zeros_are_exact():
     """Levels equal to their zero contribute exactly 0 for any x and scale."""
-    x, weight, d, _, _ = calls.linear_parts(arguments(2, 64, 128, 32, torch.bfloat16))
+    x, weight, d, _, _ = arguments(2, 64, 128, 32, torch.bfloat16)
     weight = replace(weight, packed=torch.full_like(weight.packed, 0x77), zero=torch.full_like(weight.zero, 7.0))
-    assert not emulated(calls.linear(x, weight, d)).any()
+    assert not emulation.linear(*calls.linear(x, weight, d)).any()

@@ -61,8 +61,8 @@ def operations(
         "cayley_backward": (dd, v, b, terms, None, None),
         "rotate": (x, several, index, transpose),
         "rotate_backward": (g, x, several, index, transpose, True, True),
-        "dequantize": calls.dequantize(weight, dtype),
-        "dequantize_rotate": calls.dequantize_rotate(weight, d, dtype),
+        "dequantize": (weight, dtype),
+        "dequantize_rotate": (weight, d, dtype),
         "linear": calls.linear(x, weight, several, bias, index),
         "linear_backward": calls.linear_backward(dy, x, weight, several, index),
     }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hqq_oft.ops import backends
+
 DEVICE = "cuda"
 
 
@@ -25,3 +27,6 @@ def poisoned_outputs(monkeypatch):
 
     for module in (_launch, cayley, dequantize, linear, linear_backward, rotate):
         monkeypatch.setattr(module, "empty", poisoned)
+    backends.forget_plans()
+    yield
+    backends.forget_plans()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
+import calls
 import oracle
 import pytest
 import torch
@@ -11,8 +10,8 @@ from helpers import TOLERANCE, relative_error
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from torch import nn
 
-import hqq_oft.ops.table
 from hqq_oft import HqqOFTLinear, QuantizedWeight, backend
+from hqq_oft.ops.backends import registry
 
 N, K, B = 64, 192, 32
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -143,25 +142,23 @@ def test_auto_selects_triton(device):
             assert torch.equal(layer(x), expected)
 
 
-def test_rotations_are_computed_once_in_inference(device, monkeypatch):
-    calls = Counter()
-    dispatch = hqq_oft.ops.table.dispatch
+def test_rotations_are_computed_once_in_inference(device):
+    computed, planner = [], registry()["triton"].operations["cayley"]
 
-    def counted(operation, *args):
-        calls[operation] += 1
-        return dispatch(operation, *args)
+    def counted(by_name, *args):
+        function = planner(by_name, *args)
+        return lambda *args: computed.append("cayley") or function(*args)
 
-    monkeypatch.setattr(hqq_oft.ops.table, "dispatch", counted)
     layer = oft_layer(device).eval()
     x = torch.randn(1, K, device=device, dtype=torch.bfloat16)
-    with torch.no_grad():
+    with torch.no_grad(), calls.planners_of("triton", cayley=counted):
         first = layer(x)
-        assert calls["cayley"] == 1
+        assert len(computed) == 1
         assert torch.equal(layer(x), first)
-        assert calls["cayley"] == 1
+        assert len(computed) == 1
         layer.oft_R["a"].weight.mul_(2)
         assert relative_error(layer(x).cpu(), truth(layer, x, "a")) <= TOLERANCE[torch.bfloat16]
-        assert calls["cayley"] == 2
+        assert len(computed) == 2
 
 
 def test_moving_to_the_host_and_back(device):

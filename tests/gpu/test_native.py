@@ -39,7 +39,7 @@ def poison(device, *sizes):
 
 
 def run(args):
-    x, weight, *_ = calls.linear_parts(args)
+    x, weight, *_ = args
     n = weight.out_features
     poison(x.device, x.shape[0] * n * 2, *(splits * x.shape[0] * n * 4 for splits in (2, 4, 8, 16, 32)))
     return ops.linear(*args)
@@ -90,7 +90,7 @@ def test_mixed_adapters(m, adapters, b, device):
 
 
 def test_without_rotation_and_bias(device):
-    x, weight, *_ = calls.linear_parts(linear(5, 1024, 1024, 32, device, torch.bfloat16))
+    x, weight, *_ = linear(5, 1024, 1024, 32, device, torch.bfloat16)
     check(calls.linear(x, weight), torch.bfloat16)
 
 

@@ -108,7 +108,7 @@ def test_graph_of_a_decode_step(m, device):
     x, v, weight, bias, _ = problem(device, m)
 
     def step():
-        return functional.oft_linear(x, v, weight, bias, block_size=32)
+        return functional.oft_linear(x, weight, bias, v=v, block_size=32, terms=5)
 
     with torch.no_grad():
         graph, out = captured(step)
@@ -125,7 +125,7 @@ def test_graph_of_a_training_step(m, device):
     leaves = [tensor.requires_grad_() for tensor in (x, v, bias)]
 
     def step():
-        out = functional.oft_linear(x, v, weight, bias, block_size=32)
+        out = functional.oft_linear(x, weight, bias, v=v, block_size=32, terms=5)
         return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
     graph, results = captured(step)
@@ -147,8 +147,8 @@ def test_compile_forward_and_backward(m, dtype, device):
     w = skew_parameters(768 // 32, 32, device)
 
     def f(x, v, w, bias):
-        x = functional.rotate(torch.sin(x), functional.cayley(v, 32, dtype=dtype))
-        return torch.nn.functional.silu(functional.oft_linear(x, w, weight, bias, block_size=32))
+        x = functional.rotate(torch.sin(x), functional.cayley(v, 32, 5, dtype=dtype))
+        return torch.nn.functional.silu(functional.oft_linear(x, weight, bias, v=w, block_size=32, terms=5))
 
     torch.compiler.reset()
     results = []
@@ -177,7 +177,7 @@ def test_forward_saves_only_x_and_v(m, device):
     v.requires_grad_()
 
     def forward():
-        return functional.oft_linear(x, v, weight, bias, block_size=32)
+        return functional.oft_linear(x, weight, bias, v=v, block_size=32, terms=5)
 
     torch.autograd.grad(forward(), (x, v), grad)  # what libraries allocate once
     gc.collect()

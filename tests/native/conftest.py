@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hqq_oft import backend
+from hqq_oft.ops import backends
 from hqq_oft.ops import native as _native
 
 HERE = Path(__file__).parent
@@ -38,6 +39,14 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh_plans():
+    """For a test that replaces what plans hold: they are made again in it, and again after it."""
+    backends.forget_plans()
+    yield
+    backends.forget_plans()
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import calls
 import oracle
 import pytest
 import torch
-from gpu.cases import check, operations, quantized_weight, relative_error
+from gpu.cases import check, operations, quantized_weight, relative_error, run
 
 from hqq_oft.ops import native as _native
 from hqq_oft.ops import table as ops
@@ -103,6 +103,7 @@ def test_nan_affects_only_its_own_row(m):
             assert torch.equal(out[others], expected[others])
 
 
+@pytest.mark.usefixtures("fresh_plans")
 def test_packed_products_do_not_materialize_the_dense_weight(instruction_set, monkeypatch):
     lib = _native.cpu._lib
     decoded = []
@@ -120,7 +121,7 @@ def test_packed_products_do_not_materialize_the_dense_weight(instruction_set, mo
         args = operations(m, 64, 128, 32, "cpu", BF16)
         for name in ("linear", "linear_backward"):
             decoded.clear()
-            _native.OPERATIONS[name](*args[name])
+            run(name, args[name], "native")
             assert bool(decoded) == (instruction_set != "avx512_bf16")
 
 
@@ -170,7 +171,7 @@ def test_results_are_bitwise_equal_for_every_number_of_threads():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append([_native.OPERATIONS[name](*args[name]) for name in ("linear", "linear_backward")])
+            results.append([run(name, args[name], "native") for name in ("linear", "linear_backward")])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

@@ -12,16 +12,15 @@ import torch
 from helpers import COMPILE_BACKEND, oft_layer, relative_error
 
 from hqq_oft import BackendError, Unsupported, backend, functional
-from hqq_oft.ops import backends
 from hqq_oft.ops import native as _native
 
 
 @pytest.mark.parametrize("case", range(20))
 def test_opcheck(case):
     name, args = calls.examples()[case]
-    if any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float64 for arg in args):
+    if any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float64 for arg in calls.parts(args)):
         pytest.skip("float64 is left to the reference")
-    torch.library.opcheck(getattr(torch.ops.hqq_oft, name).default, args)
+    torch.library.opcheck(getattr(torch.ops.hqq_oft, name).default, calls.parts(args))
 
 
 @pytest.mark.parametrize("m", [5, 33])
@@ -39,15 +38,18 @@ def test_compile_without_graph_breaks_forward_and_backward(m):
         assert relative_error(compiled, eager) <= 1e-6
 
 
-def test_auto_selects_the_native_backend_on_the_cpu(monkeypatch):
-    calls = []
-    real = _native.OPERATIONS["rotate"]
-    table = {**_native.OPERATIONS, "rotate": lambda *args: calls.append(args) or real(*args)}
-    entry = backends.Backend("native", table)
-    monkeypatch.setitem(backends.registry(), "native", entry)
-    with backend("auto"):
-        functional.rotate(torch.randn(3, 8), torch.randn(2, 4, 4))
-    assert len(calls) == 1
+def test_auto_selects_the_native_backend_on_the_cpu():
+    computed, planner = [], _native.OPERATIONS["rotate"]
+
+    def spied(by_name, *args):
+        function = planner(by_name, *args)
+        return lambda *args: computed.append(by_name) or function(*args)
+
+    x, d = torch.randn(3, 8), torch.randn(2, 4, 4)
+    with calls.planners_of("native", rotate=spied), backend("auto"):
+        functional.rotate(x, d)
+        functional.rotate(x, d)
+    assert computed == [False, False]
 
 
 def test_unsupported_calls_are_refused():
@@ -59,7 +61,7 @@ def test_unsupported_calls_are_refused():
     with pytest.raises(BackendError, match=r"the requested dtype is torch.float64"):
         functional.cayley(torch.randn(2, 6), 4, dtype=torch.float64)
     with pytest.raises(Unsupported, match=r"run on the CPU, and a tensor is on meta"):
-        _native.OPERATIONS["rotate"](torch.empty(3, 8, device="meta"), torch.empty(2, 4, 4), None, False)
+        _native.OPERATIONS["rotate"](True, torch.empty(3, 8, device="meta"), torch.empty(2, 4, 4), None, False)
     with backend("auto"):
         assert functional.rotate(x, d).dtype == torch.float64
 

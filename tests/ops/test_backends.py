@@ -16,6 +16,7 @@ import torch
 import hqq_oft
 from hqq_oft import BackendError, Unsupported, functional
 from hqq_oft.ops import backends, reference
+from hqq_oft.ops.table import OPERATIONS
 
 
 @pytest.fixture
@@ -25,38 +26,44 @@ def x_and_d():
 
 @pytest.fixture
 def registry(monkeypatch):
-    """Empty backends for this test only; the test registers their functions."""
-    tables = {"triton": {}, "native": {}, "reference": {name: getattr(reference, name) for name in backends.OPERATIONS}}
+    """Empty backends for this test only; the test registers their planners."""
+    tables = {"triton": {}, "native": {}, "reference": dict(reference.OPERATIONS)}
     for name, table in tables.items():
         monkeypatch.setitem(backends.registry(), name, backends.Backend(name, table))
-    return tables
+    backends.forget_plans()
+    yield tables
+    backends.forget_plans()
 
 
 def test_auto_selects_the_first_backend_that_supports_the_call_and_logs_each_reason_once(registry, caplog):
     calls, v = [], torch.randn(2, 6)  # the other tests leave `cayley` alone: its reasons are not logged yet
 
-    def picky(v, *settings):
-        calls.append(v.shape)
-        raise Unsupported("v has 2 rows, this kernel takes 16")
+    def picky(by_name, v, *settings):
+        calls.append((by_name, *v.shape))
+        raise Unsupported("v has few rows, this kernel takes 16")
 
     preferred, other = [name for name in backends.registry() if name != "reference"]
     registry[preferred]["cayley"] = picky
     with caplog.at_level(logging.INFO, logger="hqq_oft"):
         first = functional.cayley(v, 4)
         second = functional.cayley(v, 4)
-    assert calls == [(2, 6), (2, 6)]
+        functional.cayley(v[:1], 4)
+    assert calls == [(False, 2, 6), (False, 1, 6)]  # once for each kind of call
     with hqq_oft.backend("reference"):
         assert torch.equal(first, functional.cayley(v, 4))
     assert torch.equal(first, second)
     messages = [record.getMessage() for record in caplog.records]
     assert messages == [
-        f"cayley is not supported by the {preferred} backend: v has 2 rows, this kernel takes 16",
+        f"cayley is not supported by the {preferred} backend: v has few rows, this kernel takes 16",
         f"cayley is not supported by the {other} backend: the {other} backend has no kernel for cayley",
     ]
 
 
 def test_a_backend_that_serves_is_used(registry, x_and_d):
-    registry["native"]["rotate"] = lambda x, d, index, transpose: torch.full_like(x, 7.0)
+    def sevens(x, d, index, transpose):
+        return torch.full_like(x, 7.0)
+
+    registry["native"]["rotate"] = lambda by_name, *args: sevens
     assert torch.equal(functional.rotate(*x_and_d), torch.full((3, 8), 7.0))
     with hqq_oft.backend("reference"):
         assert torch.equal(functional.rotate(*x_and_d), reference.rotate(*x_and_d, None, False))
@@ -69,6 +76,9 @@ def test_an_exception_in_a_backend_propagates(registry, x_and_d):
     registry["triton"]["rotate"] = buggy
     with pytest.raises(IndexError, match="off by one"):
         functional.rotate(*x_and_d)
+    registry["triton"]["rotate"] = lambda by_name, *args: buggy
+    with pytest.raises(IndexError, match="off by one"):
+        functional.rotate(*x_and_d)
 
 
 def test_a_backend_selected_by_name_has_no_fallback(registry, x_and_d):
@@ -76,7 +86,8 @@ def test_a_backend_selected_by_name_has_no_fallback(registry, x_and_d):
     with pytest.raises(BackendError, match=message), hqq_oft.backend("triton"):
         functional.rotate(*x_and_d)
 
-    def picky(*args):
+    def picky(by_name, *args):
+        assert by_name == (backends.selected_backend() == "native")
         raise Unsupported("no tensor cores")
 
     registry["native"]["rotate"] = picky
@@ -101,7 +112,7 @@ def test_backward_runs_on_the_chosen_backend_too(registry, x_and_d):
         served.append("rotate_backward")
         return reference.rotate_backward(*args)
 
-    registry["native"]["rotate_backward"] = spy
+    registry["native"]["rotate_backward"] = lambda by_name, *args: spy
     x, d = (t.requires_grad_() for t in x_and_d)
     functional.rotate(x, d).sum().backward()
     assert served == ["rotate_backward"]
@@ -132,18 +143,17 @@ def test_a_missing_package_is_reported_as_the_reason():
 
 def test_a_package_of_kernels_is_found(monkeypatch):
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: SimpleNamespace())
-    kernels = SimpleNamespace(OPERATIONS={"rotate": reference.rotate})
+    kernels = SimpleNamespace(OPERATIONS={"rotate": reference.OPERATIONS["rotate"]})
     monkeypatch.setattr(backends.importlib, "import_module", lambda name: kernels)
     loaded = backends.load_backends()
     assert loaded["native"].why_not("rotate") is None
     assert "no kernel for linear" in loaded["native"].why_not("linear")
 
 
-def test_every_operation_has_a_schema_and_a_reference():
-    from hqq_oft.ops import table as ops
-
-    assert set(ops.SCHEMAS) == set(backends.OPERATIONS)
-    for name in backends.OPERATIONS:
+def test_every_operation_has_an_operator_and_a_reference():
+    assert set(OPERATIONS) == set(reference.OPERATIONS)
+    for name, operation in OPERATIONS.items():
+        assert str(getattr(torch.ops.hqq_oft, name).default._schema) == f"hqq_oft::{name}{operation.schema}"
         assert callable(getattr(reference, name))
 
 
@@ -153,7 +163,7 @@ def test_environment_report():
     assert run.returncode == 0, run.stderr
     assert f"hqq_oft {hqq_oft.__version__}" in run.stdout
     assert f"torch         {torch.__version__}" in run.stdout
-    for name in backends.OPERATIONS:
+    for name in OPERATIONS:
         assert f"\n{name:20}" in run.stdout
     assert "HQQ_OFT_BACKEND=auto" in run.stdout
     assert "HQQ_OFT_CPU_ISA=auto" in run.stdout

@@ -39,12 +39,12 @@ BAD = [
     (lambda w: functional.rotate(X, D[None], adapter_index=torch.zeros(3, dtype=torch.int64)), ValueError, r"\(2,\)"),
     (lambda w: functional.rotate(X, D[None], adapter_index=torch.zeros(2)), ValueError, "must be an int64 tensor"),
     (lambda w: functional.dequantize_rotate(w, D[:2]), ValueError, "d must rotate 32 features"),
-    (lambda w: functional.linear(X[:, :31], D, w), ValueError, r"x must have shape \[..., 32\], got \(2, 31\)"),
-    (lambda w: functional.linear(X.int(), D, w), TypeError, "x must be a floating point"),
-    (lambda w: functional.linear(X, D, w, torch.zeros(3)), ValueError, r"bias must have shape \(24,\)"),
-    (lambda w: functional.linear(X, None, w, adapter_index=torch.zeros(2).long()), ValueError, "index requires d"),
-    (lambda w: functional.oft_linear(X, V[:3], w, block_size=8), ValueError, "got 3 blocks of 8"),
-    (lambda w: functional.oft_linear(X, V, w, block_size=7), ValueError, "v must have shape"),
+    (lambda w: functional.linear(X[:, :31], w, d=D), ValueError, r"x must have shape \[..., 32\], got \(2, 31\)"),
+    (lambda w: functional.linear(X.int(), w, d=D), TypeError, "x must be a floating point"),
+    (lambda w: functional.linear(X, w, torch.zeros(3), d=D), ValueError, r"bias must have shape \(24,\)"),
+    (lambda w: functional.linear(X, w, adapter_index=torch.zeros(2).long()), ValueError, "index requires d"),
+    (lambda w: functional.oft_linear(X, w, v=V[:3], block_size=8), ValueError, "got 3 blocks of 8"),
+    (lambda w: functional.oft_linear(X, w, v=V, block_size=7), ValueError, "v must have shape"),
     (lambda w: functional.oft_rotate(X[:, :24], V, block_size=8), ValueError, "v must rotate 24 features"),
     (lambda w: functional.oft_rotate(torch.tensor(1.0), V, block_size=8), ValueError, "got a scalar"),
 ]
@@ -68,6 +68,6 @@ def test_forward_mode_differentiation_is_refused_not_dropped(how):
         with forward_ad.dual_level():
             return function(forward_ad.make_dual(x, x))
 
-    for function in (lambda x: functional.rotate(x, d), lambda x: functional.linear(x, None, weight)):
+    for function in (lambda x: functional.rotate(x, d), lambda x: functional.linear(x, weight)):
         with pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
             push_forward(function)

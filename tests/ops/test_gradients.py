@@ -75,13 +75,13 @@ def test_gradcheck_linear(stored, index):
     x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(8, dtype=torch.float64, requires_grad=True)
     if stored is None:
-        assert torch.autograd.gradcheck(lambda x, bias: functional.linear(x, None, weight, bias), (x, bias))
+        assert torch.autograd.gradcheck(lambda x, bias: functional.linear(x, weight, bias), (x, bias))
         return
     shape = (stored, 3, 3) if index is None else (2, stored, 3, 3)
     d = torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
     def f(x, d, bias):
-        return functional.linear(x, d, weight, bias, adapter_index=index)
+        return functional.linear(x, weight, bias, d=d, adapter_index=index)
 
     assert torch.autograd.gradcheck(f, (x, d, bias))
     assert torch.autograd.gradcheck(lambda x: f(x, d.detach(), bias.detach()), x)
@@ -98,7 +98,7 @@ def test_gradcheck_oft_linear(terms):
     keep = torch.tensor([True, False, True, True])
 
     def f(x, v, bias):
-        return functional.oft_linear(x, v, weight, bias, block_size=3, terms=terms, keep=keep)
+        return functional.oft_linear(x, weight, bias, v=v, block_size=3, terms=terms, keep=keep)
 
     assert torch.autograd.gradcheck(f, (x, v, bias))
     assert torch.autograd.gradcheck(lambda x: f(x, v.detach(), bias.detach()), x)
@@ -138,7 +138,7 @@ def test_half_precision_gradients(dtype, terms):
     x = torch.randn(33, 96).to(dtype).requires_grad_()
     v = skew_parameters(12, 8).requires_grad_()
     grad = torch.randn(33, 64).to(dtype)
-    functional.oft_linear(x, v, weight, block_size=8, terms=terms).backward(grad)
+    functional.oft_linear(x, weight, v=v, block_size=8, terms=terms).backward(grad)
     x64, v64 = x.detach().double().requires_grad_(), v.detach().double().requires_grad_()
     dense = oracle.rotation(v64, 8, 96, terms)
     (x64 @ dense @ functional.dequantize(weight, torch.float64).T).backward(grad.double())
@@ -153,16 +153,16 @@ def test_only_the_inputs_are_saved_for_backward():
     x = torch.randn(5, 32, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
-        functional.oft_linear(x, v, weight, block_size=8)
+        functional.oft_linear(x, weight, v=v, block_size=8)
         assert {t.data_ptr() for t in saved} == {x.data_ptr(), v.data_ptr()}
         saved.clear()
         functional.oft_rotate(x, v, block_size=8)
         assert {t.data_ptr() for t in saved} == {x.data_ptr(), v.data_ptr()}
         saved.clear()
-        functional.oft_linear(x, v.detach(), weight, block_size=8)
+        functional.oft_linear(x, weight, v=v.detach(), block_size=8)
         assert {t.data_ptr() for t in saved} == {v.data_ptr()}
         saved.clear()
-        functional.oft_linear(x.detach(), v.detach(), weight, block_size=8)
+        functional.oft_linear(x.detach(), weight, v=v.detach(), block_size=8)
         assert saved == []
 
 

@@ -95,14 +95,17 @@ def test_a_non_finite_gradient_propagates_to_the_parameter_and_to_x(value):
 
 W = QuantizedWeight.from_hqq(hqq_layer(64, 96, optimize=False))
 X, V, D = torch.zeros(2, 96), torch.zeros(12, 28), torch.zeros(12, 8, 8)
-OFF = torch.device("meta")
+INDEX, OFF = torch.zeros(2, dtype=torch.int64), torch.device("meta")
 ELSEWHERE = [
-    (lambda: functional.linear(X.to(OFF), D, W), "x is on meta, d is on cpu, weight is on cpu"),
-    (lambda: functional.linear(X, D.to(OFF), W), "x is on cpu, d is on meta, weight is on cpu"),
-    (lambda: functional.linear(X, None, W, torch.zeros(64, device=OFF)), "bias is on meta"),
-    (lambda: functional.linear(X, D[None], W, adapter_index=torch.zeros(2, device=OFF).long()), "adapter_index is on"),
+    (lambda: functional.linear(X.to(OFF), W, d=D), "x is on meta, d is on cpu, weight is on cpu"),
+    (lambda: functional.linear(X, W, d=D.to(OFF)), "x is on cpu, d is on meta, weight is on cpu"),
+    (lambda: functional.linear(X, W, torch.zeros(64, device=OFF)), "bias is on meta"),
+    (
+        lambda: functional.linear(X, W, d=D[None], adapter_index=torch.zeros(2, device=OFF).long()),
+        "adapter_index is on",
+    ),
     (lambda: functional.rotate(X, D.to(OFF)), "x is on cpu, d is on meta"),
-    (lambda: functional.oft_linear(X, V.to(OFF), W, block_size=8), "x is on cpu, v is on meta, weight is on cpu"),
+    (lambda: functional.oft_linear(X, W, v=V.to(OFF), block_size=8), "x is on cpu, v is on meta, weight is on cpu"),
     (lambda: functional.oft_rotate(X, V, block_size=8, d=D.to(OFF)), "v is on cpu, d is on meta"),
     (lambda: functional.dequantize_rotate(W, D.to(OFF)), "weight is on cpu, d is on meta"),
     (lambda: functional.cayley(V, 8, keep=torch.ones(12, dtype=torch.bool, device=OFF)), "keep is on meta"),
@@ -122,6 +125,6 @@ def test_tensors_on_several_devices_are_refused(case):
 def test_a_rotation_whose_shape_does_not_match_v_raises(d):
     message = re.escape(f"d must have shape (12, 8, 8) to match v, got {tuple(d.shape)}")
     with pytest.raises(ValueError, match=message):
-        functional.oft_linear(X, V, W, block_size=8, d=d)
+        functional.oft_linear(X, W, v=V, block_size=8, d=d)
     with pytest.raises(ValueError, match=message):
         functional.oft_rotate(X, V, block_size=8, d=d)

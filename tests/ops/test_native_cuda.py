@@ -5,23 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import calls
 import pytest
 import torch
 from gpu.cases import operations
 
-from hqq_oft import Unsupported, backend
+from hqq_oft import Unsupported
 from hqq_oft.ops import device_tables
 from hqq_oft.ops.native import cuda
 
 
-def check_call(x, weight, d):
-    cuda.check_call(x, d, *weight.arguments())
-
-
 def call(m=4, n=64, k=128, b=32, dtype=torch.bfloat16, **settings):
     """The input, weight and rotations of a call of `linear`, which decide whether it is served."""
-    x, weight, d, _, _ = calls.linear_parts(operations(m, n, k, b, "cpu", dtype, **settings)["linear"])
+    x, weight, d, _, _ = operations(m, n, k, b, "cpu", dtype, **settings)["linear"]
     return x, weight, d
 
 
@@ -32,8 +27,8 @@ def call(m=4, n=64, k=128, b=32, dtype=torch.bfloat16, **settings):
 )
 def test_supported_settings_are_accepted(settings):
     x, weight, d = call(**settings)
-    check_call(x, weight, d)
-    check_call(x, weight, None)
+    cuda.check_call(x, weight, d)
+    cuda.check_call(x, weight, None)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +48,7 @@ def test_supported_settings_are_accepted(settings):
 )
 def test_unsupported_settings_are_refused_with_the_reason(settings, reason):
     with pytest.raises(Unsupported, match=reason):
-        check_call(*call(**settings))
+        cuda.check_call(*call(**settings))
 
 
 @pytest.mark.parametrize("name", ["D", "scale", "zero"])
@@ -64,19 +59,19 @@ def test_other_dtypes_are_refused(name):
     else:
         weight = replace(weight, **{name: getattr(weight, name).float()})
     with pytest.raises(Unsupported, match=f"{name} torch.float32"):
-        check_call(x, weight, d)
+        cuda.check_call(x, weight, d)
 
 
 def test_packed_weights_that_cannot_be_copied_by_sixteen_bytes_are_refused():
     x, weight, d = call()
     packed = torch.cat([weight.packed.flatten(), weight.packed.new_zeros(1)])[1:].view_as(weight.packed)
     with pytest.raises(Unsupported, match="aligned to 16 bytes"):
-        check_call(x, replace(weight, packed=packed), d)
+        cuda.check_call(x, replace(weight, packed=packed), d)
 
 
 def test_other_devices_are_refused():
     with pytest.raises(Unsupported, match="the tensor is on cpu"):
-        cuda.check_device(torch.zeros(1, 1), 4)
+        cuda.check_device(torch.zeros(1, 1), 4, by_name=True)
 
 
 @pytest.fixture
@@ -102,27 +97,25 @@ class OnCuda:
 
 @pytest.mark.usefixtures("_device")
 def test_auto_uses_the_kernel_only_where_a_measurement_exists():
-    cuda.check_device(OnCuda(8), 4)
+    cuda.check_device(OnCuda(8), 4, by_name=False)
     for tokens, bits in ((9, 4), (1, 2)):
         with pytest.raises(Unsupported, match=f"not measured .* {bits} bits and {tokens} tokens"):
-            cuda.check_device(OnCuda(tokens), bits)
-        with backend("native"):
-            cuda.check_device(OnCuda(tokens), bits)
+            cuda.check_device(OnCuda(tokens), bits, by_name=False)
+        cuda.check_device(OnCuda(tokens), bits, by_name=True)
 
 
 @pytest.mark.usefixtures("_device")
 def test_devices_without_a_table_have_no_measurement(monkeypatch):
     monkeypatch.setattr(cuda, "_device", lambda _: ("other_gpu", (9, 0)))
     with pytest.raises(Unsupported, match="was not measured"):
-        cuda.check_device(OnCuda(1), 4)
+        cuda.check_device(OnCuda(1), 4, by_name=False)
 
 
 @pytest.mark.usefixtures("_device")
 def test_old_devices_and_builds_without_cuda_are_refused(monkeypatch):
-    with backend("native"):
-        monkeypatch.setattr(cuda, "_device", lambda _: ("some_gpu", (7, 5)))
-        with pytest.raises(Unsupported, match=r"capability 8\.0"):
-            cuda.check_device(OnCuda(1), 4)
-        monkeypatch.setattr(cuda, "has_kernels", lambda: False)
-        with pytest.raises(Unsupported, match="has no CUDA kernels"):
-            cuda.check_device(OnCuda(1), 4)
+    monkeypatch.setattr(cuda, "_device", lambda _: ("some_gpu", (7, 5)))
+    with pytest.raises(Unsupported, match=r"capability 8\.0"):
+        cuda.check_device(OnCuda(1), 4, by_name=True)
+    monkeypatch.setattr(cuda, "has_kernels", lambda: False)
+    with pytest.raises(Unsupported, match="has no CUDA kernels"):
+        cuda.check_device(OnCuda(1), 4, by_name=True)

@@ -23,7 +23,7 @@ def quantized_weight(out_features=24, in_features=32, **settings):
 @pytest.mark.parametrize("case", range(20))
 def test_opcheck(case):
     name, args = calls.examples()[case]
-    torch.library.opcheck(getattr(torch.ops.hqq_oft, name).default, args)
+    torch.library.opcheck(getattr(torch.ops.hqq_oft, name).default, calls.parts(args))
 
 
 def test_compile_without_graph_breaks_forward_and_backward():
@@ -31,8 +31,8 @@ def test_compile_without_graph_breaks_forward_and_backward():
     v, w = skew_parameters(4, 8), skew_parameters(4, 8)
 
     def f(x, v, w):
-        x = functional.rotate(x, functional.cayley(v, 8))
-        return functional.oft_linear(x, w, weight, bias, block_size=8, terms=None)
+        x = functional.rotate(x, functional.cayley(v, 8, 5))
+        return functional.oft_linear(x, weight, bias, v=w, block_size=8)
 
     results = []
     for function in (f, torch.compile(f, backend=COMPILE_BACKEND, fullgraph=True)):
@@ -46,11 +46,11 @@ def test_compile_without_graph_breaks_forward_and_backward():
 
 def test_autocast_does_not_lower_the_precision():
     weight, v, x = quantized_weight(), skew_parameters(4, 8).requires_grad_(), torch.randn(5, 32)
-    expected = functional.oft_linear(x, v, weight, block_size=8)
+    expected = functional.oft_linear(x, weight, v=v, block_size=8, terms=5)
     expected.sum().backward()
     grad, v.grad = v.grad, None
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = functional.oft_linear(x, v, weight, block_size=8)
+        out = functional.oft_linear(x, weight, v=v, block_size=8, terms=5)
         out.sum().backward()
     assert torch.equal(out, expected)
     assert torch.equal(v.grad, grad)

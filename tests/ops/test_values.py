@@ -64,18 +64,19 @@ def test_the_exact_map_is_orthogonal_and_transposed_to_the_limit_of_the_series()
     assert relative_error(series.transpose(1, 2), exact) <= 1e-12
 
 
-def test_dropped_blocks_are_the_identity():
+@pytest.mark.parametrize("terms", [5, None])
+def test_dropped_blocks_are_the_identity(terms):
     v = skew_parameters(4, 8)
     keep = torch.tensor([True, False, True, False])
-    d = functional.cayley(v, 8, keep=keep)
+    d = functional.cayley(v, 8, terms, keep=keep)
     assert torch.equal(d[~keep], torch.zeros(2, 8, 8))
-    assert torch.equal(d[keep], functional.cayley(v, 8)[keep])
-    shared = functional.cayley(v[:1], 8, keep=keep)
+    assert torch.equal(d[keep], functional.cayley(v, 8, terms)[keep])
+    shared = functional.cayley(v[:1], 8, terms, keep=keep)
     assert shared.shape == (4, 8, 8)
-    assert torch.equal(shared[2], functional.cayley(v[:1], 8)[0])
+    assert torch.equal(shared[2], functional.cayley(v[:1], 8, terms)[0])
     broken = v.clone()
     broken[1] = float("nan")
-    assert torch.isfinite(functional.cayley(broken, 8, keep=keep)).all()
+    assert torch.isfinite(functional.cayley(broken, 8, terms, keep=keep)).all()
 
 
 @pytest.mark.parametrize("terms", [5, None])
@@ -135,7 +136,7 @@ def test_linear(dtype, bias, rotated):
     x = torch.randn(2, 7, 32).to(dtype)
     dense = torch.block_diag(*(d.double() + torch.eye(8))) if rotated else torch.eye(32, dtype=torch.float64)
     truth = x.double() @ dense @ functional.dequantize(weight, torch.float64).T + (b.double() if bias else 0)
-    out = functional.linear(x, d, weight, b)
+    out = functional.linear(x, weight, b, d=d)
     assert (out.dtype, out.shape) == (dtype, (2, 7, 24))
     assert relative_error(out, truth) <= TOLERANCE[dtype]
 
@@ -144,9 +145,9 @@ def test_linear_by_an_index_per_row():
     weight = quantized_weight()
     d = torch.stack([functional.cayley(skew_parameters(4, 8), 8) for _ in range(2)])
     x, index = torch.randn(3, 2, 32), torch.tensor([0, 1, -1, 0, 1, 1])
-    out = functional.linear(x, d, weight, adapter_index=index).reshape(6, 24)
+    out = functional.linear(x, weight, d=d, adapter_index=index).reshape(6, 24)
     for row, adapter in enumerate(index.tolist()):
-        single = functional.linear(x.reshape(6, 32)[row : row + 1], None if adapter < 0 else d[adapter], weight)
+        single = functional.linear(x.reshape(6, 32)[row : row + 1], weight, d=None if adapter < 0 else d[adapter])
         assert relative_error(out[row : row + 1], single) <= 1e-6
 
 
@@ -154,15 +155,24 @@ def test_linear_by_an_index_per_row():
 def test_oft_linear_is_linear_of_cayley(terms):
     weight, v, x = quantized_weight(), skew_parameters(4, 8), torch.randn(5, 32)
     keep = torch.tensor([True, True, False, True])
-    fused = functional.oft_linear(x, v, weight, block_size=8, terms=terms, keep=keep, max_norm=0.2)
-    parts = functional.linear(x, functional.cayley(v, 8, terms, keep=keep, max_norm=0.2), weight)
+    fused = functional.oft_linear(x, weight, v=v, block_size=8, terms=terms, keep=keep, max_norm=0.2)
+    parts = functional.linear(x, weight, d=functional.cayley(v, 8, terms, keep=keep, max_norm=0.2))
     assert torch.equal(fused, parts)
+
+
+def test_the_exact_map_is_the_default():
+    weight, v, x = quantized_weight(), skew_parameters(4, 8), torch.randn(5, 32)
+    exact = functional.cayley(v, 8, None)
+    assert torch.equal(functional.cayley(v, 8), exact)
+    assert torch.equal(functional.cayley_many([v], 8)[0], exact)
+    assert torch.equal(functional.oft_rotate(x, v, block_size=8), functional.rotate(x, exact))
+    assert torch.equal(functional.oft_linear(x, weight, v=v, block_size=8), functional.linear(x, weight, d=exact))
 
 
 @pytest.mark.parametrize("x", [torch.randn(32), torch.randn(0, 32), torch.randn(2, 0, 32), torch.randn(32, 6).T])
 def test_any_leading_dimensions_and_strides(x):
     weight, v = quantized_weight(), skew_parameters(4, 8)
-    out = functional.oft_linear(x, v, weight, block_size=8)
+    out = functional.oft_linear(x, weight, v=v, block_size=8, terms=5)
     truth = x.double() @ oracle.rotation(v, 8, 32, 5) @ functional.dequantize(weight, torch.float64).T
     assert out.shape == (*x.shape[:-1], 24)
     assert relative_error(out, truth) <= 1e-5

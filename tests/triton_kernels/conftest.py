@@ -9,6 +9,7 @@ if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_*"]
 else:
     from hqq_oft import backend, triton_kernels
+    from hqq_oft.ops import backends
 
     MODULES = (
         triton_kernels.cayley,
@@ -32,3 +33,6 @@ else:
 
         for module in (*MODULES, triton_kernels._launch):
             monkeypatch.setattr(module, "empty", poisoned)
+        backends.forget_plans()
+        yield
+        backends.forget_plans()

@@ -49,15 +49,17 @@ def test_gradcheck_rotate():
 def test_gradcheck_products(nbits):
     weight = quantized_weight(nbits=nbits)
     assert gradcheck(lambda d: functional.dequantize_rotate(weight, d, torch.float64), double(3, 8, 8))
-    assert gradcheck(lambda x, d, b: functional.linear(x, d, weight, b), (double(3, 24), double(3, 8, 8), double(16)))
-    assert gradcheck(lambda x, v: functional.oft_linear(x, v, weight, block_size=4), (double(3, 24), double(6, 6)))
-    assert gradcheck(lambda x, v: functional.oft_rotate(x, v, block_size=4), (double(3, 24), double(6, 6)))
+    assert gradcheck(lambda x, d, b: functional.linear(x, weight, b, d=d), (double(3, 24), double(3, 8, 8), double(16)))
+    assert gradcheck(
+        lambda x, v: functional.oft_linear(x, weight, v=v, block_size=4, terms=5), (double(3, 24), double(6, 6))
+    )
+    assert gradcheck(lambda x, v: functional.oft_rotate(x, v, block_size=4, terms=5), (double(3, 24), double(6, 6)))
 
 
 @pytest.mark.parametrize("case", range(20))
 def test_opcheck(case):
     name, args = calls.examples()[case]
-    torch.library.opcheck(getattr(torch.ops.hqq_oft, name).default, args)
+    torch.library.opcheck(getattr(torch.ops.hqq_oft, name).default, calls.parts(args))
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
@@ -104,21 +106,21 @@ def test_export():
 
 def test_autocast_does_not_lower_the_precision():
     weight, v, x = quantized_weight(), torch.randn(3, 28) * 0.1, torch.randn(5, 24)
-    expected = functional.oft_linear(x, v, weight, block_size=8)
+    expected = functional.oft_linear(x, weight, v=v, block_size=8, terms=5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(functional.oft_linear(x, v, weight, block_size=8), expected)
+        assert torch.equal(functional.oft_linear(x, weight, v=v, block_size=8, terms=5), expected)
 
 
 def test_several_layers_vectors_in_one_call():
     vs = [torch.randn(blocks, 28) * 0.1 for blocks in (3, 1, 4)]
     for v in vs:
         v.requires_grad_()
-    ds = functional.cayley_many(vs, 8)
+    ds = functional.cayley_many(vs, 8, 5)
     grads = [torch.randn_like(d) for d in ds]
     torch.autograd.backward(ds, grads)
     for v, d, grad in zip(vs, ds, grads, strict=True):
         alone = v.detach().clone().requires_grad_()
-        expected = functional.cayley(alone, 8)
+        expected = functional.cayley(alone, 8, 5)
         expected.backward(grad)
         assert torch.equal(d, expected)
         assert torch.equal(v.grad, alone.grad)

@@ -8,23 +8,22 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import calls
 import pytest
 import torch
-from hqq_oft.triton_kernels import _launch, _tiles
+from hqq_oft.triton_kernels import _launch, _tiles, rotate
 
 from hqq_oft import BackendError, Unsupported, backend, functional
-from hqq_oft.ops import device_tables
+from hqq_oft.ops import backends, device_tables, reference
 
 
 @pytest.fixture
 def tables(tmp_path, monkeypatch):
-    for cached in (_tiles.table, _tiles.tiles, _tiles._choose):
-        cached.cache_clear()
+    _tiles._forget()
     monkeypatch.setattr(device_tables.resources, "files", lambda package: tmp_path)
     yield tmp_path
     monkeypatch.undo()
-    for cached in (_tiles.table, _tiles.tiles, _tiles._choose):
-        cached.cache_clear()
+    _tiles._forget()
 
 
 def entry(m, **changes):
@@ -64,20 +63,28 @@ def test_splits_fill_the_device_and_keep_work_for_each(programs, steps, splits):
 def test_unsupported_devices_are_refused():
     tensor = SimpleNamespace(device=torch.device("xpu", 0))
     with pytest.raises(Unsupported, match="run on CUDA and ROCm devices, but the tensor is on xpu"):
-        _launch.check_device(tensor)
+        _launch.check_device(tensor, by_name=True)
 
 
-def test_auto_selects_the_reference_on_the_cpu(monkeypatch):
+def test_auto_does_not_interpret_kernels_on_the_cpu():
     x, d = torch.randn(3, 8), torch.randn(2, 4, 4)
-    kernels = []
-    monkeypatch.setattr(_launch, "on_device", lambda tensor: kernels.append(tensor))
-    with backend("auto"):
-        functional.rotate(x, d)
-    assert kernels == []
+    refusals = []
+
+    def spied(by_name, *args):
+        try:
+            return rotate.plan_rotate(by_name, *args)
+        except Unsupported as refusal:
+            refusals.append(str(refusal))
+            raise
+
+    with calls.planners_of("native", rotate=None), calls.planners_of("triton", rotate=spied), backend("auto"):
+        assert torch.equal(functional.rotate(x, d), reference.rotate(x, d, None, False))
+    assert refusals == ["on the CPU Triton only interprets its kernels, for tests: select it explicitly"]
 
 
 def test_without_the_interpreter_the_cpu_is_refused(monkeypatch):
     monkeypatch.setattr(_launch, "INTERPRETED", False)
+    backends.forget_plans()  # another test may have made such a call
     with pytest.raises(BackendError, match="the tensor is on the CPU; Triton needs a GPU"):
         functional.rotate(torch.randn(3, 8), torch.randn(2, 4, 4))
 

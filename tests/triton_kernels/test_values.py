@@ -136,7 +136,7 @@ def test_memory_after_the_last_block_is_not_read():
     x, grad, weight = torch.randn(9, 40), torch.randn(9, 40), quantized_weight(16, 40, group_size=8)
     check("rotate", x, behind[:5], None, False)
     check("rotate_backward", grad, x, behind[:5], None, False, True, True)
-    check("dequantize_rotate", *calls.dequantize_rotate(weight, behind[:5], torch.float32))
+    check("dequantize_rotate", weight, behind[:5], torch.float32)
     check("linear", *calls.linear(x, weight, behind[:5]))
 
 
@@ -158,8 +158,8 @@ def test_every_layout(layout):
     except ValueError:
         pytest.skip("HQQ cannot pack it")
     k = layout["k"]
-    check("dequantize", *calls.dequantize(weight, torch.float32), tolerance=1e-6)
-    check("dequantize_rotate", *calls.dequantize_rotate(weight, rotations(k // 8, 8), torch.float32))
+    check("dequantize", weight, torch.float32, tolerance=1e-6)
+    check("dequantize_rotate", weight, rotations(k // 8, 8), torch.float32)
     x, d, grad = torch.randn(19, k), rotations(k // 8, 8), torch.randn(19, layout["n"])
     check("linear", *calls.linear(x, weight, d, torch.randn(layout["n"])))
     check("linear_backward", *calls.linear_backward(grad, x, weight, d))
@@ -170,17 +170,19 @@ def test_every_layout(layout):
 def test_dequantize_rotate_at_every_block_size(b, shared):
     k = 384
     weight = quantized_weight(16, k, group_size=64)
-    check("dequantize_rotate", *calls.dequantize_rotate(weight, rotations(1 if shared else k // b, b), torch.float32))
+    check("dequantize_rotate", weight, rotations(1 if shared else k // b, b), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("nbits", [4, 3])
 def test_half_precision_weights(dtype, nbits):
     weight = quantized_weight(nbits=nbits, dtype=dtype)
-    check("dequantize", *calls.dequantize(weight, dtype), tolerance=TOLERANCE[dtype])
+    check("dequantize", weight, dtype, tolerance=TOLERANCE[dtype])
     check(
         "dequantize_rotate",
-        *calls.dequantize_rotate(weight, rotations(12, 8, dtype), dtype),
+        weight,
+        rotations(12, 8, dtype),
+        dtype,
         tolerance=TOLERANCE[dtype],
     )
 
@@ -191,7 +193,7 @@ def test_poisoned_padding_does_not_leak():
     scale = weight.scale.clone().reshape(8, 11)
     scale[:, 3] = float("inf")  # columns 24 to 31
     weight = replace(weight, scale=scale.reshape(-1))
-    out = ops.dequantize_rotate(*calls.dequantize_rotate(weight, rotations(4, 22), torch.float32))
+    out = ops.dequantize_rotate(weight, rotations(4, 22), torch.float32)
     assert torch.isfinite(out[:, :22]).all()
     assert not torch.isfinite(out[:, 22:44]).any()
 
