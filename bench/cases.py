@@ -204,15 +204,15 @@ def _layer_jobs(
     yield Job(name, "full", full, (*ahead, *back), len(inputs), not contender.compiled, columns)
     if not contender.compiled:
         backward = partial(torch.autograd.grad, layers[0](leaves[0]), contender.wanted(0, leaves[0]), grads[0], True)
-        yield Job(name, "backward", _called(backward), back, columns=columns)
+        yield Job(name, "backward", called(backward), back, columns=columns)
 
 
-def _called(way: Callable[[], object]) -> Call:
+def called(way: Callable[[], object]) -> Call:
     return lambda _: way()
 
 
 def _ungraded(way: Callable[[], object]) -> Call:
-    return _called(torch.no_grad()(way))
+    return called(torch.no_grad()(way))
 
 
 # --- Operations ------------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def cayley(session: Any, k: int, setting: Setting, note: str) -> Iterator[Job]:
         backward = partial(torch.autograd.grad, result, leaf, torch.randn_like(result), retain_graph=True)
         captured = name == OURS and terms is not None
         yield Job(name, "forward", _ungraded(way), (model.cayley(cost, terms),), 1, captured)
-        yield Job(name, "backward", _called(backward), (model.cayley_backward(cost, terms),))
+        yield Job(name, "backward", called(backward), (model.cayley_backward(cost, terms),))
 
 
 @kind("ops", "cayley all {adapters[0]} adapters of a model", "cayley")

@@ -26,7 +26,7 @@ from hqq_oft import HqqOFTLinear, QuantizedWeight
 from hqq_oft.ops import reference
 
 from . import contenders, model
-from .cases import MAIN, PRODUCT, Decoder, Job, kind
+from .cases import MAIN, PRODUCT, Decoder, Job, called, kind
 from .contenders import DENSE, HQQ, LORA, OURS, PEFT, adapted
 from .environment import ROOT
 from .problem import DTYPES, Problem, hqq_layer, relative_error
@@ -298,8 +298,8 @@ def smollm2(session: Any, layers: int, m: int, what: str) -> Iterator[Job]:
     for name, (llama, error) in models.items():
         if what == "decoding":
             options = {"min_new_tokens": m, "max_new_tokens": m, "do_sample": False}
-            call = functools.partial(lambda generate, options, _: generate(input_ids=prompt[:, :16], **options),
-                           llama.eval().generate, options)  # fmt: skip
+            generate = functools.partial(llama.eval().generate, input_ids=prompt[:, :16], **options)
+            call = called(generate)
         else:
             call = TrainingStep(llama, prompt[:, :m], lr=None)
         profile = {"profile": _profile(call)} if name == OURS else {}
