@@ -8,10 +8,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <memory>
+#include <mutex>
 #include <new>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <unordered_map>
 #include <vector>
 
 #include "cpu/instruction_set.h"
@@ -87,10 +90,14 @@ void run(void (*kernel)(const Op&, int64_t, int64_t, float*), const Op& op) {
 
 // --- Weights ---------------------------------------------------------------------------------------------------------
 
-// A `Weight` and the tensors that own its memory.
+// The tensors of a weight. Their addresses are read at every call: FSDP frees and allocates storage under a tensor.
 struct HeldWeight {
   Tensor packed, scale, zero;
-  Weight weight;
+  int64_t N, K, bits, group_size, axis;
+
+  Weight view() const {
+    return {packed.const_data_ptr(), source(scale), source(zero), N, K, bits, group_size, axis};
+  }
 };
 
 HeldWeight hold(const Tensor& packed, const Tensor& scale, const Tensor& zero, int64_t N, int64_t K, int64_t bits,
@@ -100,13 +107,48 @@ HeldWeight hold(const Tensor& packed, const Tensor& scale, const Tensor& zero, i
   auto plain = [&](const Tensor& t) {
     return compact(scale.scalar_type() == zero.scalar_type() ? t : torch::stable::to(t, ScalarType::Float));
   };
-  HeldWeight held{compact(packed), plain(scale), plain(zero), {}};
-  held.weight = {held.packed.const_data_ptr(), source(held.scale), source(held.zero), N, K, bits, group_size, axis};
-  const Weight& w = held.weight;
+  HeldWeight held{compact(packed), plain(scale), plain(zero), N, K, bits, group_size, axis};
+  Weight w = held.view();
   STD_TORCH_CHECK(packed.scalar_type() == (bits == 3 ? ScalarType::Int : ScalarType::Byte), "packed has a wrong dtype");
   STD_TORCH_CHECK(packed.numel() == w.band_elements() && scale.numel() == w.groups() && zero.numel() == w.groups(),
                   "packed, scale and zero do not fit the weight's shape");
   return held;
+}
+
+// Weights that are used again and again, by handle: converting eight arguments takes longer than a small product.
+class KeptWeights {
+ public:
+  int64_t add(HeldWeight weight) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    weights_.emplace(++last_, std::make_shared<const HeldWeight>(std::move(weight)));
+    return last_;
+  }
+
+  std::shared_ptr<const HeldWeight> find(int64_t handle) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto found = weights_.find(handle);
+    STD_TORCH_CHECK(found != weights_.end(), "no kept weight has this handle");
+    return found->second;
+  }
+
+  void remove(int64_t handle) {
+    std::shared_ptr<const HeldWeight> last;  // freed outside of the lock
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto found = weights_.find(handle);
+    if (found == weights_.end()) return;
+    last = std::move(found->second);
+    weights_.erase(found);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<int64_t, std::shared_ptr<const HeldWeight>> weights_;
+  int64_t last_ = 0;
+};
+
+KeptWeights& kept_weights() {
+  static auto* kept = new KeptWeights;  // never destroyed: PyTorch may go first when the process ends
+  return *kept;
 }
 
 #define WEIGHT                                                                                                         \
@@ -209,7 +251,7 @@ void dequantize_into(const Tensor& out, WEIGHT, const std::optional<Tensor>& d, 
   STD_TORCH_CHECK(first_row >= 0 && first_row + rows <= N && first_column >= 0 && first_column + columns <= K &&
                       out.stride(1) == 1,
                   "out must be a window of the weight with contiguous rows");
-  Dequantize op{held.weight, sink(out), first_row, rows, first_column, columns, out.stride(0), d.has_value(), {}};
+  Dequantize op{held.view(), sink(out), first_row, rows, first_column, columns, out.stride(0), d.has_value(), {}};
   std::optional<Tensor> blocks;
   if (d) {
     blocks = compact(*d);
@@ -275,10 +317,10 @@ void multiply_many(const uint16_t* x, int64_t M, const Weight& w, const Source* 
   }
 }
 
-Tensor linear(const Tensor& x, const std::optional<Tensor>& d, WEIGHT, const std::optional<Tensor>& bias,
-              const std::optional<Tensor>& index) {
-  HeldWeight held = HELD_WEIGHT;
-  const Weight& w = held.weight;
+Tensor multiply(const Tensor& x, const std::optional<Tensor>& d, const HeldWeight& held,
+                const std::optional<Tensor>& bias, const std::optional<Tensor>& index) {
+  Weight w = held.view();
+  int64_t N = w.N, K = w.K;
   int64_t M = x.size(0);
   STD_TORCH_CHECK(x.size(1) == K, "x does not fit the weight's in-features");
   Tensor y = empty(x, {M, N}, x.scalar_type());
@@ -309,10 +351,30 @@ Tensor linear(const Tensor& x, const std::optional<Tensor>& d, WEIGHT, const std
   return y;
 }
 
+Tensor linear(const Tensor& x, const std::optional<Tensor>& d, WEIGHT, const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& index) {
+  return multiply(x, d, HELD_WEIGHT, bias, index);
+}
+
+Tensor linear_kept(const Tensor& x, const std::optional<Tensor>& d, int64_t handle, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& index) {
+  return multiply(x, d, *kept_weights().find(handle), bias, index);
+}
+
+// A handle for `linear_kept` until `release_weight`; 0 if the kernels need a copy of a part, which would grow stale.
+int64_t keep_weight(WEIGHT) {
+  HeldWeight held = HELD_WEIGHT;
+  bool same = packed.is_contiguous() && scale.is_contiguous() && zero.is_contiguous() &&
+              scale.scalar_type() == zero.scalar_type();
+  return same ? kept_weights().add(std::move(held)) : 0;
+}
+
+void release_weight(int64_t handle) { kept_weights().remove(handle); }
+
 // g = dy * W.
 Tensor linear_transposed(const Tensor& dy, WEIGHT) {
   HeldWeight held = HELD_WEIGHT;
-  const Weight& w = held.weight;
+  Weight w = held.view();
   int64_t M = dy.size(0), band_rows = N / w.fields();
   STD_TORCH_CHECK(dy.size(1) == N, "dy does not fit the weight's out-features");
   STD_TORCH_CHECK(on_bf16_levels(dy, w), "packed product not supported for these arguments; check `multiplies_packed`");
@@ -413,6 +475,9 @@ STABLE_TORCH_LIBRARY(hqq_oft_native, m) {
   m.def("dequantize(" WEIGHT_SCHEMA ", ScalarType dtype) -> Tensor");
   m.def("dequantize_rotate(" WEIGHT_SCHEMA ", Tensor d, ScalarType dtype) -> Tensor");
   m.def("linear(Tensor x, Tensor? d, " WEIGHT_SCHEMA ", Tensor? bias, Tensor? adapter_index) -> Tensor");
+  m.def("linear_kept(Tensor x, Tensor? d, int handle, Tensor? bias, Tensor? adapter_index) -> Tensor");
+  m.def("keep_weight(" WEIGHT_SCHEMA ") -> int");
+  m.def("release_weight(int handle) -> ()");
   m.def("linear_transposed(Tensor dy, " WEIGHT_SCHEMA ") -> Tensor");
   m.def(
       "multiplies_packed(Tensor x, SymInt out_features, SymInt in_features, int bits, SymInt group_size, int axis) -> "
@@ -432,6 +497,8 @@ STABLE_TORCH_LIBRARY_IMPL(hqq_oft_native, CPU, m) {
   m.impl("dequantize", TORCH_BOX(&dequantize));
   m.impl("dequantize_rotate", TORCH_BOX(&dequantize_rotate));
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_kept", TORCH_BOX(&linear_kept));
+  m.impl("keep_weight", TORCH_BOX(&keep_weight));
   m.impl("linear_transposed", TORCH_BOX(&linear_transposed));
   m.impl("multiplies_packed", TORCH_BOX(&multiplies_packed));
   m.impl("dequantize_into", TORCH_BOX(&dequantize_into));
@@ -439,6 +506,7 @@ STABLE_TORCH_LIBRARY_IMPL(hqq_oft_native, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hqq_oft_native, CompositeExplicitAutograd, m) {
+  m.impl("release_weight", TORCH_BOX(&release_weight));
   m.impl("instruction_sets", TORCH_BOX(&instruction_sets));
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
   m.impl("select_instruction_set", TORCH_BOX(&select_instruction_set));

@@ -25,38 +25,22 @@ def _choice(variable: str, default: str, accepted: tuple[str, ...]) -> str:
 
 
 def backend_from_environment() -> str:
-    """The backend selected by `HQQ_OFT_BACKEND`, `auto` if unset.
-
-    Raises:
-        ValueError: the value is not a backend name.
-    """
+    """The backend selected by `HQQ_OFT_BACKEND`, `auto` if unset."""
     return _choice("HQQ_OFT_BACKEND", "auto", _BACKENDS)
 
 
 def keep_pristine_from_environment() -> KeepPristine:
-    """Where a merged layer keeps its original packed weight: `HQQ_OFT_KEEP_PRISTINE`, `device` if unset.
-
-    Raises:
-        ValueError: the value is not `device`, `cpu` or `none`.
-    """
+    """Where a merged layer keeps its original packed weight: `HQQ_OFT_KEEP_PRISTINE`, `device` if unset."""
     return cast(KeepPristine, _choice("HQQ_OFT_KEEP_PRISTINE", "device", get_args(KeepPristine)))
 
 
 def cpu_instruction_set() -> CPUInstructionSet:
-    """The instruction set of the native CPU kernels: `HQQ_OFT_CPU_ISA`, `auto` if unset.
-
-    Raises:
-        ValueError: the value is not a known instruction set.
-    """
+    """The instruction set of the native CPU kernels: `HQQ_OFT_CPU_ISA`, `auto` if unset."""
     return cast(CPUInstructionSet, _choice("HQQ_OFT_CPU_ISA", "auto", get_args(CPUInstructionSet)))
 
 
 def scratch_bytes() -> int:
-    """Maximum scratch size for dequantized weights, in bytes: `HQQ_OFT_SCRATCH_MIB`, 64 MiB if unset.
-
-    Raises:
-        ValueError: the value is not a positive integer.
-    """
+    """Maximum scratch size for dequantized weights, in bytes: `HQQ_OFT_SCRATCH_MIB`, 64 MiB if unset."""
     value = os.environ.get("HQQ_OFT_SCRATCH_MIB", "").strip() or "64"
     if not value.isascii() or not value.isdigit() or int(value) == 0:
         raise ValueError(f"HQQ_OFT_SCRATCH_MIB={value!r} is not understood; set it to a positive integer, or unset it.")

@@ -7,7 +7,6 @@ block), adapters A.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -21,8 +20,8 @@ from .ops.weight import QuantizedWeight
 
 
 def _flatten(x: Tensor) -> Tensor:
-    # not -1: it can't be inferred for an empty batch
-    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    dims = x.dim()
+    return x if dims == 2 else x.flatten(0, -2) if dims > 2 else x.unsqueeze(0)
 
 
 def _recorded(*tensors: Tensor | None) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import oracle
@@ -14,6 +16,7 @@ from peft import OFTConfig, get_peft_model
 from torch import Tensor, nn
 
 from hqq_oft import HqqOFTLinear
+from hqq_oft.ops import backends
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float64: 1e-12}
 
@@ -140,3 +143,27 @@ def live_bytes() -> int:
     gc.collect()
     plain = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
     return sum(t.numel() * t.element_size() for t in plain if t.layout == torch.strided)
+
+
+@contextmanager
+def around_operations(around: Callable[[str, Callable[..., Any], tuple[Any, ...]], Any]) -> Iterator[None]:
+    """Inside the block every operation that runs, on any backend, is called as `around(name, function, args)`."""
+
+    def watched(operation: str, planner: backends.Planner) -> backends.Planner:
+        def plan(by_name: bool, *args: Any) -> Callable[..., Any]:
+            function = planner(by_name, *args)
+            return lambda *args: around(operation, function, args)
+
+        return plan
+
+    registry = backends.registry()
+    before = dict(registry)
+    for name, backend in before.items():
+        planners = {operation: watched(operation, planner) for operation, planner in backend.operations.items()}
+        registry[name] = backends.Backend(name, planners, backend.reason)
+    backends.forget_plans()
+    try:
+        yield
+    finally:
+        registry.update(before)
+        backends.forget_plans()

@@ -61,7 +61,7 @@ class Layer(RuleBasedStateMachine):
     @initialize(
         layer=LAYERS,
         adapters=st.tuples(ADAPTERS, ADAPTERS, ADAPTERS),
-        keep=st.sampled_from(["device", "host"]),
+        keep=st.sampled_from(["device", "cpu"]),
         seed=st.integers(0, 99),
     )
     def make(self, layer, adapters, keep, seed):

@@ -29,7 +29,6 @@ _PARTS = (
 )
 _PART_COUNT = len(_PARTS.split(","))
 _MOST_PLANS = 4096  # of one operation; a server sees many lengths
-_PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 class Operation:
@@ -110,11 +109,14 @@ def _observed() -> bool:
 
 
 def _key(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """What a plan depends on, or None if an argument is a tensor subclass, which may redefine operators."""
+    """What a plan depends on, or None if the dispatcher must decide: tensors without data, and tensor subclasses."""
     facts: list[Any] = [backends.selected_backend()]
     for value in args:
+        if value is None:
+            facts.append(None)
+            continue
         kind = type(value)
-        if kind in _PLAIN:
+        if kind is Tensor or kind is nn.Parameter:
             # Triton compiles for pointers that 16 divides, and for others
             facts += (value.dtype, value.device, value.shape, value.stride(), value.data_ptr() % 16)
         elif kind is QuantizedWeight:

@@ -131,9 +131,12 @@ class QuantizedWeight:
 
     @cached_property
     def layout(self) -> object | None:
-        """Equal for weights of one shape, format, device and memory layout; None where a part is a tensor subclass."""
+        """Equal for weights of one shape, format, device and memory layout.
+
+        None where a part is a tensor subclass or has no data.
+        """
         tensors = (self.packed, self.scale, self.zero)
-        if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
+        if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta for tensor in tensors):
             return None
         facts = tuple((t.dtype, t.device, t.shape, t.stride(), t.data_ptr() % 16) for t in tensors)
         return _LAYOUTS.setdefault((facts, *self.arguments()[3:]), object())

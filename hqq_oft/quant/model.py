@@ -22,11 +22,6 @@ logger = logging.getLogger("hqq_oft")
 
 Overrides = Mapping[str, Mapping[str, Any] | None]
 
-
-class _Default(int):
-    """A default value, distinguishable from an equal value that the caller gave."""
-
-
 _SKIPPED = ("lm_head",)
 
 
@@ -130,9 +125,9 @@ class QuantizationReport:
 def quantize_model(
     model: nn.Module,
     *,
-    nbits: float = _Default(4),
-    group_size: int | None = _Default(64),
-    axis: int = _Default(1),
+    nbits: float = 4,
+    group_size: int | None = 64,
+    axis: int = 1,
     quant_config: Any = None,
     compute_dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -157,8 +152,8 @@ def quantize_model(
         nbits: bits per weight: 8, 6, 5, 4, 3, 2, 1.58 or 1.
         group_size: weights per scale and zero: a multiple of 8, or None for a whole row or column.
         axis: 1 for groups along a row, 0 down a column.
-        quant_config: instead of `nbits`, `group_size` and `axis`: HQQ's `BaseQuantizeConfig` or transformers'
-            `HqqConfig`, whose `skip_modules` are the default of `skip_modules`.
+        quant_config: HQQ's `BaseQuantizeConfig` or transformers' `HqqConfig`; if given, it overrides `nbits`,
+            `group_size` and `axis`, and its `skip_modules` are the default of `skip_modules`.
         compute_dtype: floating dtype of the layers; the model's other parameters are cast to it too. By default each
             layer keeps its dtype and nothing is cast.
         device: device to move the whole model to, layer by layer; by default nothing is moved.
@@ -173,22 +168,17 @@ def quantize_model(
     Raises:
         TypeError: `compute_dtype` is not a floating dtype, or `quant_config` not a configuration.
         ValueError: a setting is out of range, invalid for a layer or matches no layer; `quant_config` has an option
-            that is not supported, or other settings are given with it; the model has adapters; a weight is on the meta
-            device or not finite; a layer has hooks. The model is unchanged.
+            that is not supported; the model has adapters; a weight is on the meta device or not finite; a layer has
+            hooks. The model is unchanged.
         RuntimeError: quantizing a layer failed; the message names it and gives the state of the model.
     """
     check_compute_dtype(compute_dtype)
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("the model has adapters; quantize the base model, then add the adapters.")
     torch.empty(0, device=device)  # raises if the device is unknown or unavailable
-    given = {"nbits": nbits, "group_size": group_size, "axis": axis}
     if quant_config is None:
-        plain = {name: int(value) if isinstance(value, _Default) else value for name, value in given.items()}
-        default = QuantizationSettings(**plain)  # type: ignore[arg-type]
+        default = QuantizationSettings(nbits, group_size, axis)
     else:
-        both = [name for name, value in given.items() if not isinstance(value, _Default)]
-        if both:
-            raise ValueError(f"quant_config and {', '.join(both)} are given: give the settings in one of the two.")
         default = QuantizationSettings.from_hqq(quant_config)
         if skip_modules is _SKIPPED:
             skip_modules = getattr(quant_config, "skip_modules", skip_modules)
@@ -337,9 +327,7 @@ def stored_bytes(model: nn.Module) -> int:
     """Size in bytes of a model's parameters and buffers, including the metadata tensors of HQQ layers."""
     parameters = {id(parameter) for parameter in model.parameters()}
     layers = [module for module in model.modules() if isinstance(module, HQQLinear)]
-    extra = [
-        value for layer in layers for value in (*layer.meta.values(), layer.bias) if isinstance(value, torch.Tensor)
-    ]
+    extra = [v for layer in layers for v in (*layer.meta.values(), layer.bias) if isinstance(v, torch.Tensor)]
     return int(compute_module_sizes(model)[""]) + sum(value.nbytes for value in extra if id(value) not in parameters)
 
 

@@ -51,9 +51,7 @@ class AdaptedLayer:
 
     @merged_adapters.setter
     def merged_adapters(self, names: list[str]) -> None:
-        if names:
-            raise ValueError("adapters are merged by `merge`, not by naming them.")
-        self._merge = MergeState()  # PEFT's constructor
+        self._merge = MergeState(tuple(names))  # of PEFT's constructor: none
 
     @property
     def merged(self) -> bool:
@@ -151,7 +149,8 @@ class AdaptedLayer:
         """The active adapters that this layer has, each once, in order."""
         modules, active = self._modules["oft_R"]._modules, self._active_adapter
         names = (active,) if isinstance(active, str) else dict.fromkeys(active)
-        return [(name, module) for name in names if (module := modules.get(name)) is not None]
+        found = [(name, modules.get(name)) for name in names]  # another thread may be deleting one
+        return [(name, module) for name, module in found if module is not None]
 
     def _shared_rotation(self, v: Tensor) -> Tensor | None:
         """`D` of the parameter, if it was computed together with other layers' (`hqq_oft.share_rotations`)."""

@@ -101,7 +101,9 @@ class MergeableLayer(AdaptedLayer):
                 raise ValueError(
                     f"NaN or infinity after quantizing the weight merged with {order}. Nothing was merged."
                 )
-            self._publish(packed, MergeState(tuple(order), self._kept(pristine), error))
+            if pristine is not None and self.keep_pristine != "device":
+                pristine = pristine.to("cpu") if self.keep_pristine == "cpu" else None
+            self._publish(packed, MergeState(tuple(order), pristine, error))
         left_out = [name for name in self.active_adapters if name in self.oft_R and name not in order]
         if left_out:
             warnings.warn(
@@ -179,11 +181,6 @@ class MergeableLayer(AdaptedLayer):
         rotations = [(name, self._rotation(name)) for name in self.merged_adapters]
         return fold.unrotate_weight(QuantizedWeight.from_hqq(self.get_base_layer()), rotations)
 
-    def _kept(self, pristine: PackedState | None) -> PackedState | None:
-        if pristine is None or self.keep_pristine == "none":
-            return None
-        return pristine.to("cpu") if self.keep_pristine == "cpu" else pristine
-
     def unmerge(self) -> None:
         """Unmerge all adapters: bit-exact, unless the pristine weight was discarded.
 
@@ -214,4 +211,7 @@ class MergeableLayer(AdaptedLayer):
     def restore_merge_state(self, state: tuple[PackedState, MergeState]) -> None:
         """Restore what `merge_state` returned."""
         with self._lock:
-            self._publish(*state)
+            packed, merge = state
+            packed.install(self.get_base_layer())
+            # The next forward makes the snapshot: that of a sharded layer raises, and would hide the merge's own error.
+            self._merge, self._snapshot = merge, None

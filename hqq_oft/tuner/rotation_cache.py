@@ -51,8 +51,10 @@ class RotationCache:
         stream = torch.cuda.current_stream(v.device).cuda_stream if v.is_cuda and not self.frozen else None
         key = (v.data_ptr(), v._version, stream, *settings)
         kept = self._entries.get(adapter)
-        if kept is not None and kept[0] is v and (kept[1] == key or (self.frozen and _same_but_stream(kept[1], key))):
-            return kept[2]
+        if kept is not None and kept[0] is v:
+            then = kept[1]
+            if then == key or (self.frozen and (then[:2], then[3:]) == (key[:2], key[3:])):  # on any stream
+                return kept[2]
         if kept is not None and self.frozen:
             raise RuntimeError(
                 f"the adapter {adapter!r} has changed while its rotations were frozen; leave the `frozen_rotations` "
@@ -123,7 +125,3 @@ class RotationCache:
 
 def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _same_but_stream(kept: tuple[Any, ...], key: tuple[Any, ...]) -> bool:
-    return kept[:2] == key[:2] and kept[3:] == key[3:]

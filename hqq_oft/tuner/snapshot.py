@@ -41,7 +41,7 @@ class Snapshot:
         outer: the layer's `base_layer`.
         base: the HQQ layer: `outer`, or what it wraps.
         meta: its meta data.
-        address: of the packed weight's storage.
+        addresses: of the packed weight, its scale and zero, which assigning `.data` changes.
     """
 
     merge: MergeState
@@ -52,7 +52,7 @@ class Snapshot:
     outer: nn.Module
     base: HQQLinear
     meta: dict[str, Any]
-    address: int
+    addresses: tuple[int, ...]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
@@ -65,11 +65,11 @@ class Snapshot:
             ValueError: the base layer is not initialised, or sharded.
         """
         weight, product = QuantizedWeight.from_hqq(base), base
-        address = 0
+        addresses: tuple[int, ...] = ()
         if not torch.compiler.is_compiling():  # a graph is compiled for one state
-            product, address = object.__new__(type(base)), base.W_q.data_ptr()
+            product, addresses = object.__new__(type(base)), _addresses(base.W_q, base.meta)
             vars(product).update(vars(base), _parameters=dict(base._parameters), meta=dict(base.meta))
-        return cls(merge, weight, base.bias, base.compute_dtype, product, outer, base, base.meta, address)
+        return cls(merge, weight, base.bias, base.compute_dtype, product, outer, base, base.meta, addresses)
 
     def is_current(self, outer: nn.Module, merge: MergeState) -> bool:
         """Whether the layer's state is still the one that this was made from, by the identity of its parts."""
@@ -84,9 +84,14 @@ class Snapshot:
             and meta.get("scale") is kept_meta.get("scale")
             and meta.get("zero") is kept_meta.get("zero")
             and packed is kept.get("W_q")
-            and (packed is None or packed.data_ptr() == self.address)
+            and (packed is None or _addresses(packed, meta) == self.addresses)
             and parameters.get("bias") is kept.get("bias")
             and now.get("bias") is then.get("bias")
             and now.get("W_q") is then.get("W_q")
             and now["compute_dtype"] is self.dtype
         )
+
+
+def _addresses(packed: Tensor, meta: dict[str, Any]) -> tuple[int, ...]:
+    parts = (packed, meta.get("scale"), meta.get("zero"))
+    return tuple(0 if part is None else part.data_ptr() for part in parts)

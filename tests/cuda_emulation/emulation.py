@@ -123,7 +123,8 @@ def linear(
     done = library().emulate(
         ctypes.byref(problem), ctypes.byref(result.plan), int(x.dtype == torch.bfloat16), address(x),
         ctypes.c_int64(x.stride(0)), address(d), 0 if d is None else d.shape[-3], address(index),
-        address(weight.packed), address(weight.scale), address(weight.zero), address(bias), address(y), address(partial), address(tickets), repeats, reason,
+        address(weight.packed), address(weight.scale), address(weight.zero), address(bias), address(y),
+        address(partial), address(tickets), repeats, reason,
     )  # fmt: skip
     assert done, reason.value.decode()
     assert not tickets.any()  # every ticket is as a next launch may find it

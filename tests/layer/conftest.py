@@ -4,8 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-
-from hqq_oft.ops import table as ops
+from helpers import around_operations
 
 
 def pytest_generate_tests(metafunc):
@@ -29,14 +28,14 @@ def _fresh_compiler():
 
 
 @pytest.fixture
-def cayleys(monkeypatch):
+def cayleys():
     """The number of blocks of each `cayley` that runs."""
-    dispatch, seen = ops.dispatch, []
+    seen = []
 
-    def counted(operation, *args):
+    def counted(operation, function, args):
         if operation == "cayley":
             seen.append(args[0].shape[0])
-        return dispatch(operation, *args)
+        return function(*args)
 
-    monkeypatch.setattr(ops, "dispatch", counted)
-    return seen
+    with around_operations(counted):
+        yield seen

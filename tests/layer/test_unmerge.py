@@ -21,12 +21,12 @@ from helpers import (
 from hqq_oft.quant import hqq_layer as quant_layer
 
 
-@pytest.mark.parametrize("keep", ["device", "host"])
+@pytest.mark.parametrize("keep", ["device", "cpu"])
 def test_unmerging_is_bit_exact_after_any_number_of_cycles(keep):
     layer = two_adapters()
     layer.keep_pristine = keep
     before, x = packed_bytes(layer.base_layer), torch.randn(3, 96)
-    expected, held = layer(x), live_bytes()
+    expected, held = layer(x).detach(), live_bytes()  # a graph would hold the packed weight it began with
     for names in (["a"], ["b"], None, ["a", "b"], ["b"]):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -39,7 +39,7 @@ def test_unmerging_is_bit_exact_after_any_number_of_cycles(keep):
     assert live_bytes() == held  # the pristine weight is not kept any longer
 
 
-@pytest.mark.parametrize(("keep", "moves"), [("device", []), ("host", ["cpu"]), ("none", [])])
+@pytest.mark.parametrize(("keep", "moves"), [("device", []), ("cpu", ["cpu"]), ("none", [])])
 def test_the_pristine_weight_is_kept_in_the_selected_place(monkeypatch, keep, moves):
     layer, moved = oft_layer(), []
     layer.keep_pristine = keep
@@ -60,8 +60,8 @@ def test_the_pristine_weight_is_kept_in_the_selected_place(monkeypatch, keep, mo
 
 def test_an_unknown_place_for_the_pristine_weight_raises():
     layer = oft_layer()
-    with pytest.raises(ValueError, match=r"keep_pristine must be one of \('device', 'host', 'none'\), got 'hsot'"):
-        layer.keep_pristine = "hsot"
+    with pytest.raises(ValueError, match=r"keep_pristine must be one of \('device', 'cpu', 'none'\), got 'host'"):
+        layer.keep_pristine = "host"
     assert layer.keep_pristine == "device"
 
 

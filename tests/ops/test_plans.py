@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import calls
 import pytest
@@ -219,6 +220,18 @@ def test_fake_tensors_compute_only_shapes(planned):
     assert planned == []
 
 
+@pytest.mark.parametrize("name", ["auto", "native", "reference"])
+def test_meta_tensors_compute_only_shapes_on_every_backend(name):
+    weight = quantized_weight().arguments()
+    weight = QuantizedWeight(*(t.to("meta") if isinstance(t, torch.Tensor) else t for t in weight))
+    x, d, index = torch.empty(7, 32, device="meta"), D[None].to("meta"), torch.zeros(7, device="meta").long()
+    with hqq_oft.backend(name):
+        for out in (functional.linear(x, weight), functional.linear(x, weight, d=d, adapter_index=index)):
+            assert (out.shape, out.device.type) == ((7, 24), "meta")
+        assert functional.rotate(x, d, adapter_index=index).shape == x.shape
+        assert functional.dequantize(weight).shape == (24, 32)
+
+
 def test_fake_tensors_outside_of_their_mode_compute_only_shapes(planned):
     mode = FakeTensorMode()
     x, d = mode.from_tensor(X), mode.from_tensor(D)
@@ -226,24 +239,30 @@ def test_fake_tensors_outside_of_their_mode_compute_only_shapes(planned):
     assert planned == []
 
 
-def test_vmap_raises():
+def test_vmap_raises_where_a_derivative_is_recorded_and_else_calls_each_operator():
+    batch, d = torch.randn(3, 6, 32), D.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="vmap"):
-        torch.vmap(lambda x: functional.rotate(x, D))(X[None])
+        torch.vmap(lambda x: functional.rotate(x, d))(batch)
+    out = torch.vmap(lambda x: functional.rotate(x, D))(batch)
+    assert torch.equal(out, torch.stack([functional.rotate(x, D) for x in batch]))
 
 
 class Logged(torch.Tensor):
-    """A tensor that knows which operators of this package were applied to it."""
+    """A tensor around another one that notes the operators of this package that are applied to it."""
 
-    seen: list = []
+    seen: ClassVar[list[Any]] = []
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func.namespace == "hqq_oft":
-            cls.seen.append(func)
-        plain = [arg.as_subclass(torch.Tensor) if isinstance(arg, cls) else arg for arg in args]
-        return func(*plain, **(kwargs or {}))
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
+        cls.seen.append(func)
+        return func(*(arg.inner if isinstance(arg, cls) else arg for arg in args), **(kwargs or {}))
 
 
 @pytest.mark.parametrize("part", ["x", "scale"])
@@ -251,9 +270,9 @@ def test_a_tensor_subclass_is_handled_by_its_own_code(part):
     weight, x = quantized_weight(), X
     expected = functional.linear(x, weight, d=D)
     if part == "x":
-        x = X.as_subclass(Logged)
+        x = Logged(X)
     else:
-        weight = replace(weight, scale=weight.scale.as_subclass(Logged))
+        weight = replace(weight, scale=Logged(weight.scale))
     Logged.seen.clear()
     assert torch.equal(functional.linear(x, weight, d=D), expected)
     assert Logged.seen == [torch.ops.hqq_oft.linear.default]
@@ -291,4 +310,4 @@ def test_weights_of_one_kind_have_equal_layouts():
     ):
         assert other.layout is not None
         assert other.layout != weight.layout
-    assert replace(weight, zero=weight.zero.as_subclass(Logged)).layout is None
+    assert replace(weight, zero=Logged(weight.zero)).layout is None

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import around_operations
 from small_llama import VOCABULARY
 
 import hqq_oft
-from hqq_oft.ops import table as ops
 
 
 @pytest.fixture(autouse=True)
@@ -21,8 +21,8 @@ def tokens():
 
 
 @pytest.fixture
-def launches(monkeypatch):
+def launches():
     """The name of each operation that runs."""
-    dispatch, seen = ops.dispatch, []
-    monkeypatch.setattr(ops, "dispatch", lambda name, *args: (seen.append(name), dispatch(name, *args))[1])
-    return seen
+    seen = []
+    with around_operations(lambda name, function, args: (seen.append(name), function(*args))[1]):
+        yield seen

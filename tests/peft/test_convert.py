@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import packaging.version
 import peft
@@ -229,7 +230,7 @@ def test_conversion_keeps_adapters_switches_and_attributes(tokens, disabled):
     model.set_adapter("second")
     if disabled:
         model.base_model.disable_adapter_layers()
-    layers(model)[0].keep_pristine = "host"
+    layers(model)[0].keep_pristine = "cpu"
     layers(model)[0].note = "mine"
     expected = logits(model, tokens)
     hqq_oft.revert(model)
@@ -238,7 +239,7 @@ def test_conversion_keeps_adapters_switches_and_attributes(tokens, disabled):
     assert len(layers(model)) == 4
     assert all(layer.active_adapters == ["second"] for layer in layers(model))
     assert all(layer.disable_adapters is disabled for layer in layers(model))
-    assert (layers(model)[0].keep_pristine, layers(model)[0].note) == ("host", "mine")
+    assert (layers(model)[0].keep_pristine, layers(model)[0].note) == ("cpu", "mine")
     assert torch.equal(logits(model, tokens), expected)
     model.merge_adapter()
     model.unmerge_adapter()
@@ -277,3 +278,23 @@ def test_only_models_with_oft_are_converted():
         hqq_oft.convert(small_llama())
     with pytest.raises(ValueError, match="expected a model with OFT adapters"):
         hqq_oft.revert(small_llama())
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_reverted_models_are_copied_and_converted_again(tokens, how):
+    model = adapted()
+    expected = logits(model, tokens)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert not hqq_oft.revert(model).kept
+    copied = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    for each in (copied, model):
+        assert len(hqq_oft.convert(each).replaced) == 4
+        assert torch.equal(logits(each, tokens), expected)
+        assert all(layer.merged_adapters == [] for layer in layers(each))
+    copied.merge_adapter()
+    assert all(layer.merged_adapters == ["default"] for layer in layers(copied))
+    assert torch.equal(logits(model, tokens), expected)
+    assert not any(layer.merged for layer in layers(model))
+    copied.unmerge_adapter()
+    assert torch.equal(logits(copied, tokens), expected)

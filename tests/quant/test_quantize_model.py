@@ -97,18 +97,18 @@ def test_quantization_settings_may_be_an_hqq_or_a_transformers_configuration(nbi
     assert len(kept.kept) == 15
 
 
+def test_a_quant_config_overrides_the_single_settings():
+    config = BaseQuantizeConfig(nbits=3, group_size=32, axis=0)
+    report = quantize_model(small_llama(), quant_config=config, nbits=8, group_size=16, axis=1, progress=False)
+    assert set(report.quantized.values()) == {quantizing.QuantizationSettings(3, 32, 0)}
+
+
 ACCEPTED = r"accepted are BaseQuantizeConfig\(nbits=..., group_size=..., axis=...\) and HqqConfig of the same"
 
 
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"quant_config": BaseQuantizeConfig(4, 64), "nbits": 4}, ValueError, "quant_config and nbits are given: give"),
-        (
-            {"quant_config": HqqConfig(), "group_size": None, "axis": 1},
-            ValueError,
-            "quant_config and group_size, axis are given",
-        ),
         ({"quant_config": 4}, TypeError, f"quant_config is a int; {ACCEPTED}"),
         ({"quant_config": {"nbits": 4}}, ValueError, f"quant_config has no weight_quant_params; {ACCEPTED}"),
         (

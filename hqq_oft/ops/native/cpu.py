@@ -8,6 +8,7 @@ whichever of x [M, K] and W [N, K] has fewer rows.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -105,22 +106,14 @@ def plan_cayley(
     return _lib.cayley
 
 
-def plan_cayley_backward(by_name: bool, grad: Tensor, v: Tensor, *settings: Any) -> Any:
-    """Of `hqq_oft.ops.reference.cayley_backward`."""
-    _check(grad, v)
-    return _lib.cayley_backward
+def _planner(name: str, tensors: int) -> Planner:
+    """Of an operator with the operation's own arguments, the first `tensors` of which it computes with."""
 
+    def plan(by_name: bool, *args: Any) -> Any:
+        _check(*args[:tensors])
+        return getattr(_lib, name)
 
-def plan_rotate(by_name: bool, x: Tensor, d: Tensor, *settings: Any) -> Any:
-    """Of `hqq_oft.ops.reference.rotate`."""
-    _check(x, d)
-    return _lib.rotate
-
-
-def plan_rotate_backward(by_name: bool, grad: Tensor, x: Tensor, d: Tensor, *settings: Any) -> Any:
-    """Of `hqq_oft.ops.reference.rotate_backward`."""
-    _check(grad, x, d)
-    return _lib.rotate_backward
+    return plan
 
 
 def plan_dequantize(by_name: bool, weight: QuantizedWeight, dtype: torch.dtype) -> Any:
@@ -179,7 +172,22 @@ def linear_packed(
     x: Tensor, weight: QuantizedWeight, d: Tensor | None, bias: Tensor | None, adapter_index: Tensor | None
 ) -> Tensor:
     """The product from packed levels, decoded in registers."""
+    state = vars(weight)
+    handle = state.get("_kept")
+    if handle is None and "_kept" in state:  # not one that the dispatcher has put together for a single call
+        handle = state["_kept"] = _keep(weight)
+    if handle:
+        return _lib.linear_kept(x, d, handle, bias, adapter_index)
+    state.setdefault("_kept", None)
     return _lib.linear(x, d, *weight.arguments(), bias, adapter_index)
+
+
+def _keep(weight: QuantizedWeight) -> int:
+    """The library's handle for a weight, released with it; 0 if it keeps none."""
+    handle = int(_lib.keep_weight(*weight.arguments()))
+    if handle:
+        weakref.finalize(weight, _lib.release_weight, handle).atexit = False
+    return handle
 
 
 def linear_through_scratch(
@@ -244,9 +252,9 @@ def linear_backward(
 
 OPERATIONS: dict[str, Planner] = {
     "cayley": plan_cayley,
-    "cayley_backward": plan_cayley_backward,
-    "rotate": plan_rotate,
-    "rotate_backward": plan_rotate_backward,
+    "cayley_backward": _planner("cayley_backward", 2),
+    "rotate": _planner("rotate", 2),
+    "rotate_backward": _planner("rotate_backward", 3),
     "dequantize": plan_dequantize,
     "dequantize_rotate": plan_dequantize_rotate,
     "linear": plan_linear,
