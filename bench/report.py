@@ -162,7 +162,7 @@ def _times(folder: Path, rows: pd.DataFrame, name: str, title: str) -> str | Non
     if not groups:
         return None
     groups.sort(key=lambda group: (group.phase.iloc[0] == "full", group.N.iloc[0], group.K.iloc[0], group.M.iloc[0]))
-    figure, axis = plt.subplots(figsize=(9.5, 1.6 + 0.38 * len(groups)))
+    figure, axis = plt.subplots(figsize=(9.5, 1.6 + 0.38 * len(groups)), layout="constrained")
     for height, group in enumerate(reversed(groups)):
         axis.axhline(height, color="0.9", zorder=0)
         for row in group.itertuples():
@@ -183,8 +183,7 @@ def _times(folder: Path, rows: pd.DataFrame, name: str, title: str) -> str | Non
         handles.append(
             plt.Line2D([], [], marker="|", linestyle="", color="black", markersize=14, label="limit of ours")
         )
-    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.4, -0.9 / (0.6 + 0.38 * len(groups))),
-                ncols=len(handles), fontsize=8, frameon=False)  # fmt: skip
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     axis.grid(axis="x", alpha=0.3)
     return _saved(figure, folder, name)
 
@@ -201,7 +200,7 @@ def _roofline(folder: Path, rows: pd.DataFrame) -> str | None:
     rows = rows[(rows.contender == OURS) & rows.tflops.gt(0) & rows.gb_per_s.gt(0)]
     if rows.empty:
         return None
-    figure, axis = plt.subplots(figsize=(7, 5))
+    figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
     for suite, group in rows.groupby("suite", sort=False):
         axis.plot(1e3 * group.tflops / group.gb_per_s, group.tflops, "o", markersize=5, alpha=0.7, label=suite)
     bandwidth, rate = rows.bandwidth_gb_per_s.iloc[-1], rows.rate_tflops.iloc[-1]
@@ -222,7 +221,7 @@ def _memory(folder: Path, rows: pd.DataFrame) -> str | None:
         return None
     case = rows.sort_values(["M", "N"]).case.iloc[-1]
     rows = rows[rows.case == case].drop_duplicates("contender").sort_values("kept_mib", ascending=False)
-    figure, axis = plt.subplots(figsize=(7, 0.9 + 0.35 * len(rows)))
+    figure, axis = plt.subplots(figsize=(7, 0.9 + 0.35 * len(rows)), layout="constrained")
     bars = axis.barh(rows.contender, rows.kept_mib, color=[PICKED.get(c, "0.7") for c in rows.contender])
     axis.bar_label(bars, fmt="%.1f", padding=3)
     axis.set(xlabel="MiB kept for backward, beyond input and weights", title=case)
@@ -231,8 +230,7 @@ def _memory(folder: Path, rows: pd.DataFrame) -> str | None:
 
 
 def _saved(figure: Any, folder: Path, name: str) -> str:
-    figure.tight_layout()
-    figure.savefig(folder / name, dpi=110, bbox_inches="tight")
+    figure.savefig(folder / name, dpi=110)
     plt.close(figure)
     return name
 
