@@ -123,8 +123,8 @@ SECONDS ?= 520
 SITE := build/site
 # The checkout's hqq_oft lacks the packages that setup.py maps into it, so the built one must come first on sys.path.
 # PYTHONSAFEPATH requires Python 3.11 or later.
-ON_SITE = PYTHONSAFEPATH=1 PYTHONPATH=$(abspath $(SITE)):$(CURDIR):$(CURDIR)/tests$${PYTHONPATH:+:$$PYTHONPATH} \
-	$(PYTHON_GPU)
+SITE_PATH = PYTHONSAFEPATH=1 PYTHONPATH=$(abspath $(SITE)):$(CURDIR):$(CURDIR)/tests$${PYTHONPATH:+:$$PYTHONPATH}
+ON_SITE = $(SITE_PATH) $(PYTHON_GPU)
 
 gpu-pack: $(STAMP) $(OLD_TRITON)/.installed ## collect wheels for an offline GPU machine in $(WHEELS)
 	rm -f $(WHEELS)/*.whl
@@ -141,7 +141,7 @@ $(SITE)/.built: setup.py pyproject.toml $(wildcard hqq_oft/*.py hqq_oft/*/*.py k
 	touch $@
 
 gpu: $(SITE)/.built ## run GPU tests, benchmark suites and tables in 9 minutes (options: OUT=folder SECONDS=520)
-	$(ON_SITE) -m bench.gpu --seconds $(SECONDS) $(if $(OUT),--out "$(OUT)") $(GPU_ARGS)
+	$(SITE_PATH) PYTHON="$(PYTHON_GPU)" SECONDS_LEFT=$(SECONDS) OUT="$(OUT)" bench/gpu.sh $(GPU_ARGS)
 
 gpu-tune: $(SITE)/.built ## time tiles and write kernels/configs/<device>.json (options: OUT=folder SECONDS=520)
 	$(ON_SITE) -m bench.tune --seconds $(SECONDS) $(GPU_ARGS)

@@ -22,7 +22,7 @@ from hqq_oft.quant.hqq_layer import requantize
 from hqq_oft.tuner.fold import rotate_weight
 
 from . import contenders, model
-from .contenders import DENSE, HQQ, LORA, OURS, PEFT, Contender
+from .contenders import DENSE, HQQ, LORA, OURS, PEFT, Contender, rotate_blocks
 from .host import stub_gpu
 from .problem import TOLERANCE, Problem, Setting, hqq_layer, relative_error, skew_parameters
 from .timing import Call, Limits, kept_mib
@@ -158,27 +158,22 @@ def check(name: str, out: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
 @kind("layer", "{shape} M={m} {setting.label}{note}", PRODUCT)
 def layer(session: Any, shape: Shape, m: int, setting: Setting, against: tuple[str, ...], note: str) -> Iterator[Job]:
     """One layer against what a user would pick instead: forward in inference; forward and backward in training."""
-    shape = shape if shape.k % setting.block == 0 else Shape(shape.n, shape.k // 192 * 192)
     # A compiled layer is one more compilation for each set of buffers: it has one.
     copies = 1 if "compiled" in note else session.copies(setting.layer(*shape).weight_bytes)
-
-    def make() -> tuple[Problem, list[Any]]:
-        problem = Problem(*shape, setting, session.device, copies)
-        return problem, list(contenders.build_all(against, problem))
-
-    problem, built = session.keep((shape, setting, against), make)  # once for all numbers of tokens
+    # Once for all numbers of tokens.
+    make = partial(Problem, *shape, setting, session.device, copies)
+    problem, built = session.keep((shape, setting, against), lambda: (make(), {}))
     inputs = problem.inputs(m)
     truths = {rotates: problem.truth(inputs[0][:CHECKED_ROWS], rotates) for rotates in (True, False)}
-    for contender in built:
-        if not isinstance(contender, Contender):
-            yield Job(contender[0], columns={"status": contender[1]})
-        elif m <= DECODE_UP_TO or not contender.decodes_only:
-            try:
+    for name in against:
+        try:
+            contender = built[name] = built.get(name) or contenders.build(name, problem)
+            if m <= DECODE_UP_TO or not contender.decodes_only:
                 yield from _layer_jobs(contender, problem, inputs, truths[contender.rotates], session.limits)
-            except Exception as error:
-                if contender.name == OURS:
-                    raise
-                yield Job(contender.name, columns={"status": contenders.failure(error)})
+        except Exception as error:  # of code that is not ours costs its own row only
+            if name == OURS:
+                raise
+            yield Job(name, columns={"status": contenders.failure(error)})
 
 
 def _layer_jobs(
@@ -209,15 +204,15 @@ def _layer_jobs(
     yield Job(name, "full", full, (*ahead, *back), len(inputs), not contender.compiled, columns)
     if not contender.compiled:
         backward = partial(torch.autograd.grad, layers[0](leaves[0]), contender.wanted(0, leaves[0]), grads[0], True)
-        yield Job(name, "backward", _called(backward), back, columns=columns)
+        yield Job(name, "backward", called(backward), back, columns=columns)
 
 
-def _called(way: Callable[[], object]) -> Call:
+def called(way: Callable[[], object]) -> Call:
     return lambda _: way()
 
 
 def _ungraded(way: Callable[[], object]) -> Call:
-    return _called(torch.no_grad()(way))
+    return called(torch.no_grad()(way))
 
 
 # --- Operations ------------------------------------------------------------------------------------------------------
@@ -249,7 +244,7 @@ def cayley(session: Any, k: int, setting: Setting, note: str) -> Iterator[Job]:
         backward = partial(torch.autograd.grad, result, leaf, torch.randn_like(result), retain_graph=True)
         captured = name == OURS and terms is not None
         yield Job(name, "forward", _ungraded(way), (model.cayley(cost, terms),), 1, captured)
-        yield Job(name, "backward", _called(backward), (model.cayley_backward(cost, terms),))
+        yield Job(name, "backward", called(backward), (model.cayley_backward(cost, terms),))
 
 
 @kind("ops", "cayley all {adapters[0]} adapters of a model", "cayley")
@@ -268,12 +263,6 @@ def cayley_many(session: Any, adapters: tuple[int, tuple[int, ...]]) -> Iterator
         yield Job(name, "forward", _ungraded(way), (cost,), 1, name == OURS)
 
 
-def _blocks(x: Tensor, d: Tensor) -> Tensor:
-    """`x + x D` by PyTorch's batched product."""
-    blocks = x.view(x.shape[0], -1, d.shape[-1]).transpose(0, 1)
-    return torch.baddbmm(blocks, blocks, d.expand(len(blocks), -1, -1)).transpose(0, 1).reshape(x.shape)
-
-
 @kind("ops", "rotate K={k} M={m}", "rotate rotate_backward")
 def rotate(session: Any, k: int, m: int) -> Iterator[Job]:
     """x R, and its gradients."""
@@ -284,14 +273,14 @@ def rotate(session: Any, k: int, m: int) -> Iterator[Job]:
 
     def plain_backward(_: int) -> tuple[Tensor, Tensor]:
         left, right = (side.view(m, -1, b).transpose(0, 1) for side in (x, g))
-        return _blocks(g, d.transpose(1, 2)), torch.bmm(left.transpose(1, 2), right)
+        return rotate_blocks(g, d.transpose(1, 2)), torch.bmm(left.transpose(1, 2), right)
 
     ahead, back = (model.rotate(cost, m),), (model.rotate_backward(cost, m),)
     truth = reference.rotate(x[:CHECKED_ROWS].double(), d.double(), None, False)
     error = {"error": check(OURS, ops.rotate(x[:CHECKED_ROWS], d, None, False), truth, problem.dtype)}
     yield Job(OURS, "forward", lambda _: ops.rotate(x, d, None, False), ahead, 1, True, error)
     yield Job(OURS, "backward", lambda _: ops.rotate_backward(g, x, d, None, False, True, True), back, 1, True)
-    yield Job("plain PyTorch", "forward", lambda _: _blocks(x, d), ahead, 1, True)
+    yield Job("plain PyTorch", "forward", lambda _: rotate_blocks(x, d), ahead, 1, True)
     yield Job("plain PyTorch", "backward", plain_backward, back, 1, True)
     yield Job("PEFT", "forward", lambda _: module(x), (model.cayley(cost, MAIN.terms), *ahead))
 
@@ -309,7 +298,7 @@ def dequantize(session: Any, shape: Shape, setting: Setting) -> Iterator[Job]:
     flat, rotated = (model.dequantize(cost),), (model.dequantize_rotate(cost),)
     ways: tuple[tuple[str, str, Call, tuple[model.Cost, ...]], ...] = (
         (OURS, "dequantize_rotate", lambda i: ops.dequantize_rotate(weights[i], d, dtype), rotated),
-        ("HQQ + plain rotation", "dequantize_rotate", lambda i: _blocks(hqq[i].dequantize(), d.mT), rotated),
+        ("HQQ + plain rotation", "dequantize_rotate", lambda i: rotate_blocks(hqq[i].dequantize(), d.mT), rotated),
         (OURS, "dequantize", lambda i: ops.dequantize(weights[i], dtype), flat),
         (HQQ, "dequantize", lambda i: hqq[i].dequantize(), flat),
         ("copy", "dequantize", lambda i: dense[i].clone(), (model.copy(cost),)),

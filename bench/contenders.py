@@ -7,12 +7,13 @@ but where gradients are recorded the rotations are computed in every forward.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 import shutil
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,7 +31,7 @@ from hqq_oft.ops.packing import unpack
 
 from . import model
 from .model import Cost
-from .problem import Problem, hqq_layer
+from .problem import DTYPES, Problem, Setting, hqq_layer, skew_parameters
 from .timing import Limits
 
 OURS, DENSE, HQQ, PEFT = "hqq_oft", "dense", "HQQ", "PEFT OFT"
@@ -66,41 +67,47 @@ class Contender:
 Build = Callable[[Problem], Contender]
 
 
-class _Holder(nn.Module):
-    """The smallest model that PEFT accepts."""
+def adapted(
+    module: nn.Module, name: str, setting: Setting, device: torch.device, targets: list[str], adapters: int = 1
+) -> nn.Module:
+    """A quantized model with the adapters of a contender, whose rotations are random and the same for all."""
+    if name == HQQ:
+        return module
+    neumann = {"use_cayley_neumann": not setting.exact, "block_share": setting.share}
+    config: Any = OFTConfig(r=0, oft_block_size=setting.block, target_modules=targets, **neumann)
+    if name == LORA:
+        config = LoraConfig(r=LORA_RANK, target_modules=targets)
+    with hqq_oft.patch_peft() if name == OURS else contextlib.nullcontext():
+        model = get_peft_model(module, config)
+        for number in range(1, adapters):
+            model.add_adapter(f"adapter{number}", config)
+    torch.manual_seed(0)
+    for key, parameter in model.to(device).named_parameters():
+        if "lora_" in key:  # in the model's dtype, as half-precision training sets it
+            parameter.data = parameter.data.to(DTYPES[setting.dtype])
+        elif "oft_R" in key:
+            parameter.data.copy_(skew_parameters(parameter.shape[0], setting.block, device))
+    return model
 
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
 
-
-def _adapted(problem: Problem, config: Any, backend: HQQBackend | None = None) -> list[nn.Module]:
-    """PEFT's layers around HQQ layers with the problem's contents."""
-    layers = []
+def _adapters(name: str, problem: Problem, backend: HQQBackend = HQQBackend.PYTORCH) -> Contender:
+    """PEFT's layers around HQQ layers with the problem's contents, on one of HQQ's backends."""
+    layers, parameters = [], []
     for weight in problem.weights:
         base = hqq_layer(weight, problem.dtype)
-        if backend is not None:
+        if backend is not HQQBackend.PYTORCH:
             base.forward = types.MethodType(getattr(HQQLinear, backend.value), base)
-        layers.append(get_peft_model(_Holder(base), config).base_model.model.layer.to(problem.device).eval())
-    return layers
-
-
-def peft_oft(problem: Problem, backend: HQQBackend | None = None) -> Contender:
-    """PEFT's OFT on HQQ's PyTorch backend, or another."""
-    setting = problem.setting
-    neumann = {"use_cayley_neumann": not setting.exact, "block_share": setting.share}
-    config = OFTConfig(r=0, oft_block_size=setting.block, target_modules=["layer"], **neumann)
-    layers = _adapted(problem, config, backend)
-    parameters = [layer.oft_R["default"].weight for layer in layers]
-    for parameter in parameters:
+        model = adapted(nn.ModuleDict({"layer": base}), name, problem.setting, problem.device, ["layer"])
+        layers.append(model.base_model.model["layer"].eval())
+        parameters += [parameter for parameter in layers[-1].parameters() if parameter.requires_grad]
+    for parameter in parameters if name != LORA else ():
         parameter.data = problem.v
-    return Contender(layers, True, parameters)
+    return Contender(layers, name != LORA, parameters)
 
 
 def ours(problem: Problem) -> Contender:
     """This package's layer, as PEFT makes it after `patch_peft()`; inference as served, with rotations frozen."""
-    with hqq_oft.patch_peft():
-        contender = peft_oft(problem)
+    contender = _adapters(OURS, problem)
     for layer in contender.layers:
         layer.rotations_frozen = True  # else every replay of a captured graph would compute the rotations again
     return contender
@@ -121,7 +128,7 @@ def native_decode(problem: Problem) -> Contender:
 
 def unrotated(problem: Problem) -> Contender:
     """This package's product without a rotation: the difference is what the rotation costs."""
-    return _operator(problem, lambda weight, x: functional.linear(x, None, weight), False)
+    return _operator(problem, lambda weight, x: functional.linear(x, weight), False)
 
 
 def dense(problem: Problem) -> Contender:
@@ -139,29 +146,32 @@ def hqq(problem: Problem) -> Contender:
     return Contender([hqq_layer(weight, problem.dtype) for weight in problem.weights], False)
 
 
+def peft_oft(problem: Problem) -> Contender:
+    """PEFT's OFT on HQQ."""
+    return _adapters(PEFT, problem)
+
+
 def peft_oft_aten(problem: Problem) -> Contender:
     """PEFT's OFT on HQQ's ATEN backend."""
     if importlib.util.find_spec("hqq_aten") is None or problem.setting.axis != 0:
         raise Unavailable("HQQ's ATEN backend needs hqq_aten, and axis 0")
-    return peft_oft(problem, HQQBackend.ATEN)
+    return _adapters(PEFT, problem, HQQBackend.ATEN)
 
 
-def _check_compiler(problem: Problem) -> None:
+def _compiled(problem: Problem, contender: Contender) -> Contender:
     if problem.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise Unavailable("torch.compile finds no C++ compiler")
+    return replace(contender, compiled=True)
 
 
 def peft_oft_compiled(problem: Problem) -> Contender:
     """PEFT's OFT on HQQ's PYTORCH_COMPILE backend."""
-    _check_compiler(problem)
-    return replace(peft_oft(problem, HQQBackend.PYTORCH_COMPILE), compiled=True)
+    return _compiled(problem, _adapters(PEFT, problem, HQQBackend.PYTORCH_COMPILE))
 
 
 def peft_lora(problem: Problem) -> Contender:
-    """PEFT's LoRA on HQQ: what people pick today; in the layer's dtype, as half-precision training sets it."""
-    layers = [layer.to(problem.dtype) for layer in _adapted(problem, LoraConfig(r=LORA_RANK, target_modules=["layer"]))]
-    pairs = [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in layers]
-    return Contender(layers, False, [parameter for pair in pairs for parameter in pair])
+    """PEFT's LoRA on HQQ: what people pick today."""
+    return _adapters(LORA, problem)
 
 
 class _Plain(nn.Module):
@@ -173,32 +183,36 @@ class _Plain(nn.Module):
     def __init__(self, problem: Problem, base: HQQLinear) -> None:
         super().__init__()
         self.base, self.b, self.terms = base, problem.setting.block, problem.setting.terms
-        self.v = nn.Parameter(problem.v.clone())
+        self.v, self.kept = nn.Parameter(problem.v.clone()), None
         rows, columns = torch.triu_indices(self.b, self.b, 1, device=problem.device)
         self.register_buffer("place", rows * self.b + columns)
-        self.kept: Tensor | None = None
 
-    def rotation(self, dtype: torch.dtype) -> Tensor:
+    def rotation(self) -> Tensor:
         upper = self.v.new_zeros(self.v.shape[0], self.b**2).index_copy(1, self.place, self.v)
         q = upper.view(-1, self.b, self.b)
         q = q - q.transpose(1, 2)
         if self.terms is None:
-            return torch.linalg.solve(torch.eye(self.b, device=q.device) + q, -2 * q, left=False).to(dtype)
+            return torch.linalg.solve(torch.eye(self.b, device=q.device) + q, -2 * q, left=False)
         first, *others = reference.series_coefficients(self.terms)
         power, d = q, first * q
         for coefficient in others:
             power = torch.bmm(power, q)
             d = d + coefficient * power
-        return d.to(dtype)
+        return d
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            d = self.rotation(x.dtype)
+        if torch.is_grad_enabled() or self.kept is None:
+            d = self.rotation().to(x.dtype)
+            self.kept = None if torch.is_grad_enabled() else d
         else:
-            self.kept = d = self.rotation(x.dtype) if self.kept is None else self.kept
-        blocks = x.view(x.shape[0], -1, self.b).transpose(0, 1)
-        turned = torch.baddbmm(blocks, blocks, d.expand(blocks.shape[0], -1, -1))
-        return self.base(turned.transpose(0, 1).reshape(x.shape))
+            d = self.kept
+        return self.base(rotate_blocks(x, d))
+
+
+def rotate_blocks(x: Tensor, d: Tensor) -> Tensor:
+    """`x + x D` by PyTorch's batched product."""
+    blocks = x.view(x.shape[0], -1, d.shape[-1]).transpose(0, 1)
+    return torch.baddbmm(blocks, blocks, d.expand(len(blocks), -1, -1)).transpose(0, 1).reshape(x.shape)
 
 
 def plain(problem: Problem) -> Contender:
@@ -209,9 +223,8 @@ def plain(problem: Problem) -> Contender:
 
 def plain_compiled(problem: Problem) -> Contender:
     """The same OFT in plain PyTorch under `torch.compile`."""
-    _check_compiler(problem)
-    contender = plain(problem)
-    return replace(contender, layers=[torch.compile(layer, dynamic=False) for layer in contender.layers], compiled=True)
+    contender = _compiled(problem, plain(problem))
+    return replace(contender, layers=[torch.compile(layer, dynamic=False) for layer in contender.layers])
 
 
 class _Scratch(torch.autograd.Function):
@@ -236,11 +249,8 @@ class _Scratch(torch.autograd.Function):
 def scratch(problem: Problem) -> Contender:
     """Unsloth's way with our kernels: a scratch for the weight, the rotation in a pass of its own over x."""
     setting, v = problem.setting, nn.Parameter(problem.v.clone())
-
-    def run(weight: Any, x: Tensor) -> Tensor:
-        return _Scratch.apply(x, v, setting.block, setting.terms, weight)
-
-    return Contender([functools.partial(run, weight) for weight in problem.weights], True, [v])
+    contender = _operator(problem, lambda w, x: _Scratch.apply(x, v, setting.block, setting.terms, w), True)
+    return replace(contender, parameters=[v], decodes_only=False)
 
 
 def gemlite(problem: Problem) -> Contender:
@@ -259,17 +269,13 @@ def int4(problem: Problem) -> Contender:
     setting = problem.setting
     if problem.device.type != "cpu" or (setting.bits, setting.axis, setting.dtype) != (4, 1, "bf16"):
         raise Unavailable("PyTorch's int4 kernel is timed on a CPU, for 4 bits on axis 1 in bf16")
-    groups = problem.k // setting.group
-
-    def layer(weight: Any) -> Callable[[Tensor], Tensor]:
-        levels = unpack(weight.packed, 4, problem.n * groups).view(problem.n, problem.k)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.int().contiguous(), 1)
-        zero = (8 - weight.zero.float()) * weight.scale.float()  # its form is (level - 8) scale + zero
-        pairs = torch.stack([weight.scale, zero.bfloat16()], dim=-1).view(problem.n, groups, 2)
-        pairs = pairs.transpose(0, 1).contiguous()
-        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, setting.group, pairs)
-
-    return Contender([layer(weight) for weight in problem.weights], False, decodes_only=True)
+    (weight,), shape = problem.weights, (problem.n, problem.k // setting.group, 2)
+    levels = unpack(weight.packed, 4, weight.groups).view(weight.shape).int().contiguous()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
+    zero = (8 - weight.zero.float()) * weight.scale.float()  # its form is (level - 8) scale + zero
+    pairs = torch.stack([weight.scale, zero.bfloat16()], dim=-1).view(shape).transpose(0, 1).contiguous()
+    product = torch.ops.aten._weight_int4pack_mm_for_cpu
+    return _operator(problem, lambda _, x: product(x, packed, setting.group, pairs), False)
 
 
 CONTENDERS: dict[str, Build] = {
@@ -299,22 +305,10 @@ def build(name: str, problem: Problem) -> Contender:
     return replace(CONTENDERS[name](problem), name=name)
 
 
-def build_all(names: tuple[str, ...], problem: Problem) -> Iterator[Contender | tuple[str, str]]:
-    """Every contender that can take part, and name and status of the others. What this package raises is an error."""
-    for name in names:
-        try:
-            yield build(name, problem)
-        except Unavailable as reason:
-            yield name, f"not run: {reason}"
-        except Exception as error:
-            if name == OURS:
-                raise
-            yield name, failure(error)
-
-
 def failure(error: Exception) -> str:
-    """The status of a row that has no time: the error and the first line of its message."""
-    return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    """The status of a row that has no time: why."""
+    first = (str(error).splitlines() or [""])[0]
+    return f"not run: {error}" if isinstance(error, Unavailable) else f"failed: {type(error).__name__}: {first}"
 
 
 # --- What a contender has to do at least; what it does beyond that is its own ----------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import math
 import multiprocessing
 import os
 import statistics
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 from hqq.core.quantize import HQQLinear
-from peft import LoraConfig, OFTConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -26,10 +26,10 @@ from hqq_oft import HqqOFTLinear, QuantizedWeight
 from hqq_oft.ops import reference
 
 from . import contenders, model
-from .cases import MAIN, PRODUCT, Decoder, Job, kind
-from .contenders import DENSE, HQQ, LORA, LORA_RANK, OURS, PEFT
+from .cases import MAIN, PRODUCT, Decoder, Job, called, kind
+from .contenders import DENSE, HQQ, LORA, OURS, PEFT, adapted
 from .environment import ROOT
-from .problem import DTYPES, Problem, hqq_layer, relative_error, skew_parameters
+from .problem import DTYPES, Problem, hqq_layer, relative_error
 from .timing import RESET_PEAK, kept_mib, process_peak_mib
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -37,55 +37,22 @@ DTYPE = DTYPES[MAIN.dtype]
 TOLERANCE_OF_LOGITS = 0.1  # after all layers in bfloat16
 
 
-def adapt(llama: nn.Module, name: str, device: torch.device, adapters: int = 1) -> nn.Module:
-    """A quantized model with the contender's adapters, whose rotations are random; `HQQ` has none."""
-    if name in (DENSE, HQQ):
-        return llama
-    if name == LORA:
-        adapted = get_peft_model(llama, LoraConfig(r=LORA_RANK, target_modules=TARGETS))
-        for parameter_name, parameter in adapted.named_parameters():
-            if "lora_" in parameter_name:  # in the model's dtype, as half-precision training sets it
-                parameter.data = parameter.data.to(DTYPE)
-        return adapted.to(device)
-    config = OFTConfig(r=0, oft_block_size=MAIN.block, target_modules=TARGETS, use_cayley_neumann=True)
-    if name == OURS:
-        with hqq_oft.patch_peft():
-            adapted = get_peft_model(llama, config)
-            for number in range(1, adapters):
-                adapted.add_adapter(f"adapter{number}", config)
-    else:
-        adapted = get_peft_model(llama, config)
-    torch.manual_seed(0)  # the same rotations for every contender
-    for parameter_name, parameter in adapted.to(device).named_parameters():
-        if "oft_R" in parameter_name:
-            parameter.data.copy_(skew_parameters(parameter.shape[0], MAIN.block, device))
-    return adapted
-
-
 def build(name: str, decoder: Decoder, device: torch.device, adapters: int = 1) -> nn.Module:
     """A frozen Llama with random weights; its decoder layers quantized unless dense, and adapted."""
-    config = LlamaConfig(
-        vocab_size=decoder.vocabulary,
-        hidden_size=decoder.hidden,
-        intermediate_size=decoder.intermediate,
-        num_hidden_layers=decoder.layers,
-        num_attention_heads=decoder.heads,
-        num_key_value_heads=decoder.key_value_heads,
-        max_position_embeddings=1 << 16,
-        attn_implementation="sdpa",
-    )
+    sizes = {"vocab_size": decoder.vocabulary, "hidden_size": decoder.hidden, "num_hidden_layers": decoder.layers}
+    sizes |= {"num_attention_heads": decoder.heads, "num_key_value_heads": decoder.key_value_heads}
+    sizes |= {"intermediate_size": decoder.intermediate, "max_position_embeddings": 1 << 16}
     with device:
-        llama = LlamaForCausalLM(config).to(DTYPE).requires_grad_(False)
+        llama = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="sdpa")).to(DTYPE).requires_grad_(False)
     if name == DENSE:
         return llama
-    for layer in llama.model.layers:
-        for target in TARGETS:
-            parent = layer.self_attn if hasattr(layer.self_attn, target) else layer.mlp
-            linear = getattr(parent, target)
-            problem = Problem(linear.out_features, linear.in_features, MAIN, device)
-            setattr(parent, target, hqq_layer(problem.weights[0], DTYPE))
+    for module in list(llama.model.layers.modules()):
+        for target, linear in module.named_children():
+            if target in TARGETS:
+                problem = Problem(linear.out_features, linear.in_features, MAIN, device)
+                setattr(module, target, hqq_layer(problem.weights[0], DTYPE))
     llama.hqq_quantized = True
-    return adapt(llama, name, device, adapters)
+    return adapted(llama, name, MAIN, device, TARGETS, adapters)
 
 
 def _base(llama: nn.Module) -> nn.Module:
@@ -201,42 +168,33 @@ def _in_process(function: Callable[..., list[float]], *arguments: Any) -> list[f
         return pool.apply(function, arguments)
 
 
-def _times(step: TrainingStep, repeats: int, device: torch.device) -> list[float]:
-    times = []
+def _steps(name: str, decoder: Decoder, m: int, device: torch.device, repeats: int, cache: str = "") -> list[float]:
+    """Peak memory in use while training, in MiB, and the seconds of each step; kernels are compiled into `cache`."""
+    if cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+    step, times = TrainingStep(build(name, decoder, device), _tokens(decoder, m, device)), []
+    if device.type == "cuda":  # the vendor's libraries start here, not in the first step
+        a = torch.randn(256, 256, device=device, dtype=DTYPE, requires_grad=True)
+        (a @ a).sum().backward()
+        torch.cuda.synchronize()
+    if RESET_PEAK.exists():
+        RESET_PEAK.write_text("5")  # what building the model took does not count
     for _ in range(repeats):
         start = time.perf_counter()
         step(0)
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return times
-
-
-def _first_steps(cache: str, decoder: Decoder, m: int, device: torch.device) -> list[float]:
-    os.environ["TRITON_CACHE_DIR"] = cache
-    step = TrainingStep(build(OURS, decoder, device), _tokens(decoder, m, device))
-    if device.type == "cuda":  # the vendor's libraries start here, not in the first step
-        a = torch.randn(256, 256, device=device, dtype=DTYPE, requires_grad=True)
-        (a @ a).sum().backward()
-        torch.cuda.synchronize()
-    return _times(step, 2, device)
+    return [process_peak_mib() if RESET_PEAK.exists() else math.nan, *times]
 
 
 @kind("model", "first step, {decoder.layers} layers", PRODUCT)
 def first_step(session: Any, decoder: Decoder, m: int) -> Iterator[Job]:
     """Time of the first step beyond the second's, in a process of its own with an empty kernel cache."""
     with tempfile.TemporaryDirectory() as folder:
-        first, second = _in_process(_first_steps, folder, decoder, m, session.device)
+        _, first, second = _in_process(_steps, OURS, decoder, m, session.device, 2, folder)
     columns = {"status": "measured", "p50_us": 1e6 * (first - second), "repeats": 1, "mode": "fresh process"}
     yield Job(OURS, "first step beyond the second", columns=columns)
-
-
-def _trained(name: str, decoder: Decoder, m: int, device: torch.device, repeats: int) -> list[float]:
-    """Peak of the memory in use while training, in MiB, and the seconds of each step after the first ones."""
-    step = TrainingStep(build(name, decoder, device), _tokens(decoder, m, device))
-    RESET_PEAK.write_text("5")  # what building the model took does not count
-    times = _times(step, repeats, device)
-    return [process_peak_mib(), *times[min(3, repeats // 2) :]]
 
 
 @kind("model", "training process, {decoder.layers} layers of {decoder.hidden}, sequence {m}", PRODUCT)
@@ -244,16 +202,17 @@ def training_process(session: Any, decoder: Decoder, m: int) -> Iterator[Job]:
     """Median step and peak memory of a process that does nothing but train; where no allocator counts."""
     if session.device.type == "cuda" or not RESET_PEAK.exists():
         return
-    repeats = 20 if session.budget else 2
-    rounds = [
-        {name: _in_process(_trained, name, decoder, m, session.device, repeats) for name in (OURS, PEFT)}
-        for _ in range(2)
-    ]
-    for name in (OURS, PEFT):
-        seconds = [seconds for found in rounds for seconds in found[name][1:]]
-        columns = {"status": "measured", "mode": "eager", "repeats": len(seconds)}
-        columns |= {"p50_us": 1e6 * statistics.median(seconds), "peak_mib": max(found[name][0] for found in rounds)}
-        yield Job(name, "training process", columns=columns)
+    repeats = max(2, round(40 * session.budget))
+    found: dict[str, list[float]] = {OURS: [], PEFT: []}
+    peaks = dict.fromkeys(found, 0.0)
+    for _ in range(2):
+        for name in found:
+            peak, *seconds = _in_process(_steps, name, decoder, m, session.device, repeats)
+            found[name] += seconds[min(3, repeats // 2) :]
+            peaks[name] = max(peaks[name], peak)
+    for name, seconds in found.items():
+        columns = {"status": "measured", "mode": "eager", "repeats": len(seconds), "peak_mib": peaks[name]}
+        yield Job(name, "training process", columns=columns | {"p50_us": 1e6 * statistics.median(seconds)})
 
 
 # --- A real model ----------------------------------------------------------------------------------------------------
@@ -280,7 +239,7 @@ def _quantized(layers: int) -> nn.Module:
     folder = ROOT / "build" / f"smollm2-{layers}-layers"
     if not folder.exists():
         llama = copy.deepcopy(_smollm2(layers))
-        hqq_oft.quantize_model(llama, MAIN.bits, MAIN.group)
+        hqq_oft.quantize_model(llama, nbits=MAIN.bits, group_size=MAIN.group)
         hqq_oft.save_quantized(llama, folder)
     return hqq_oft.load_quantized(folder).requires_grad_(False).eval()
 
@@ -321,7 +280,9 @@ def smollm2(session: Any, layers: int, m: int, what: str) -> Iterator[Job]:
     def make() -> dict[str, tuple[nn.Module, float]]:
         found = {}
         for name in (OURS, DENSE, LORA, PEFT):
-            llama = _smollm2(layers) if name == DENSE else adapt(_quantized(layers), name, session.device)
+            llama = (
+                _smollm2(layers) if name == DENSE else adapted(_quantized(layers), name, MAIN, session.device, TARGETS)
+            )
             with torch.no_grad():
                 error = relative_error(llama.eval()(prompt).logits, _wide(llama, layers)(prompt).logits)
             if not error < TOLERANCE_OF_LOGITS:
@@ -332,13 +293,13 @@ def smollm2(session: Any, layers: int, m: int, what: str) -> Iterator[Job]:
     try:
         models = session.keep(("smollm2", layers), make)
     except contenders.Unavailable as reason:
-        yield Job(OURS, columns={"status": f"not run: {reason}"})
+        yield Job(OURS, columns={"status": contenders.failure(reason)})
         return
     for name, (llama, error) in models.items():
         if what == "decoding":
             options = {"min_new_tokens": m, "max_new_tokens": m, "do_sample": False}
-            call = functools.partial(lambda generate, options, _: generate(input_ids=prompt[:, :16], **options),
-                           llama.eval().generate, options)  # fmt: skip
+            generate = functools.partial(llama.eval().generate, input_ids=prompt[:, :16], **options)
+            call = called(generate)
         else:
             call = TrainingStep(llama, prompt[:, :m], lr=None)
         profile = {"profile": _profile(call)} if name == OURS else {}

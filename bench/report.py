@@ -5,21 +5,30 @@ From `raw.jsonl` and `environment.json` come `README.md`, its plots, and `result
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import pandas as pd
 
-from . import targets
 from .contenders import CONTENDERS, DENSE, HQQ, LORA, OURS, PEFT
+from .problem import Setting
 from .run import read_rows
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+MAIN = Setting().label
+TARGETS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("targets.toml").read_text())
 KEY = ["suite", "case", "contender", "phase", "mode"]
 CODE = ["commit", "sources"]
 NUMBERS = ("M", "N", "K", "kept_mib", "tokens", "p50_us", "p20_us", "p80_us", "limit_percent", "predicted_us", "tflops",
@@ -37,10 +46,10 @@ def latest(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """
     table = pd.DataFrame(rows)
     table = table.reindex(columns=table.columns.union([*KEY, *CODE, *NUMBERS, "note"], sort=False))
-    table = table.astype(dict.fromkeys(NUMBERS, float))
+    table = table.astype(dict.fromkeys(NUMBERS, float) | dict.fromkeys(CODE, object)).fillna(dict.fromkeys(CODE, ""))
     # Rows without a contender are of cases that failed as a whole; a later run may have measured them.
     last = table.groupby(["suite", "case"])[[*CODE, "status"]].transform("last")
-    same = (table[CODE].fillna("") == last[CODE].fillna("")).all(axis=1)
+    same = (table[CODE] == last[CODE]).all(axis=1)
     table = table[same & (table.contender.notna() | (table.status == last.status))]
     table = table.drop_duplicates(KEY, keep="last").copy()
     table["kept_percent"] = 100 * table.kept_mib * 2**20 / (2 * table.M * (table.N + table.K))
@@ -92,7 +101,7 @@ def _page(table: pd.DataFrame, measured: pd.DataFrame, environment: dict[str, An
             f"**{count} cases were measured with other code, which `commit` and `sources` of their rows name.**",
             "",
         ]
-    goals = targets.table(environment["kind"], measured.to_dict("records"))
+    goals = targets_table(environment["kind"], measured.to_dict("records"))
     lines += ["## Targets", "", goals, ""] if goals.count("\n") > 1 else []
     for plot in plots:
         lines += [f"![{Path(plot).stem}]({plot})", ""]
@@ -141,7 +150,7 @@ def _time(us: float) -> str:
 
 def _plotted(rows: pd.DataFrame) -> pd.Series:
     """Layers in the main setting at a few numbers of tokens, without the backward alone."""
-    main = rows.case.str.endswith(targets.MAIN) & rows.M.isin(PLOTTED_TOKENS) & rows.phase.isin(["forward", "full"])
+    main = rows.case.str.endswith(MAIN) & rows.M.isin(PLOTTED_TOKENS) & rows.phase.isin(["forward", "full"])
     return main & (rows.suite == "layer")
 
 
@@ -153,7 +162,7 @@ def _times(folder: Path, rows: pd.DataFrame, name: str, title: str) -> str | Non
     if not groups:
         return None
     groups.sort(key=lambda group: (group.phase.iloc[0] == "full", group.N.iloc[0], group.K.iloc[0], group.M.iloc[0]))
-    figure, axis = plt.subplots(figsize=(9.5, 1.6 + 0.38 * len(groups)))
+    figure, axis = plt.subplots(figsize=(9.5, 1.6 + 0.38 * len(groups)), layout="constrained")
     for height, group in enumerate(reversed(groups)):
         axis.axhline(height, color="0.9", zorder=0)
         for row in group.itertuples():
@@ -174,8 +183,7 @@ def _times(folder: Path, rows: pd.DataFrame, name: str, title: str) -> str | Non
         handles.append(
             plt.Line2D([], [], marker="|", linestyle="", color="black", markersize=14, label="limit of ours")
         )
-    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.4, -0.9 / (0.6 + 0.38 * len(groups))),
-                ncols=len(handles), fontsize=8, frameon=False)  # fmt: skip
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     axis.grid(axis="x", alpha=0.3)
     return _saved(figure, folder, name)
 
@@ -192,7 +200,7 @@ def _roofline(folder: Path, rows: pd.DataFrame) -> str | None:
     rows = rows[(rows.contender == OURS) & rows.tflops.gt(0) & rows.gb_per_s.gt(0)]
     if rows.empty:
         return None
-    figure, axis = plt.subplots(figsize=(7, 5))
+    figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
     for suite, group in rows.groupby("suite", sort=False):
         axis.plot(1e3 * group.tflops / group.gb_per_s, group.tflops, "o", markersize=5, alpha=0.7, label=suite)
     bandwidth, rate = rows.bandwidth_gb_per_s.iloc[-1], rows.rate_tflops.iloc[-1]
@@ -213,7 +221,7 @@ def _memory(folder: Path, rows: pd.DataFrame) -> str | None:
         return None
     case = rows.sort_values(["M", "N"]).case.iloc[-1]
     rows = rows[rows.case == case].drop_duplicates("contender").sort_values("kept_mib", ascending=False)
-    figure, axis = plt.subplots(figsize=(7, 0.9 + 0.35 * len(rows)))
+    figure, axis = plt.subplots(figsize=(7, 0.9 + 0.35 * len(rows)), layout="constrained")
     bars = axis.barh(rows.contender, rows.kept_mib, color=[PICKED.get(c, "0.7") for c in rows.contender])
     axis.bar_label(bars, fmt="%.1f", padding=3)
     axis.set(xlabel="MiB kept for backward, beyond input and weights", title=case)
@@ -222,10 +230,62 @@ def _memory(folder: Path, rows: pd.DataFrame) -> str | None:
 
 
 def _saved(figure: Any, folder: Path, name: str) -> str:
-    figure.tight_layout()
-    figure.savefig(folder / name, dpi=110, bbox_inches="tight")
+    figure.savefig(folder / name, dpi=110)
     plt.close(figure)
     return name
+
+
+# --- Targets ---------------------------------------------------------------------------------------------------------
+
+
+Rows = dict[tuple[Any, ...], dict[str, Any]]
+
+
+def by_key(rows: Iterable[dict[str, Any]]) -> Rows:
+    """Measured rows by suite, case, contender, phase and mode."""
+    return {tuple(row[key] for key in KEY): row for row in rows if row.get("status") == "measured"}
+
+
+def target_cases(target: dict[str, Any]) -> list[str]:
+    """Names of the cases that a target is about."""
+    axes = [target.get(key, [""]) for key in ("cases", "shapes", "m")]
+    axes = itertools.product(*(TARGETS["lists"][axis] if isinstance(axis, str) else axis for axis in axes))
+    return list(dict.fromkeys(case.format(shape=shape, m=m, main=MAIN) for case, shape, m in axes))
+
+
+def target_values(target: dict[str, Any], rows: Rows) -> Iterator[tuple[str, float]]:
+    """Every case that has what a target compares, and the value; both sides of a CUDA graph's replay, or eager."""
+    for case, mode in itertools.product(target_cases(target), ("graph", "eager", "fresh process")):
+        place = {"suite": target["suite"], "case": case, "contender": target["contender"], "phase": target["phase"]}
+        other = {key: value.format(main=MAIN) for key, value in target.get("of", {}).items()}
+        sides = [place, place | other][: 1 + bool(other)]
+        found = [rows.get((*side.values(), mode), {}).get(target.get("column", "p50_us")) for side in sides]
+        if all(value is not None and value == value for value in found):  # NaN is an absent column
+            yield case, target.get("scale", 1) * found[0] / (found[1] if other else 1)
+
+
+def verdict(target: dict[str, Any], rows: Rows) -> tuple[str, str]:
+    """`reached`, `missed` or `not measured`, and the worst value with its place."""
+    most, values = "at_most" in target, {}
+    for case, value in target_values(target, rows):
+        values.setdefault(case, value)  # of a replay where there is one
+    if not values:
+        return "not measured", ""
+    place, worst = (max if most else min)(values.items(), key=lambda item: item[1])
+    good = worst <= target["at_most"] if most else worst >= target["at_least"]
+    return "reached" if good else "missed", f"{worst:.3g}{target.get('unit', 'x')} at {place} (of {len(values)})"
+
+
+def targets_table(kind: str, records: Iterable[dict[str, Any]]) -> str:
+    """Every target of the measured suites as a line of Markdown."""
+    rows = by_key(records)
+    lines = ["| target | wanted | worst measured | |", "|---|---|---|---|"]
+    for target in TARGETS[kind]:
+        if target["suite"] in {suite for suite, *_ in rows}:
+            state, worst = verdict(target, rows)
+            bound = f"≤ {target['at_most']:g}" if "at_most" in target else f"≥ {target['at_least']:g}"
+            lines.append(f"| {target['text']} | {bound}{target.get('unit', 'x')} | {worst} | {state} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

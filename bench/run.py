@@ -15,6 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,33 +30,29 @@ from .table import SUITES, cases
 from .timing import Limits, Timing
 
 Row = dict[str, Any]
+RAW = "raw.jsonl"
 GRAPH_BELOW_US = 100.0  # what an eager call takes less than may be all launches
 BUFFERS = 160 << 20  # bytes of the sets of buffers of one layer together, so that no GPU's cache holds them
 
 
+@dataclass
 class Session:
     """Runs cases on one device.
 
-    Args:
-        device, limits: where, and its limits as measured in this run.
-        budget: seconds for the repeats of one job.
-        rounds: in how many turns.
+    Attributes:
+        limits: of the device, measured in this run.
+        budget: seconds for the repeats of one job, in `rounds` turns.
         red: operations whose tests fail; cases that need them are refused.
         identity: columns of every row: device, commit, sources, versions.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        limits: Limits,
-        budget: float,
-        rounds: int = 5,
-        red: frozenset[str] = frozenset(),
-        identity: Row | None = None,
-    ) -> None:
-        self.device, self.limits, self.budget, self.rounds, self.red = device, limits, budget, rounds, red
-        self.identity = identity or {}
-        self._kept: tuple[Any, Any] = (None, None)
+    device: torch.device
+    limits: Limits
+    budget: float
+    rounds: int = 5
+    red: frozenset[str] = frozenset()
+    identity: Row = field(default_factory=dict)
+    _kept: tuple[Any, Any] = (None, None)
 
     def keep(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` returns, kept until another key is used: cases of one layer share what they need."""
@@ -106,8 +103,11 @@ class Session:
 
     def _is_short(self, job: Job, timing: Timing) -> bool:
         """Whether a call, or the least that the device needs for it, is short."""
-        least = 1e6 * predicted_seconds(job.passes, self.limits.bandwidth, self.limits.rate) if job.passes else math.inf
+        least = self._predicted_us(job) if job.passes else math.inf
         return min(timing.p50, least) < GRAPH_BELOW_US
+
+    def _predicted_us(self, job: Job) -> float:
+        return 1e6 * predicted_seconds(job.passes, self.limits.bandwidth, self.limits.rate)
 
     def _replayed(self, case: Case, job: Job) -> Row:
         try:
@@ -120,12 +120,12 @@ class Session:
         row |= {"phase": job.phase, "mode": mode, "status": "measured" if timing else "", **job.columns, **columns}
         if timing is not None:
             row |= {"p20_us": timing.p20, "p50_us": timing.p50, "p80_us": timing.p80, "repeats": timing.repeats}
-        if timing is not None and job.passes:
-            seconds = 1e-6 * timing.p50
-            predicted = predicted_seconds(job.passes, self.limits.bandwidth, self.limits.rate)
-            row |= {"tflops": sum(cost.operations for cost in job.passes) / seconds / 1e12}
-            row |= {"gb_per_s": sum(cost.bytes for cost in job.passes) / seconds / 1e9, "predicted_us": 1e6 * predicted}
-            row |= {"over_predicted": seconds / predicted, "limit_percent": 100 * predicted / seconds}
+            if job.passes:
+                operations, moved = (sum(getattr(c, what) for c in job.passes) for what in ("operations", "bytes"))
+                predicted = self._predicted_us(job)
+                row |= {"tflops": 1e-6 * operations / timing.p50, "gb_per_s": 1e-3 * moved / timing.p50}
+                row |= {"predicted_us": predicted, "over_predicted": timing.p50 / predicted}
+                row |= {"limit_percent": 100 * predicted / timing.p50}
         row |= {"bandwidth_gb_per_s": self.limits.bandwidth / 1e9, "rate_tflops": self.limits.rate / 1e12}
         return row | self.identity
 
@@ -181,16 +181,15 @@ def measure(todo: list[Case], session: Session, raw: Path, until: float = math.i
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.run", description=__doc__)
-    parser.add_argument("--suite", nargs="+", choices=SUITES, default=SUITES[:-1], help="default: all but host")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sizes", choices=("cuda", "cpu"), help="cases of another kind of device")
-    parser.add_argument("--small", action="store_true", help="the same cases on tiny layers, each called a few times")
-    parser.add_argument("--out", type=Path, help="default: bench/results/<device>")
-    parser.add_argument("--match", default="", help="only cases with this text in their names")
-    parser.add_argument("--again", action="store_true", help="measure cases that are measured already")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start no case after this long")
-    parser.add_argument("--budget", type=float, help="seconds for the repeats of one time (default 0.05, CPU 0.5)")
-    parser.add_argument("--junit", type=Path, help="a report of the operations' tests, to use instead of running them")
+    add = parser.add_argument
+    add("--suite", nargs="+", choices=SUITES, default=SUITES[:-1], help="default: all but host")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", type=Path, help="default: bench/results/<device>")
+    add("--match", default="", help="only cases with this text in their names")
+    add("--again", action="store_true", help="measure cases that are measured already")
+    add("--seconds", type=float, default=math.inf, help="start no case after this long")
+    add("--budget", type=float, help="seconds for the repeats of one time (default 0.05, CPU 0.5)")
+    add("--junit", type=Path, help="a report of the operations' tests, to use instead of running them")
     return parser.parse_args(argv)
 
 
@@ -200,26 +199,22 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(options.device)
     out = options.out or environment.ROOT / "bench" / "results" / environment.folder_name(str(device))
     out.mkdir(parents=True, exist_ok=True)
-    raw = out / "raw.jsonl"
     facts: dict[str, Any] = environment.describe(str(device))
-    identity = {key: facts[key] for key in environment.IDENTITY} | {"small": options.small}
-    found = [case for suite in options.suite for case in cases(suite, options.sizes or device.type, options.small)]
-    done = set() if options.again else finished(raw, identity)
-    todo = [case for case in found if options.match in case.name and (case.kind.suite, case.name) not in done]
-    needed = any(case.kind.operations for case in todo) and not options.small  # tiny layers are not reported
-    red = verify.red_operations(verify.report(device.type, options.junit)) if needed else frozenset()
-    limits = Limits.measure(device, options.small)
+    identity = {key: facts[key] for key in environment.IDENTITY}
+    done = set() if options.again else finished(out / RAW, identity)
+    found = [case for suite in options.suite for case in cases(suite, device.type) if options.match in case.name]
+    todo = [case for case in found if (case.kind.suite, case.name) not in done]
+    needed = any(case.kind.operations for case in todo)
+    red = verify.red_operations(device.type, options.junit) if needed else frozenset()
+    limits = Limits.measure(device)
     budget = options.budget if options.budget is not None else 0.05 if device.type == "cuda" else 0.5
-    session = Session(device, limits, *((0.0, 1) if options.small else (budget, 5)), red, identity)
     facts |= {"bandwidth_gb_per_s": limits.bandwidth / 1e9, "rate_tflops": limits.rate / 1e12}
     (out / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
-    failed = measure(todo, session, raw, until)
+    failed = measure(todo, Session(device, limits, budget, red=red, identity=identity), out / RAW, until)
     if importlib.util.find_spec("pandas") is None:
         print("without pandas there are no tables: run `python -m bench.report` where it is installed")
     else:
-        from . import report
-
-        report.write(out)
+        importlib.import_module("bench.report").write(out)
     for line in failed:
         print(f"FAILED {line}")
     if red:

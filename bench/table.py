@@ -24,8 +24,7 @@ GEMLITE = ((OURS, "GemLite"),)
 COMPILED = ((OURS, "plain PyTorch, compiled", "PEFT OFT, HQQ compiled"),)
 
 BITS = tuple(Setting(bits=bits) for bits in (2, 3, 8))
-BLOCKS = tuple(Setting(block=block) for block in (16, 64, 96, 128, 256))
-DIVIDING = tuple(setting for setting in BLOCKS if 4096 % setting.block == 0)
+BLOCKS = tuple(Setting(block=block) for block in (16, 64, 128, 256))
 OTHERS = (Setting(axis=0), Setting(group=128), Setting(share=True), Setting(exact=True), Setting(dtype="fp16"))
 SQUARE, UP, DOWN, NARROW = Shape(4096, 4096), Shape(14336, 4096), Shape(4096, 14336), Shape(1024, 4096)  # of 8B
 UP_70B, DOWN_70B = Shape(28672, 8192), Shape(8192, 28672)
@@ -61,14 +60,16 @@ TABLE: dict[str, tuple[Sweep, ...]] = {
                        "note": (" against GemLite",)}),
         ("layer", 30, {"setting": (*BITS, *BLOCKS, *OTHERS), "shape": (UP,), "m": (1, 16, 4096), "against": FEW,
                        "note": NONE}),
+        ("layer", 38, {"setting": (Setting(block=96),), "shape": (Shape(14336, 4032),), "m": (1, 16, 4096),
+                       "against": FEW, "note": NONE}),
         ("layer", 90, {"shape": (SQUARE,), "m": (1, 4096), "setting": (MAIN,), "against": COMPILED,
                        "note": (" compiled",)}),
         ("cayley_many", 0, {"adapters": _adapters(*(4096, 4096, 4096, 4096, 4096, 4096, 14336) * 32)}),
         ("dequantize", 1, {"shape": SHAPES, "setting": (MAIN,)}),
         ("rotate", 2, {"k": (4096, 8192, 14336, 28672), "m": (16384,)}),
         ("cayley", 2, {"k": (4096, 8192, 14336, 28672), "setting": (MAIN,), "note": NONE}),
-        ("dequantize", 20, {"setting": (*BITS, *DIVIDING, *OTHERS), "shape": (SQUARE,)}),
-        ("cayley", 21, {"setting": (*DIVIDING, *OTHERS[2:4]), "k": (4096,), "note": NONE}),
+        ("dequantize", 20, {"setting": (*BITS, *BLOCKS, *OTHERS), "shape": (SQUARE,)}),
+        ("cayley", 21, {"setting": (*BLOCKS, *OTHERS[2:4]), "k": (4096,), "note": NONE}),
         ("cayley", 30, {"k": (4096,), "setting": (MAIN,), "note": (", compiled",)}),
         ("merge", 0, {"shape": SHAPES, "setting": (MAIN,)}),
         *_decoder(LLAMA_8B, (2048, 8192), 8, 255),
@@ -94,25 +95,8 @@ TABLE: dict[str, tuple[Sweep, ...]] = {
 SUITES = ("ops", "layer", "model", "merge", "host")
 
 
-def _shrunk(name: str, value: Any) -> Any:
-    small = {4096: 512, 14336: 1024, 28672: 1536, 8192: 768, 1024: 256}
-    if isinstance(value, Shape):
-        return Shape(small[value.n], small[value.k])
-    replacements = {"decoder": Decoder(768, 768, 4, 2, 1, 64), "adapters": _adapters(768, 1536)[0], "decoded": 4}
-    replacements |= {"k": small.get(value, 512) if name == "k" else None, "layers": 1}
-    if name == "m":
-        return 1 if value == 1 else 16 if value <= 64 else 256
-    return value if name == "adapters" and isinstance(value, int) else replacements.get(name, value)
-
-
-def cases(suite: str, device: str, small: bool = False) -> list[Case]:
-    """A suite's cases on a kind of device, by priority; of those of one name, the first.
-
-    Args:
-        suite: one of `SUITES`.
-        device: a key of `TABLE`.
-        small: the same cases on layers small enough to run each in no time.
-    """
+def cases(suite: str, device: str) -> list[Case]:
+    """A suite's cases on a kind of device, by priority; of those of one name, the first."""
     found: dict[str, Case] = {}
     for name, priority, axes in TABLE[device]:
         if KINDS[name].suite != suite:
@@ -121,8 +105,6 @@ def cases(suite: str, device: str, small: bool = False) -> list[Case]:
         for values in itertools.product(*axes.values()):
             parameters = dict(zip(axes, values, strict=True))
             rank = priority + first.index(values[0]) if len(first) < 10 else priority
-            if small:
-                parameters = {key: _shrunk(key, value) for key, value in parameters.items()}
             case = Case(KINDS[name], rank, parameters)
             found.setdefault(case.name, case)
     return sorted(found.values(), key=lambda case: case.priority)

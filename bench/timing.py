@@ -126,14 +126,12 @@ class Limits:
     rate: float
 
     @classmethod
-    def measure(cls, device: torch.device, small: bool = False) -> Limits:
-        """Copy and multiply random data: 2 GiB and 8192^3 on a GPU, 256 MiB and 2048^3 elsewhere, less if `small`."""
+    def measure(cls, device: torch.device) -> Limits:
+        """Copy and multiply random data: 2 GiB and 8192^3 on a GPU, 256 MiB and 2048^3 elsewhere."""
         size, side = ((2 << 30), 8192) if device.type == "cuda" else ((256 << 20), 2048)
-        if small:
-            size, side = 1 << 20, 128
         source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         left, right = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
         calls = {"copy": (lambda _: target.copy_(source), 1), "product": (lambda _: torch.mm(left, right), 1)}
-        found = take_turns(calls, device, 0.01 if small else 1.0)
+        found = take_turns(calls, device, 1.0)
         return cls(2 * size / (1e-6 * found["copy"].p50), 2 * side**3 / (1e-6 * found["product"].p50))

@@ -14,29 +14,30 @@ import itertools
 import json
 import math
 import multiprocessing
+import re
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from hqq_oft.triton_kernels import _tiles, dequantize, linear, linear_backward, rotate
+from hqq_oft.triton_kernels import _tiles
 from hqq_oft.triton_kernels._launch import device_name
 from hqq_oft.triton_kernels._tiles import Tile
 from torch import Tensor
 from tqdm import tqdm
 
 import hqq_oft
-from hqq_oft.ops import reference
+from hqq_oft.ops import table as ops
 
 from . import timing
 from .environment import ROOT
 from .problem import TOLERANCE, Problem, Setting, relative_error
 
-SHAPES, SMALL = ((4096, 4096), (14336, 4096), (4096, 14336)), ((128, 128),)
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 BUFFERS = 160 << 20  # bytes of all sets of buffers of a layer, beyond any GPU's cache
 MARGIN = 0.98  # of the shipped tile's time: what is not faster by this much is noise
 BOUNDARIES = (64, 128, 192, 256, 384, 512, 768, 1024)
@@ -72,7 +73,15 @@ RANGES = (
     Range("rotate_backward", 4096, (32, 64, 128), (64,), (64, 128), (4, 8), (2, 3)),
     Range("dequantize", 4096, (1,), (32, 64, 128), (64, 128), (4, 8), (1,)),
 )
-Call = Callable[[int], Tensor]
+# Of an operation: problem, x, dy and one of the weights.
+CALLS: dict[str, Callable[[Problem, Tensor, Tensor, Any], Tensor]] = {
+    "linear_rotated": lambda p, x, dy, weight: ops.linear(x, weight, p.d, None, None),
+    "linear": lambda p, x, dy, weight: ops.linear(x, weight, None, None, None),
+    "linear_backward": lambda p, x, dy, weight: ops.linear_backward(dy, x, weight, None, None, True, False)[0],
+    "rotate": lambda p, x, dy, weight: ops.rotate(x, p.d, None, False),
+    "rotate_backward": lambda p, x, dy, weight: ops.rotate_backward(x, x, p.d, None, False, True, True)[0],
+    "dequantize": lambda p, x, dy, weight: ops.dequantize_rotate(weight, p.d, x.dtype),
+}
 
 
 @lru_cache(maxsize=len(SHAPES))
@@ -85,32 +94,23 @@ def _problem(n: int, k: int, m: int, device: torch.device, dtype: str) -> tuple[
     return problem, x, dy
 
 
-def calls(operation: str, problem: Problem, x: Tensor, dy: Tensor) -> tuple[Call, Callable[[], Tensor]]:
-    """The operation, planned with the tiles in force, on one of the sets of buffers, and what it should return."""
-    d, weights, weight = problem.d, problem.weights, problem.weights[0]
-    if operation in ("linear_rotated", "linear", "scratch"):
-        rotation = None if operation == "linear" else d
-        arguments = (rotation, None, None)
-        product = linear.scratch_linear
-        if operation != "scratch":
-            product = linear.plan_fused_linear(x, weight, *arguments)
-        return lambda i: product(x, weights[i], *arguments), lambda: reference.linear(x, weight, *arguments)
-    if operation == "linear_backward":
-        gradient = linear_backward.plan_fused_input_gradient(dy, weight)
-        return lambda i: gradient(dy, weights[i]), lambda: dy @ reference.dequantize(weight, dy.dtype)
-    if operation == "rotate":
-        turn = rotate.plan_rotate(True, x, d, None, False)
-        return lambda i: turn(x, d, None, False), lambda: reference.rotate(x, d, None, False)
-    if operation == "rotate_backward":
-        back = rotate.plan_rotate_backward(True, x, x, d, None, False, True, True)
-        return lambda i: back(x, x, d, None, False, True, True)[0], lambda: reference.rotate(x, d, None, True)
-    fold = dequantize.plan_dequantize_rotate(True, weight, d, x.dtype)
-    return lambda i: fold(weights[i], d, x.dtype), lambda: reference.dequantize_rotate(weight, d, x.dtype)
+def _call(operation: str, *place: Any) -> Callable[[int], Tensor]:
+    """The operation at a place (n, k, m, device, dtype) with one of its sets of buffers."""
+    problem, x, dy = _problem(*place)
+    return lambda number: CALLS[operation](problem, x, dy, problem.weights[number])
 
 
 @lru_cache(maxsize=len(SHAPES))
 def _truth(operation: str, *place: Any) -> Tensor:
-    return calls(operation, *_problem(*place))[1]().double()
+    with hqq_oft.backend("reference"):
+        return _call(operation, *place)(0).double()
+
+
+@contextmanager
+def _tiles_of(table: dict[str, Any], scratch_from_m: int = 1 << 30) -> Iterator[None]:
+    """Run the Triton kernels with these tiles, fused up to some number of rows."""
+    with _tiles.using({**table, "regimes": {"scratch_from_m": scratch_from_m}}), hqq_oft.backend("triton"):
+        yield
 
 
 class Tuner:
@@ -129,7 +129,7 @@ class Tuner:
         """Geometric mean in microseconds over the shapes; None for a tile that cannot run or is wrong."""
         key = json.dumps([self.identity, target.operation, asdict(tile), self.shapes, self.dtype])
         if key not in self.times:
-            with _tiles.using({target.operation: [asdict(tile)]}), hqq_oft.backend("triton"):
+            with _tiles_of({target.operation: [asdict(tile)]}):
                 self.times[key] = self._measured(target.operation, target.m, tile)
             with self.log.open("a") as file:
                 file.write(json.dumps({key: self.times[key]}) + "\n")
@@ -138,7 +138,7 @@ class Tuner:
     def _measured(self, operation: str, m: int, tile: Tile) -> float | None:
         for shape in self.shapes:
             try:
-                out = calls(operation, *_problem(*shape, m, self.device, self.dtype))[0](0)
+                out = _call(operation, *shape, m, self.device, self.dtype)(0)
             except Exception as error:  # a tile too large for the device: the compiler or the launch says so
                 print(f"{operation} {tile}: {type(error).__name__}: {str(error)[:100]}")
                 return None
@@ -152,8 +152,8 @@ class Tuner:
         """Geometric mean on the device: a few microseconds of an eager call would be its launches."""
         logs = []
         for shape in self.shapes:
-            problem, x, dy = _problem(*shape, m, self.device, self.dtype)
-            call = calls(operation, problem, x, dy)[0]
+            place = (*shape, m, self.device, self.dtype)
+            call, problem = _call(operation, *place), _problem(*place)[0]
             if self.device.type == "cuda":
                 found = timing.replay(call, problem.copies, 0.02)
             else:
@@ -173,22 +173,24 @@ class Tuner:
                 chosen, least = tile, found
         return chosen
 
-    def boundary(self, table: dict[str, Any], tried: tuple[int, ...] = BOUNDARIES) -> int:
+    def boundary(self, table: dict[str, Any], tried: tuple[int, ...]) -> int:
         """Rows from which decoding into a scratch for the vendor's product always beats the fused one."""
         limit = tried[-1] * 2
-        with _tiles.using(table), hqq_oft.backend("triton"):
-            for m in reversed(tried):
-                if self._mean("linear_rotated", m) <= self._mean("scratch", m):
+        for m in reversed(tried):
+            with _tiles_of(table):
+                fused = self._mean("linear_rotated", m)
+            with _tiles_of(table, 0):
+                if fused <= self._mean("linear_rotated", m):
                     break
-                limit = m
+            limit = m
         return limit
 
 
 def _touch(operation: str, m: int, tile: Tile, device: str, dtype: str) -> None:
-    with _tiles.using({operation: [asdict(tile)]}), hqq_oft.backend("triton"):
+    with _tiles_of({operation: [asdict(tile)]}):
         for shape in SHAPES:  # each splits its sums in its own way, and the number of parts is compiled in
             with suppress(Exception):  # the tuner meets it again and reports it
-                calls(operation, *_problem(*shape, m, torch.device(device), dtype))[0](0)
+                _call(operation, *shape, m, torch.device(device), dtype)(0)
 
 
 def compile_ahead(plan: dict[Range, list[Tile]], device: str, dtype: str, processes: int, seconds: float) -> None:
@@ -200,44 +202,38 @@ def compile_ahead(plan: dict[Range, list[Tile]], device: str, dtype: str, proces
             job.get(max(0.0, end - time.monotonic()))
 
 
-def main(argv: list[str] | None = None) -> None:
+def tuned(tuner: Tuner, plan: dict[Range, list[Tile]], boundaries: tuple[int, ...] = BOUNDARIES) -> dict[str, Any]:
+    """The table of a device: of each range the best of its tiles, and the boundary."""
+    table: dict[str, Any] = {"regimes": dict(_tiles.table(tuner.identity[0])["regimes"])}
+    for target, tiles in plan.items():
+        table.setdefault(target.operation, []).append(asdict(tuner.best(target, tiles)))
+    if time.monotonic() < tuner.until:
+        table["regimes"]["scratch_from_m"] = tuner.boundary(table, boundaries)
+    return table
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.tune", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=480, help="stop trying tiles after this long")
     parser.add_argument("--log", type=Path, default=ROOT / "build" / "tune.jsonl")
     parser.add_argument("--out", type=Path, help="default: kernels/configs/<device>.json")
     parser.add_argument("--processes", type=int, default=8, help="that compile ahead; 0 for none")
-    parser.add_argument("--small", action="store_true", help="two tiles of each on a small layer, in float16")
-    options = parser.parse_args(argv)
-    until = time.monotonic() + options.seconds
-    device = torch.device(options.device)
+    options = parser.parse_args()
     options.log.parent.mkdir(parents=True, exist_ok=True)
-    shapes, dtype, most = (SMALL, "fp16", 2) if options.small else (SHAPES, "bf16", None)
-    ranges = tuple(replace(target, m=min(target.m, 64)) for target in RANGES) if options.small else RANGES
-    tuner = Tuner(device, options.log, until, shapes, dtype)
-    name = tuner.identity[0]
-    plan = {target: target.candidates(name)[:most] for target in ranges}
-    if options.processes and not options.small:
-        compile_ahead(plan, str(device), dtype, options.processes, options.seconds / 3)
-    table: dict[str, Any] = {"regimes": dict(_tiles.table(name)["regimes"])}
-    for target in ranges:
-        table.setdefault(target.operation, []).append(asdict(tuner.best(target, plan[target])))
-    if time.monotonic() < until:
-        table["regimes"]["scratch_from_m"] = tuner.boundary(table, BOUNDARIES[:1] if options.small else BOUNDARIES)
-    out = options.out or ROOT / "kernels" / "configs" / f"{name}.json"
-    out.write_text(table_text(table))
+    tuner = Tuner(torch.device(options.device), options.log, time.monotonic() + options.seconds)
+    plan = {target: target.candidates(tuner.identity[0]) for target in RANGES}
+    if options.processes:
+        compile_ahead(plan, options.device, tuner.dtype, options.processes, options.seconds / 3)
+    out = options.out or ROOT / "kernels" / "configs" / f"{tuner.identity[0]}.json"
+    out.write_text(table_text(tuned(tuner, plan)))
     print(f"written to {out}")
 
 
 def table_text(table: dict[str, Any]) -> str:
     """The table as JSON with one tile to a line."""
-    regimes, *operations = (
-        (key, json.dumps(value) if key == "regimes" else ",\n    ".join(map(json.dumps, value)))
-        for key, value in table.items()
-    )
-    parts = [f"  {json.dumps(regimes[0])}: {regimes[1]}"]
-    parts += [f"  {json.dumps(key)}: [\n    {lines}\n  ]" for key, lines in operations]
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+    lines = json.dumps(table).replace(": [{", ": [\n    {").replace("}, {", "},\n    {").replace("}]", "}\n  ]")
+    return "{\n  " + re.sub(r"([}\]]), \"", r'\1,\n  "', lines[1:-1]) + "\n}\n"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report, table, targets
+from bench import report, table
 
 RESULTS = Path(report.__file__).with_name("results")
 PHASES = ("forward", "backward", "full", "dequantize", "dequantize_rotate", "rotate", "rotate without requantizing",
@@ -21,22 +21,22 @@ def row_of(case, contender, p50, phase="forward", mode="eager", suite="layer", *
 
 
 def test_targets_are_judged_by_their_worst_value():
-    first = targets.TARGETS["cuda"][0]
-    assert targets.Results([]).verdict(first) == ("not measured", "")
-    where = [f"4096x4096 M={m} {targets.MAIN}" for m in (4096, 8192)]
+    first = report.TARGETS["cuda"][0]
+    assert report.verdict(first, {}) == ("not measured", "")
+    where = [f"4096x4096 M={m} {report.MAIN}" for m in (4096, 8192)]
     rows = [row_of(where[0], "hqq_oft", 110, "full"), row_of(where[0], "dense", 100, "full")]
-    assert targets.Results(rows).verdict(first) == ("reached", f"1.1x at {where[0]} (of 1)")
+    assert report.verdict(first, report.by_key(rows)) == ("reached", f"1.1x at {where[0]} (of 1)")
     rows += [row_of(where[1], "hqq_oft", 250, "full"), row_of(where[1], "dense", 200, "full")]
-    assert targets.Results(rows).verdict(first) == ("missed", f"1.25x at {where[1]} (of 2)")
+    assert report.verdict(first, report.by_key(rows)) == ("missed", f"1.25x at {where[1]} (of 2)")
 
 
 def test_a_graph_is_compared_with_a_graph():
-    decode = f"28672x8192 M=1 {targets.MAIN}"
-    target = next(target for target in targets.TARGETS["cuda"] if "8192-wide" in target["text"])
+    decode = f"28672x8192 M=1 {report.MAIN}"
+    target = next(target for target in report.TARGETS["cuda"] if "8192-wide" in target["text"])
     rows = [row_of(decode, "hqq_oft", 40, mode="graph"), row_of(decode, "hqq_oft", 90), row_of(decode, "dense", 120)]
-    assert list(targets.Results(rows).values(target)) == [(decode, 120 / 90)]
+    assert list(report.target_values(target, report.by_key(rows)))[:1] == [(decode, 120 / 90)]
     rows.append(row_of(decode, "dense", 110, mode="graph"))
-    assert list(targets.Results(rows).values(target)) == [(decode, 110 / 40)]
+    assert list(report.target_values(target, report.by_key(rows)))[:1] == [(decode, 110 / 40)]
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -50,10 +50,12 @@ def test_every_target_finds_its_rows(device):
         for name in NAMES
         for phase in PHASES
     ]
-    results = targets.Results(rows)
-    missing = [target["text"] for target in targets.TARGETS[device] if results.verdict(target)[0] == "not measured"]
+    found = report.by_key(rows)
+    missing = [
+        target["text"] for target in report.TARGETS[device] if report.verdict(target, found)[0] == "not measured"
+    ]
     assert missing == []
-    assert targets.table(device, rows).count("\n") == 1 + len(targets.TARGETS[device])
+    assert report.targets_table(device, rows).count("\n") == 1 + len(report.TARGETS[device])
 
 
 def test_a_table_has_multiples_of_ours_and_the_last_run_of_each_time():

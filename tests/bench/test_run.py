@@ -39,20 +39,34 @@ def nothing(number):
 
 
 def test_a_killed_run_resumes(tmp_path):
-    some = ["--device", "cpu", "--small", "--out", str(tmp_path), "--suite", "ops", "--match", "cayley"]
-    assert run.main([*some, "--seconds", "0"]) == 0
-    raw = tmp_path / "raw.jsonl"
+    raw, identity = tmp_path / "raw.jsonl", {"device": "here"}
+    todo = [case_of(nothing, nothing, name=name) for name in ("a", "b", "c")]
+    assert run.measure(todo, session(), raw, until=0) == []
     assert run.read_rows(raw) == []
-    assert run.main(some) == 0
+    assert run.measure(todo, session(), raw) == []
     lines = raw.read_text().splitlines()
-    cut = next(number for number, line in enumerate(lines) if "K=512" in line)
-    raw.write_text("\n".join(lines[:cut]) + '\n{"suite": "ops", "ca')
+    raw.write_text("\n".join(lines[:2]) + '\n{"suite": "ops", "ca')
     kept = run.read_rows(raw)
-    assert 0 < len(kept) < len(lines)
-    assert run.main(some) == 0
+    assert len(kept) == 2
+    done = run.finished(raw, identity)
+    assert done == {("ops", "a")}
+    assert run.measure([case for case in todo if ("ops", case.name) not in done], session(), raw) == []
     rows = run.read_rows(raw)
-    assert rows[: len(kept)] == kept
-    assert len(rows) == len(lines)
+    assert rows[:2] == kept
+    assert [row["case"] for row in rows] == ["a", "a", "b", "b", "c", "c"]
+
+
+def test_the_command_measures_reports_and_does_not_repeat(tmp_path, monkeypatch):
+    case = case_of(nothing, nothing, operations=())
+    monkeypatch.setattr(run, "cases", lambda suite, device: [case] if suite == "ops" else [])
+    monkeypatch.setattr(Limits, "measure", lambda device: LIMITS)
+    command = ["--device", "cpu", "--out", str(tmp_path), "--budget", "0"]
+    for _ in range(2):
+        assert run.main(command) == 0
+        assert len(run.read_rows(tmp_path / "raw.jsonl")) == 2
+    assert run.main([*command, "--again"]) == 0
+    assert len(run.read_rows(tmp_path / "raw.jsonl")) == 4
+    assert "a case" in (tmp_path / "README.md").read_text()
 
 
 def test_a_failed_case_is_reported_and_tried_again(tmp_path):
@@ -96,7 +110,7 @@ def test_operations_with_failing_tests_are_refused(tmp_path):
 
     def red(*cases):
         junit.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
-        return verify.red_operations(verify.report("cpu", junit))
+        return verify.red_operations("cpu", junit)
 
     passed = '<testcase name="test_it[linear]"/>'
     failed = '<testcase name="test_it[rotate_backward-bf16]"><failure/></testcase>'
@@ -109,8 +123,8 @@ def test_operations_with_failing_tests_are_refused(tmp_path):
     assert row["status"] == "refused: the tests of linear fail"
     assert not called
     assert "p50_us" not in row
-    with pytest.raises(RuntimeError, match="does not exist"):
-        verify.report("cpu", tmp_path / "lost.xml")
+    with pytest.raises(FileNotFoundError):
+        verify.red_operations("cpu", tmp_path / "lost.xml")
 
 
 def test_a_row_compares_its_time_with_the_prediction():

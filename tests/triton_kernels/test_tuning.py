@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import torch
 from hqq_oft.triton_kernels import _tiles, linear
 
 from bench import tune
 
+SMALL = ((128, 128),)
+
 
 def test_tuning_writes_a_table_and_resumes(tmp_path):
-    log, out = tmp_path / "tune.jsonl", tmp_path / "device.json"
-    options = ["--device", "cpu", "--small", "--log", str(log), "--out", str(out)]
-    shipped = dict(_tiles.table("default"))
-    tune.main(options)
-    table = json.loads(out.read_text())
+    log, shipped = tmp_path / "tune.jsonl", dict(_tiles.table("default"))
+    ranges = [replace(target, m=min(target.m, 64)) for target in tune.RANGES]
+    plan = {target: target.candidates("default")[:2] for target in ranges}
+
+    def tuned():
+        return tune.tuned(tune.Tuner(torch.device("cpu"), log, float("inf"), SMALL, "fp16"), plan, (64,))
+
+    table = json.loads(tune.table_text(tuned()))
     assert set(table) == set(_tiles.table("default"))
     with _tiles.using(table):
         for operation in set(table) - {"regimes"}:
-            ranges = [target for target in tune.RANGES if target.operation == operation]
-            assert len(_tiles.tiles("default", operation)) == len(ranges)
+            assert len(_tiles.tiles("default", operation)) == len([t for t in plan if t.operation == operation])
         assert _tiles.table("default")["regimes"]["scratch_from_m"] in (64, 128)
     assert _tiles.table("default") == shipped
     trials = log.read_text().splitlines()
-    assert len(trials) >= len(tune.RANGES)
-    tune.main(options)
+    assert len(trials) >= len(plan)
+    tuned()
     assert log.read_text().splitlines() == trials
+
+
+def test_the_text_of_a_table_has_a_tile_to_a_line():
+    text = (tune.ROOT / "kernels" / "configs" / "default.json").read_text()
+    assert tune.table_text(json.loads(text)) == text
 
 
 def test_a_tile_with_wrong_results_is_left_out(tmp_path, monkeypatch, capsys):
@@ -38,7 +48,7 @@ def test_a_tile_with_wrong_results_is_left_out(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(linear, "plan_fused_linear", broken)
     target = next(t for t in tune.RANGES if (t.operation, t.m) == ("linear", 16))
-    tuner = tune.Tuner(torch.device("cpu"), tmp_path / "log", float("inf"), tune.SMALL, "fp16")
+    tuner = tune.Tuner(torch.device("cpu"), tmp_path / "log", float("inf"), SMALL, "fp16")
     first, *others = target.candidates("default")
     wrong = next(tile for tile in others if tile.bn == 64)
     assert tuner.best(target, [first, wrong]) == first
