@@ -143,9 +143,7 @@ def test_a_kept_weight_is_released_with_it():
     for _ in range(2):
         functional.linear(x, weight)
     handle = kept(weight)
-    assert torch.equal(
-        torch.ops.hqq_oft_native.linear_kept(x, None, handle, None, None), functional.linear(x, weight)
-    )
+    assert torch.equal(torch.ops.hqq_oft_native.linear_kept(x, None, handle, None, None), functional.linear(x, weight))
     del weight
     gc.collect()
     with pytest.raises(RuntimeError, match="no kept weight has this handle"):
@@ -172,4 +170,3 @@ def test_a_copy_of_a_kept_weight_has_a_handle_of_its_own():
     for _ in range(3):
         assert torch.equal(functional.linear(x, copied), expected)
     assert kept(copied) != kept(weight)
-
