@@ -372,10 +372,9 @@ int64_t keep_weight(WEIGHT) {
 void release_weight(int64_t handle) { kept_weights().remove(handle); }
 
 // g = dy * W.
-Tensor linear_transposed(const Tensor& dy, WEIGHT) {
-  HeldWeight held = HELD_WEIGHT;
+Tensor multiply_transposed(const Tensor& dy, const HeldWeight& held) {
   Weight w = held.view();
-  int64_t M = dy.size(0), band_rows = N / w.fields();
+  int64_t N = w.N, K = w.K, M = dy.size(0), band_rows = N / w.fields();
   STD_TORCH_CHECK(dy.size(1) == N, "dy does not fit the weight's out-features");
   STD_TORCH_CHECK(on_bf16_levels(dy, w), "packed product not supported for these arguments; check `multiplies_packed`");
   Tensor g = empty(dy, {M, K}, dy.scalar_type()), rows = compact(dy);
@@ -388,6 +387,17 @@ Tensor linear_transposed(const Tensor& dy, WEIGHT) {
         ProductTransposedBF16{pairs.data(), w, bf16_results(g) + m * K, count});
   }
   return g;
+}
+
+Tensor linear_transposed(const Tensor& dy, WEIGHT) { return multiply_transposed(dy, HELD_WEIGHT); }
+
+// Both gradients of the rotated product, dx in place of g = dy * W.
+std::tuple<Tensor, Tensor> linear_backward_kept(const Tensor& dy, const Tensor& x, const Tensor& d, int64_t handle,
+                                                const std::optional<Tensor>& index) {
+  Tensor g = multiply_transposed(dy, *kept_weights().find(handle));
+  Tensor dd = rotation_gradient(x, g, d, index);
+  rotate_into(g, d, index, true, g);
+  return {g, dd};
 }
 
 // Whether `linear` and `linear_transposed` multiply packed weights for any number of rows of x's dtype.
@@ -476,6 +486,7 @@ STABLE_TORCH_LIBRARY(hqq_oft_native, m) {
   m.def("dequantize_rotate(" WEIGHT_SCHEMA ", Tensor d, ScalarType dtype) -> Tensor");
   m.def("linear(Tensor x, Tensor? d, " WEIGHT_SCHEMA ", Tensor? bias, Tensor? adapter_index) -> Tensor");
   m.def("linear_kept(Tensor x, Tensor? d, int handle, Tensor? bias, Tensor? adapter_index) -> Tensor");
+  m.def("linear_backward_kept(Tensor dy, Tensor x, Tensor d, int handle, Tensor? adapter_index) -> (Tensor, Tensor)");
   m.def("keep_weight(" WEIGHT_SCHEMA ") -> int");
   m.def("release_weight(int handle) -> ()");
   m.def("linear_transposed(Tensor dy, " WEIGHT_SCHEMA ") -> Tensor");
@@ -498,6 +509,7 @@ STABLE_TORCH_LIBRARY_IMPL(hqq_oft_native, CPU, m) {
   m.impl("dequantize_rotate", TORCH_BOX(&dequantize_rotate));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_kept", TORCH_BOX(&linear_kept));
+  m.impl("linear_backward_kept", TORCH_BOX(&linear_backward_kept));
   m.impl("keep_weight", TORCH_BOX(&keep_weight));
   m.impl("linear_transposed", TORCH_BOX(&linear_transposed));
   m.impl("multiplies_packed", TORCH_BOX(&multiplies_packed));

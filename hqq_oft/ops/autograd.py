@@ -1,6 +1,6 @@
 """Autograd functions over `hqq_oft.ops.table`: the gradients, and what is saved for backward.
 
-Only inputs are saved, in their own dtype: never a dense weight.
+Only inputs are saved, in their own dtype, and a rotation that is small beside them: never a dense weight.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from . import table as ops
 from .weight import QuantizedWeight
+
+# D stays for backward where it takes at most one part in so many of what x takes; elsewhere it is computed again.
+_SMALL = 8
 
 
 class Cayley(Function):
@@ -108,29 +111,24 @@ class DequantizeRotate(Function):
 class Linear(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: QuantizedWeight,
-        d: Tensor | None,
-        bias: Tensor | None,
-        adapter_index: Tensor | None,
+        ctx: Any, x: Tensor, weight: QuantizedWeight, d: Tensor | None, bias: Tensor | None, index: Tensor | None
     ) -> Any:
         need_x, _, need_d, need_bias, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if need_d else None, d if need_x or need_d else None, adapter_index)
+        ctx.save_for_backward(x if need_d else None, d if need_x or need_d else None, index)
         ctx.weight = weight
         ctx.bias_dtype = bias.dtype if need_bias and bias is not None else None
-        return ops.linear(x, weight, d, bias, adapter_index)
+        return ops.linear(x, weight, d, bias, index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, d, adapter_index = ctx.saved_tensors
+        x, d, index = ctx.saved_tensors
         need_x, _, need_d, _, _ = ctx.needs_input_grad
         dx: Any = None
         dd: Any = None
         if need_x or need_d:
             # Where D needs no gradient, x is neither saved nor read; grad is a placeholder for it in the schema.
-            dx, dd = ops.linear_backward(grad, grad if x is None else x, ctx.weight, d, adapter_index, need_x, need_d)
+            dx, dd = ops.linear_backward(grad, grad if x is None else x, ctx.weight, d, index, need_x, need_d)
         dd = dd.to(d.dtype) if need_d else None
         return dx if need_x else None, None, dd, _bias_gradient(grad, ctx.bias_dtype), None
 
@@ -158,6 +156,8 @@ class OFTLinear(Function):
         ctx.bias_dtype = bias.dtype if need_bias and bias is not None else None
         if d is None:
             d = ops.cayley(v, block_size, terms, keep, max_norm, x.dtype)
+            if need_v and not torch.compiler.is_compiling() and _SMALL * d.numel() <= x.numel():
+                ctx.d = d
         return ops.linear(x, weight, d, bias, None)
 
     @staticmethod

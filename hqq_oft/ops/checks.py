@@ -110,7 +110,8 @@ def _bias(bias: Tensor | None, out_features: int) -> None:
 def same_device(**tensors: Tensor | None) -> None:
     """All tensors are on one device."""
     # With a meta tensor among its arguments an operator would run its fake kernel, which returns no values.
-    if len({tensor.device for tensor in tensors.values() if tensor is not None}) > 1:
+    devices = [tensor.device for tensor in tensors.values() if tensor is not None]
+    if devices.count(devices[0]) < len(devices):
         given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
         places = ", ".join(f"{name} is on {device}" for name, device in given.items())
         raise ValueError(f"all tensors must be on one device: {places}.")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from ..backends import Planner
 
 LIBRARY = Path(__file__).parent / "hqq_oft_native.so"
-OPERATIONS: dict[str, Callable[..., Any]] = {}
+OPERATIONS: dict[str, Planner] = {}
 REASON = ""
 
 if not LIBRARY.exists():

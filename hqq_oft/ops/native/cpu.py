@@ -239,6 +239,9 @@ def linear_backward(
     d: Tensor | None, adapter_index: Tensor | None, need_x: bool, need_d: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`g = dy * W` by the product given, then the gradients of the rotation, dx in place of g."""
+    handle = vars(weight).get("_kept")
+    if handle and need_x and need_d and d is not None and product is _packed:
+        return _lib.linear_backward_kept(grad, x, d, handle, adapter_index)
     g = product(grad, weight)
     if d is None:
         return g.to(grad.dtype), grad.new_empty(0)
