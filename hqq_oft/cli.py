@@ -148,8 +148,7 @@ def _model_class(source: Path) -> Any:
 
 
 def _companions(source: Path) -> list[Path]:
-    found = {path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()}
-    return sorted(found)
+    return sorted({path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()})
 
 
 def _say(options: argparse.Namespace, text: str) -> None:

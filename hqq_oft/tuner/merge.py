@@ -212,7 +212,6 @@ class MergeableLayer(AdaptedLayer):
     def restore_merge_state(self, state: tuple[PackedState, MergeState]) -> None:
         """Restore what `merge_state` returned."""
         with self._lock:
-            packed, merge = state
-            packed.install(self.get_base_layer())
+            state[0].install(self.get_base_layer())
             # The next forward makes the snapshot: that of a sharded layer raises, and would hide the merge's own error.
-            self._merge, self._snapshot = merge, None
+            self._merge, self._snapshot = state[1], None

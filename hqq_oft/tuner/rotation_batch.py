@@ -45,9 +45,7 @@ class Member:
 
 
 def can_share(v: Tensor) -> bool:
-    """Whether a parameter can be shared: not an FSDP shard, which is gathered layer by layer, and not an inference
-    tensor, which has no version counter.
-    """
+    """Whether a parameter is whole, not a shard that FSDP gathers layer by layer, and has a version counter."""
     return type(v) is nn.Parameter and not v.is_inference() and v.device.type != "meta"
 
 
