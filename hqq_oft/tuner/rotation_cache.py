@@ -42,7 +42,7 @@ class RotationCache:
         Raises:
             RuntimeError: the key has changed while frozen.
         """
-        capturing = _capturing(v.device)
+        capturing = v.is_cuda and torch.cuda.is_current_stream_capturing()
         # An inference tensor has no version counter. A captured CUDA graph would keep the address of a `D` that it does
         # not own and never see a change, so it computes its own, unless the cache is frozen.
         if v.is_inference() or (capturing and not self.frozen):
@@ -121,7 +121,3 @@ class RotationCache:
             raise RuntimeError(
                 "rotations are frozen, and CUDA graphs may hold them; leave the `frozen_rotations` block first."
             )
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
