@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hqq_oft
 from hqq_oft import functional, share_rotations
-from hqq_oft.tuner import rotation_batch as rotation_step
+from hqq_oft.tuner import rotation_batch
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAYERS = 14
@@ -148,7 +148,7 @@ def test_a_parameter_changed_during_the_forward_is_recomputed():
 
     @torch.no_grad()
     def change(module, args):
-        before.append(rotation_step.current().rotation(v))
+        before.append(rotation_batch.current().rotation(v))
         v.mul_(2)
 
     x = torch.randn(2, model[0].in_features)
@@ -164,16 +164,16 @@ def test_a_parameter_changed_during_the_forward_is_recomputed():
 def test_a_failed_forward_ends_only_its_own_step(tokens, where):
     model, outer = adapted(), nn.Identity()
     share_rotations(model)
-    rotation_step.enter(rotation_step.RotationStep(outer, []))
+    rotation_batch.enter(rotation_batch.RotationStep(outer, []))
     if where == "before the step":
         hook = model.register_forward_pre_hook(fail, prepend=True)
     else:
         hook = layers(model)[3].register_forward_hook(fail)
     with pytest.raises(OSError):
         model(input_ids=tokens)
-    assert rotation_step.current().owner is outer
-    rotation_step.leave(outer)
-    assert rotation_step.current() is None
+    assert rotation_batch.current().owner is outer
+    rotation_batch.leave(outer)
+    assert rotation_batch.current() is None
     hook.remove()
 
 
@@ -186,7 +186,7 @@ def test_a_step_left_open_by_an_interrupt_is_ended_by_the_next_forward(tokens):
         model(input_ids=tokens)
     hook.remove()
     assert same(step(model, tokens), expected)
-    assert rotation_step.current() is None
+    assert rotation_batch.current() is None
 
 
 def fail(*args):
