@@ -29,8 +29,9 @@ def version(package: str) -> str:
 
 
 def _devices() -> list[str]:
-    lines = [f"cpu: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} "
-             f"torch threads, {torch.backends.cpu.get_cpu_capability()}"]  # fmt: skip
+    processor, threads = platform.processor() or platform.machine(), torch.get_num_threads()
+    instructions = torch.backends.cpu.get_cpu_capability()
+    lines = [f"cpu: {processor}, {os.cpu_count()} cores, {threads} torch threads, {instructions}"]
     if not torch.cuda.is_available():
         return [*lines, "cuda: no device available to torch"]
     for index in range(torch.cuda.device_count()):

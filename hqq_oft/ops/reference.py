@@ -231,9 +231,7 @@ def linear_backward(
     return rotate_backward(g, x, d, adapter_index, False, need_x, need_d)
 
 
+_ALL = (cayley, cayley_backward, rotate, rotate_backward, dequantize, dequantize_rotate, linear, linear_backward)
 OPERATIONS: dict[str, Planner] = {
-    function.__name__: lambda by_name, *args, function=function: function
-    for function in (
-        cayley, cayley_backward, rotate, rotate_backward, dequantize, dequantize_rotate, linear, linear_backward
-    )
-}  # fmt: skip
+    function.__name__: lambda by_name, *args, function=function: function for function in _ALL
+}

@@ -203,9 +203,5 @@ linear_backward = Operation(
     check=checks.nothing,
 )
 
-OPERATIONS = {
-    operation.name: operation
-    for operation in (
-        cayley, cayley_backward, rotate, rotate_backward, dequantize, dequantize_rotate, linear, linear_backward
-    )
-}  # fmt: skip
+_ALL = (cayley, cayley_backward, rotate, rotate_backward, dequantize, dequantize_rotate, linear, linear_backward)
+OPERATIONS = {operation.name: operation for operation in _ALL}

@@ -243,9 +243,14 @@ def _coefficients(terms: int) -> tuple[int, int]:
 
 
 def plan_cayley(
-    by_name: bool, v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None,
+    by_name: bool,
+    v: Tensor,
+    block_size: int,
+    terms: int | None,
+    keep: Tensor | None,
+    max_norm: float | None,
     dtype: torch.dtype,
-) -> Callable[..., Tensor]:  # fmt: skip
+) -> Callable[..., Tensor]:
     """Of `hqq_oft.ops.reference.cayley`; one launch for blocks up to 128 and a series, see the top of the file."""
     check_device(v, by_name)
     blocks = v.shape[0] if keep is None else keep.shape[0]
@@ -257,10 +262,18 @@ def plan_cayley(
         return _dense_cayley
     panels = _panels(block_size)
     launch = Launch(
-        cayley_fwd_kernel, (blocks, triton.cdiv(block_size, panels["BN"])), B=block_size, TERMS=powers, LAST=last,
-        ONE_STORED=v.shape[0] == 1, DROPPED=keep is not None, BOUNDED=max_norm is not None, ACC=wide(v.dtype),
-        PRECISION=_precision(v), **panels,
-    )  # fmt: skip
+        cayley_fwd_kernel,
+        (blocks, triton.cdiv(block_size, panels["BN"])),
+        B=block_size,
+        TERMS=powers,
+        LAST=last,
+        ONE_STORED=v.shape[0] == 1,
+        DROPPED=keep is not None,
+        BOUNDED=max_norm is not None,
+        ACC=wide(v.dtype),
+        PRECISION=_precision(v),
+        **panels,
+    )
 
     def cayley(
         v: Tensor, block_size: int, terms: int, keep: Tensor | None, max_norm: float | None, dtype: Any
@@ -273,9 +286,14 @@ def plan_cayley(
 
 
 def plan_cayley_backward(
-    by_name: bool, grad: Tensor, v: Tensor, block_size: int, terms: int | None, keep: Tensor | None,
+    by_name: bool,
+    grad: Tensor,
+    v: Tensor,
+    block_size: int,
+    terms: int | None,
+    keep: Tensor | None,
     max_norm: float | None,
-) -> Callable[..., Tensor]:  # fmt: skip
+) -> Callable[..., Tensor]:
     """Of `hqq_oft.ops.reference.cayley_backward`; one launch for blocks up to 128 and a series."""
     check_device(v, by_name)
     stored = v.shape[0]
@@ -291,9 +309,17 @@ def plan_cayley_backward(
         return _dense_cayley_backward
     panels = _panels(block_size)
     launch = Launch(
-        cayley_bwd_kernel, (stored, triton.cdiv(block_size, panels["BN"])), B=block_size, TERMS=powers, LAST=last,
-        DROPPED=keep is not None, BOUNDED=max_norm is not None, ACC=wide(v.dtype), PRECISION=_precision(v), **panels,
-    )  # fmt: skip
+        cayley_bwd_kernel,
+        (stored, triton.cdiv(block_size, panels["BN"])),
+        B=block_size,
+        TERMS=powers,
+        LAST=last,
+        DROPPED=keep is not None,
+        BOUNDED=max_norm is not None,
+        ACC=wide(v.dtype),
+        PRECISION=_precision(v),
+        **panels,
+    )
 
     def cayley_backward(
         grad: Tensor, v: Tensor, block_size: int, terms: int, keep: Tensor | None, max_norm: float | None

@@ -188,14 +188,32 @@ def dequantize_into(
     n_tiles = triton.cdiv(end_row - first_row, packing.tile_rows(bn))
     tiles = 1 if d is None else min(_TILES, triton.next_power_of_2(n_tiles))
     launch = Launch(
-        dequantize_kernel, (triton.cdiv(n_tiles, tiles), triton.cdiv(end_column - first_column, width)), operands,
-        **constants, ROTATED=d is not None, B=b, WIDTH=width, SHARED=d is not None and d.shape[0] == 1, TILES=tiles,
-        BN=bn, BK=bk, ACC=wide(accumulator), OPERAND=operands, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        dequantize_kernel,
+        (triton.cdiv(n_tiles, tiles), triton.cdiv(end_column - first_column, width)),
+        operands,
+        **constants,
+        ROTATED=d is not None,
+        B=b,
+        WIDTH=width,
+        SHARED=d is not None and d.shape[0] == 1,
+        TILES=tiles,
+        BN=bn,
+        BK=bk,
+        ACC=wide(accumulator),
+        OPERAND=operands,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     launch(
-        *tensors(weight), optional(d, out), out, *packing.sizes(), first_row, end_row - first_row, first_column,
+        *tensors(weight),
+        optional(d, out),
+        out,
+        *packing.sizes(),
+        first_row,
+        end_row - first_row,
+        first_column,
         end_column - first_column,
-    )  # fmt: skip
+    )
     return out
 
 

@@ -138,12 +138,25 @@ def plan_fused_linear(
     accumulator = wide(x.dtype)
     rotation = accumulator if d is None else operand(x.dtype, d.dtype)
     launch = Launch(
-        linear_fwd_kernel, (m_tiles, n_tiles, splits), rotation if d is not None else operand(x.dtype), **constants,
-        EVEN=K % tile.bk == 0, ROTATED=d is not None, INDEXED=d is not None and adapter_index is not None,
-        SHARED=d is not None and d.shape[-3] == 1, BIASED=bias is not None, B=1 if d is None else d.shape[-1],
-        SPLITS=splits, BM=tile.bm, BN=bn, BK=tile.bk, ACC=accumulator, OPERAND=rotation,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        linear_fwd_kernel,
+        (m_tiles, n_tiles, splits),
+        rotation if d is not None else operand(x.dtype),
+        **constants,
+        EVEN=K % tile.bk == 0,
+        ROTATED=d is not None,
+        INDEXED=d is not None and adapter_index is not None,
+        SHARED=d is not None and d.shape[-3] == 1,
+        BIASED=bias is not None,
+        B=1 if d is None else d.shape[-1],
+        SPLITS=splits,
+        BM=tile.bm,
+        BN=bn,
+        BK=tile.bk,
+        ACC=accumulator,
+        OPERAND=rotation,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
 
     def fused_linear(
         x: Tensor, weight: QuantizedWeight, d: Tensor | None, bias: Tensor | None, adapter_index: Tensor | None
@@ -152,9 +165,19 @@ def plan_fused_linear(
         y = empty(x, (M, packing.N))
         part, count = split_buffers(x, splits, (M, packing.N), m_tiles * n_tiles)
         launch(
-            x, optional(d, x), optional(adapter_index, x), *tensors(weight), optional(bias, x), y, part, count, M,
-            *sizes, x.stride(0), *adapters(d, adapter_index),
-        )  # fmt: skip
+            x,
+            optional(d, x),
+            optional(adapter_index, x),
+            *tensors(weight),
+            optional(bias, x),
+            y,
+            part,
+            count,
+            M,
+            *sizes,
+            x.stride(0),
+            *adapters(d, adapter_index),
+        )
         return y
 
     return fused_linear

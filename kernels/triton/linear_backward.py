@@ -80,10 +80,19 @@ def plan_fused_input_gradient(grad: Tensor, weight: QuantizedWeight) -> Product:
     m_tiles, k_tiles = triton.cdiv(M, tile.bm), triton.cdiv(K, tile.bk)
     splits = splits_for(m_tiles * k_tiles, triton.cdiv(packing.band_rows, packing.tile_rows(bn)), grad)
     launch = Launch(
-        linear_bwd_kernel, (m_tiles, k_tiles, splits), operand(grad.dtype), **constants, EVEN=K % tile.bk == 0,
-        SPLITS=splits, BM=tile.bm, BN=bn, BK=tile.bk, ACC=wide(grad.dtype), num_warps=tile.warps,
+        linear_bwd_kernel,
+        (m_tiles, k_tiles, splits),
+        operand(grad.dtype),
+        **constants,
+        EVEN=K % tile.bk == 0,
+        SPLITS=splits,
+        BM=tile.bm,
+        BN=bn,
+        BK=tile.bk,
+        ACC=wide(grad.dtype),
+        num_warps=tile.warps,
         num_stages=tile.stages,
-    )  # fmt: skip
+    )
 
     def fused_input_gradient(grad: Tensor, weight: QuantizedWeight) -> Tensor:
         grad = rows_contiguous(grad)
@@ -111,9 +120,15 @@ def scratch_input_gradient(grad: Tensor, weight: QuantizedWeight) -> Tensor:
 
 
 def plan_linear_backward(
-    by_name: bool, grad: Tensor, x: Tensor, weight: QuantizedWeight, d: Tensor | None, adapter_index: Tensor | None,
-    need_x: bool, need_d: bool,
-) -> Callable[..., tuple[Tensor, Tensor]]:  # fmt: skip
+    by_name: bool,
+    grad: Tensor,
+    x: Tensor,
+    weight: QuantizedWeight,
+    d: Tensor | None,
+    adapter_index: Tensor | None,
+    need_x: bool,
+    need_d: bool,
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """Of `hqq_oft.ops.reference.linear_backward`; M selects the path of `g = dy * W`."""
     check_device(grad, by_name)
     M, K = grad.shape[0], weight.in_features
@@ -131,9 +146,14 @@ def plan_linear_backward(
     accumulator = wide_dtype(x.dtype, d.dtype)
 
     def linear_backward(
-        grad: Tensor, x: Tensor, weight: QuantizedWeight, d: Tensor, adapter_index: Tensor | None, need_x: bool,
+        grad: Tensor,
+        x: Tensor,
+        weight: QuantizedWeight,
+        d: Tensor,
+        adapter_index: Tensor | None,
+        need_x: bool,
         need_d: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         g = product(grad, weight)
         if gradient is None:
             dd = d.new_empty(0, dtype=accumulator)

@@ -138,11 +138,22 @@ def plan_rotate(by_name: bool, x: Tensor, d: Tensor, adapter_index: Tensor | Non
         bn = bk = max(16, triton.next_power_of_2(width))
     operands = operand(x.dtype, d.dtype)
     launch = Launch(
-        rotate_fwd_kernel, (triton.cdiv(M, bm), triton.cdiv(K, width), triton.cdiv(width, bn)), operands,
-        B=b, WIDTH=width, SHARED=d.shape[-3] == 1, TRANSPOSE=transpose, INDEXED=adapter_index is not None,
-        BM=bm, BN=bn, BK=bk, ACC=wide(x.dtype, d.dtype), OPERAND=operands,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        rotate_fwd_kernel,
+        (triton.cdiv(M, bm), triton.cdiv(K, width), triton.cdiv(width, bn)),
+        operands,
+        B=b,
+        WIDTH=width,
+        SHARED=d.shape[-3] == 1,
+        TRANSPOSE=transpose,
+        INDEXED=adapter_index is not None,
+        BM=bm,
+        BN=bn,
+        BK=bk,
+        ACC=wide(x.dtype, d.dtype),
+        OPERAND=operands,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
 
     def rotate(x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) -> Tensor:
         y = empty(x, (M, K))
@@ -159,9 +170,15 @@ def rotate(x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) 
 
 
 def plan_rotate_backward(
-    by_name: bool, grad: Tensor, x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool, need_x: bool,
+    by_name: bool,
+    grad: Tensor,
+    x: Tensor,
+    d: Tensor,
+    adapter_index: Tensor | None,
+    transpose: bool,
+    need_x: bool,
     need_d: bool,
-) -> Callable[..., tuple[Tensor, Tensor]]:  # fmt: skip
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """Of `hqq_oft.ops.reference.rotate_backward`."""
     check_device(grad, by_name)
     one_pass = need_x and need_d and adapter_index is None and holds_slices(x.dtype, d, x.shape[1])
@@ -206,11 +223,24 @@ def plan_rotation_gradient(
     shared = d.shape[-3] == 1
     operands = operand(x.dtype, grad.dtype, d.dtype) if need_x else operand(x.dtype, grad.dtype)
     launch = Launch(
-        rotate_bwd_kernel, (splits, programs, count), operands,
-        B=b, WIDTH=width, SHARED=shared, TRANSPOSE=transpose, INDEXED=adapter_index is not None,
-        NEED_X=need_x, TILES=tiles, BM=bm, BI=side, BJ=side, ACC=wide(x.dtype, d.dtype), OPERAND=operands,
-        num_warps=warps, num_stages=tile.stages,
-    )  # fmt: skip
+        rotate_bwd_kernel,
+        (splits, programs, count),
+        operands,
+        B=b,
+        WIDTH=width,
+        SHARED=shared,
+        TRANSPOSE=transpose,
+        INDEXED=adapter_index is not None,
+        NEED_X=need_x,
+        TILES=tiles,
+        BM=bm,
+        BI=side,
+        BJ=side,
+        ACC=wide(x.dtype, d.dtype),
+        OPERAND=operands,
+        num_warps=warps,
+        num_stages=tile.stages,
+    )
 
     def rotation_gradient(
         grad: Tensor, x: Tensor, d: Tensor, adapter_index: Tensor | None, dx: Tensor | None
@@ -218,9 +248,19 @@ def plan_rotation_gradient(
         grad, x = rows_contiguous(grad), rows_contiguous(x)
         part = empty(x, (splits, count, K // b, b, b), accumulator)
         launch(
-            grad, x, d.contiguous(), optional(adapter_index, x), grad if dx is None else dx, part, M, K,
-            grad.stride(0), x.stride(0), K, rows_per_split,
-        )  # fmt: skip
+            grad,
+            x,
+            d.contiguous(),
+            optional(adapter_index, x),
+            grad if dx is None else dx,
+            part,
+            M,
+            K,
+            grad.stride(0),
+            x.stride(0),
+            K,
+            rows_per_split,
+        )
         if shared:
             part = part.sum(dim=2, keepdim=True)
         dd = part.sum(dim=0) if splits > 1 else part[0]  # in a fixed order

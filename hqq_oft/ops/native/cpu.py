@@ -96,13 +96,10 @@ def _operand(dtype: torch.dtype) -> torch.dtype:
 # --- Planners --------------------------------------------------------------------------------------------------------
 
 
-def plan_cayley(
-    by_name: bool, v: Tensor, block_size: int, terms: int | None, keep: Tensor | None, max_norm: float | None,
-    dtype: torch.dtype,
-) -> Any:  # fmt: skip
+def plan_cayley(by_name: bool, v: Tensor, *settings: Any) -> Any:
     """Of `hqq_oft.ops.reference.cayley`."""
     _check(v)
-    _check_result(dtype)
+    _check_result(settings[-1])
     return _lib.cayley
 
 
@@ -235,9 +232,15 @@ def _through_scratch(grad: Tensor, weight: QuantizedWeight) -> Tensor:
 
 
 def linear_backward(
-    product: Callable[[Tensor, QuantizedWeight], Tensor], grad: Tensor, x: Tensor, weight: QuantizedWeight,
-    d: Tensor | None, adapter_index: Tensor | None, need_x: bool, need_d: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    product: Callable[[Tensor, QuantizedWeight], Tensor],
+    grad: Tensor,
+    x: Tensor,
+    weight: QuantizedWeight,
+    d: Tensor | None,
+    adapter_index: Tensor | None,
+    need_x: bool,
+    need_d: bool,
+) -> tuple[Tensor, Tensor]:
     """`g = dy * W` by the product given, then the gradients of the rotation, dx in place of g."""
     handle = vars(weight).get("_kept")
     if handle and need_x and need_d and d is not None and product is _packed:
