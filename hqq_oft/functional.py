@@ -254,7 +254,7 @@ def oft_linear(
     max_norm: float | None = None,
     d: Tensor | None = None,
 ) -> Tensor:
-    """`linear(x, weight, bias, d=cayley(v, ...))` that keeps only `x` and `v` for backward, not `D`.
+    """`linear(x, weight, bias, d=cayley(v, ...))` that keeps `x` and `v` for backward, and `D` only if it is small.
 
     Args, result and errors are those of `linear` and `cayley`; `d` as for `oft_rotate`.
     """

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from . import table as ops
 from .weight import QuantizedWeight
 
-# D stays for backward where it takes at most one part in so many of what x takes; elsewhere it is computed again.
+# D is kept for backward if it has at most 1/8 as many elements as x; otherwise it is recomputed.
 _SMALL = 8
 
 
@@ -85,7 +85,9 @@ class OFTRotate(Function):
         x, v, keep = ctx.saved_tensors
         block_size, terms, max_norm = ctx.spec
         need_x, need_v = ctx.needs_input_grad[:2]
-        d = ops.cayley(v, block_size, terms, keep, max_norm, grad.dtype) if ctx.d is None else ctx.d
+        d, ctx.d = ctx.d, None  # autograd frees only what is saved
+        if d is None:
+            d = ops.cayley(v, block_size, terms, keep, max_norm, grad.dtype)
         # If v needs no gradient, x is neither saved nor read: grad is passed as a placeholder for it.
         dx, dd = ops.rotate_backward(grad, grad if x is None else x, d, None, False, need_x, need_v)
         dv = ops.cayley_backward(dd, v, block_size, terms, keep, max_norm) if need_v else None
@@ -168,7 +170,9 @@ class OFTLinear(Function):
         need_x, _, need_v = ctx.needs_input_grad[:3]
         dx = dv = None
         if need_x or need_v:
-            d = ops.cayley(v, block_size, terms, keep, max_norm, grad.dtype) if ctx.d is None else ctx.d
+            d, ctx.d = ctx.d, None  # autograd frees only what is saved
+            if d is None:
+                d = ops.cayley(v, block_size, terms, keep, max_norm, grad.dtype)
             dx, dd = ops.linear_backward(grad, grad if x is None else x, ctx.weight, d, None, need_x, need_v)
             if need_v:
                 dv = ops.cayley_backward(dd, v, block_size, terms, keep, max_norm)

@@ -1,9 +1,10 @@
 """Backend selection: which backend serves an operation, and why another does not.
 
 A backend maps an operation's name to a planner. `planner(by_name, *args)` returns the function that computes every call
-whose arguments have the same dtypes, shapes, strides and devices, or raises `Unsupported` with the reason; `by_name`
-says whether the user selected this backend instead of `auto`. Any other exception is a bug and propagates. `auto` then
-tries the next backend and logs the reason once; a backend selected by name has no fallback.
+whose tensors have the same dtypes, shapes, strides, devices and alignment, and whose other arguments are the same, or
+raises `Unsupported` with the reason; `by_name` says whether the user selected this backend instead of `auto`. Any other
+exception is a bug and propagates. `auto` then tries the next backend and logs the reason once; a backend selected by
+name has no fallback.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ An operation takes a weight as one argument, a `QuantizedWeight`. `torch.library
 the weight apart when it is called through PyTorch's dispatcher and puts it together again behind it; this is the only
 place that does. Where nothing but the caller observes the call, the dispatcher is skipped.
 
-Each operator is opaque to autograd (`hqq_oft.functional` holds the derivatives) and to `torch.compile`, which traces it
-through its fake implementation. Arguments and results are those of the functions of the same name in
-`hqq_oft.ops.reference`.
+The derivatives are in `hqq_oft.functional`: call operations where autograd does not record. To `torch.compile` an
+operator is opaque and traced through its fake implementation. Arguments and results are those of the functions of the
+same name in `hqq_oft.ops.reference`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Operation:
         plan = None if key is None else self._plans.get(key)
         if plan is None:
             self._check(*args)
-            plan = backends.plan(self.name, backends.selected_backend(), args)
+            plan = backends.plan(self.name, backends.selected_backend() if key is None else key[0], args)
             if key is not None:
                 if len(self._plans) >= _MOST_PLANS:
                     self._plans.clear()

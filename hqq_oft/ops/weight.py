@@ -139,6 +139,8 @@ class QuantizedWeight:
         if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta for tensor in tensors):
             return None
         facts = tuple((t.dtype, t.device, t.shape, t.stride(), t.data_ptr() % 16) for t in tensors)
+        if len(_LAYOUTS) >= 4096:
+            _LAYOUTS.clear()
         return _LAYOUTS.setdefault((facts, *self.arguments()[3:]), object())
 
     def dense(self, dtype: torch.dtype) -> Tensor:

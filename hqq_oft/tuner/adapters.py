@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ from .. import functional
 from ..ops.reference import project
 from ..ops.weight import require_whole
 from . import rotation_batch
-from .rotation_cache import RotationCache
 from .settings import AdapterSettings
 from .snapshot import MergeState
 
@@ -24,25 +23,9 @@ from .snapshot import MergeState
 class AdaptedLayer:
     """The part of `HqqOFTLinear` that has adapters."""
 
-    if TYPE_CHECKING:
-        in_features: int
-        oft_R: Any  # noqa: N815
-        oft_dropout: Any
-        oft_block_size: dict[str, int]
-        r: dict[str, int]
-        active_adapters: list[str]
-        training: bool
-        disable_adapters: bool
-        _active_adapter: str | list[str]
-        _modules: dict[str, Any]
-        _lock: threading.RLock
-        _rotations: RotationCache
-        _merge: MergeState
+    if TYPE_CHECKING:  # what PEFT's layer and `nn.Module` have
 
-        get_base_layer: Callable[[], Any]
-        set_adapter: Callable[..., None]
-        reset_oft_parameters: Callable[[str, bool], None]
-        adjust_oft_parameters: Callable[[int, int], int]
+        def __getattr__(self, name: str) -> Any: ...
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -86,10 +69,13 @@ class AdaptedLayer:
             names = ("coft", "eps", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms")
             options = {name: getattr(chosen, name) for name in names}
             module = OFTRotationModule(stored, elements, block_size, self.in_features, **options)
+            nn.init.zeros_(module.weight) if chosen.init_weights else nn.init.normal_(module.weight, std=0.1)
+            device = self.get_base_layer().W_q.device
+            if module.weight.device.type != "meta" and device.type != "meta":
+                module.to(device)
+            # complete, as a forward in another thread may find it at once
             self.oft_dropout[adapter_name], self.oft_R[adapter_name] = dropout, module
-            self.reset_oft_parameters(adapter_name, chosen.init_weights)
             self.r[adapter_name], self.oft_block_size[adapter_name] = r, block_size
-            self._move_adapter_to_device_of_base_layer(adapter_name)
             self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -111,6 +97,15 @@ class AdaptedLayer:
                     f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Unmerge them first."
                 )
             self._rotations.drop(adapter_name)
+            left = [name for name in self._all_available_adapter_names() if name != adapter_name]
+            active = [name for name in self.active_adapters if name != adapter_name]
+            if adapter_name in self.active_adapters and left:  # before it goes: a forward meanwhile has an adapter
+                if not active:
+                    warnings.warn(
+                        f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
+                        stacklevel=2,
+                    )
+                self.set_adapter(active or left[0])
             super().delete_adapter(adapter_name)  # type: ignore[misc]
 
     @staticmethod

@@ -79,9 +79,7 @@ def _turn(
             _become(layer, new_class)
     except BaseException:
         for layer, old_class in classes.items():
-            layer.__class__ = old_class
-            if isinstance(layer, HqqOFTLinear):
-                layer._take_base_layer()
+            _become(layer, old_class)
         raise
     return report
 

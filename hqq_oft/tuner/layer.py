@@ -119,8 +119,9 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
             self.register_load_state_dict_post_hook(_after_load)
 
     def _release_base_layer(self) -> None:
-        """Undo `_take_base_layer` before the layer becomes PEFT's own; nothing is merged."""
-        del self._merge, self._snapshot, self._lock
+        """Undo `_take_base_layer`, or the part of it that succeeded, before the layer becomes PEFT's own."""
+        for name in ("_merge", "_snapshot", "_lock", "_rotations"):
+            self.__dict__.pop(name, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_lock", "_snapshot")}
@@ -163,15 +164,12 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
             raise TypeError(f"the input must be a floating point tensor, got {x.dtype}; cast it first.")
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"the input must have shape [..., {self.in_features}], got {tuple(x.shape)}.")
-        if torch.compiler.is_compiling():
-            snapshot = Snapshot.of(self.base_layer, self.get_base_layer(), self._merge)
-        else:
-            snapshot = self._current()
-        if self._is_plain(snapshot.outer):
-            return self._forward(snapshot, snapshot.product, x, adapter_names, args, kwargs)
-        with self._lock:  # what else runs reads the base layer itself, which must not change meanwhile
-            snapshot = self._current()
-            return self._forward(snapshot, snapshot.outer, x, adapter_names, args, kwargs)
+        outer: Any = self._modules["base_layer"]
+        plain = self._is_plain(outer)
+        if plain or torch.compiler.is_compiling():
+            return self._forward(plain, x, adapter_names, args, kwargs)
+        with self._lock:  # the other module reads the base layer itself, which must not change meanwhile
+            return self._forward(plain, x, adapter_names, args, kwargs)
 
     @staticmethod
     def _is_plain(base: nn.Module) -> bool:
@@ -192,27 +190,25 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
             )
         )
 
-    def _forward(
-        self, snapshot: Snapshot, base: nn.Module, x: Tensor, adapter_names: list[str] | None, args: Any, kwargs: Any
-    ) -> Tensor:
+    def _forward(self, plain: bool, x: Tensor, adapter_names: list[str] | None, args: Any, kwargs: Any) -> Tensor:
+        snapshot = self._current(plain)
         if adapter_names is not None:
             self._check_adapter_names(snapshot, x, adapter_names)
         if self._disable_adapters and snapshot.merge.adapters:
             with self._lock:
                 if self.merged:  # still: another thread may have been first
                     self.unmerge()
-                snapshot = self._current()
-                base = base if base is snapshot.outer else snapshot.product
+                snapshot = self._current(plain)
         dtype = x.dtype
         if dtype is not snapshot.dtype:
             x = x.to(snapshot.dtype)
         with without_autocast(x.device):
             if self._disable_adapters or snapshot.merge.adapters:
-                y = base(x, *args, **kwargs)
+                y = snapshot.product(x, *args, **kwargs)
             elif adapter_names is None:
-                y = self._forward_active(snapshot, base, x, args, kwargs)
+                y = self._forward_active(snapshot, plain, x, args, kwargs)
             else:
-                y = self._forward_mixed(snapshot, base, x, adapter_names, args, kwargs)
+                y = self._forward_mixed(snapshot, plain, x, adapter_names, args, kwargs)
         return y if y.dtype is dtype else y.to(dtype)
 
     def _check_adapter_names(self, snapshot: Snapshot, x: Tensor, adapter_names: list[str]) -> None:
@@ -226,10 +222,10 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
 
-    def _forward_active(self, snapshot: Snapshot, base: nn.Module, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    def _forward_active(self, snapshot: Snapshot, plain: bool, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         """Every active adapter's rotation in turn; the last is fused with the product if that is ours to compute."""
         steps = self._active()
-        fused = steps.pop() if steps and base is snapshot.product and not (args or kwargs) else None
+        fused = steps.pop() if steps and plain and not (args or kwargs) else None
         for name, module in steps:
             if self._keeps_rotation(module, x):
                 x = functional.rotate(x, self._kept_rotation(name, module, x.dtype))
@@ -237,7 +233,7 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
                 v, arguments = self._begin_forward(name, module)
                 x = functional.oft_rotate(x, v, d=self._shared_rotation(v), **arguments)
         if fused is None:
-            return base(x, *args, **kwargs)
+            return snapshot.product(x, *args, **kwargs)
         name, module = fused
         if self._keeps_rotation(module, x):
             d = self._kept_rotation(name, module, x.dtype)
@@ -247,7 +243,7 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         return functional.oft_linear(x, snapshot.weight, snapshot.bias, v=v, d=shared, **arguments)
 
     def _forward_mixed(
-        self, snapshot: Snapshot, base: nn.Module, x: Tensor, adapter_names: list[str], args: Any, kwargs: Any
+        self, snapshot: Snapshot, plain: bool, x: Tensor, adapter_names: list[str], args: Any, kwargs: Any
     ) -> Tensor:
         """One adapter per sample; a name this layer does not have gets the base layer, as in PEFT's LoRA.
 
@@ -263,11 +259,11 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
             (self._stacked_rotations(stack, x), self._index(list(stack), size, adapter_names, rows, x.device))
             for size, stack in stacks.items()
         ]
-        fused = steps.pop() if steps and base is snapshot.product and not (args or kwargs) else None
+        fused = steps.pop() if steps and plain and not (args or kwargs) else None
         for d, index in steps:
             x = functional.rotate(x, d, adapter_index=index)
         if fused is None:
-            return base(x, *args, **kwargs)
+            return snapshot.product(x, *args, **kwargs)
         d, index = fused
         return functional.linear(x, snapshot.weight, snapshot.bias, d=d, adapter_index=index)
 
@@ -279,7 +275,8 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
                 f"Cannot load a base weight into a layer that {self.merged_adapters} are merged into: unmerging would "
                 "restore the old one. Unmerge first."
             )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        with self._lock:
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HqqOFTLinear:
         """As in `nn.Module`, but the packed weight is moved without being cast.
@@ -287,24 +284,27 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         HQQ's `.to()` ignores its meta data and bias, and would cast a packed weight that is viewed as floats, which
         changes its bytes.
         """
-        self._rotations.clear()
-        self._snapshot, base = None, self.get_base_layer()
-        view = base.W_q.dtype
-        if view.is_floating_point:
-            base.W_q = nn.Parameter(base.W_q.detach().view(torch.uint8), requires_grad=False)
-        try:
-            super()._apply(fn, recurse)
-        finally:
+        with self._lock:
+            self._rotations.clear()
+            self._snapshot, base = None, self.get_base_layer()
+            view = base.W_q.dtype
             if view.is_floating_point:
-                base.W_q = nn.Parameter(base.W_q.detach().view(view), requires_grad=False)
-        device = base.W_q.device
-        if base.device is None or torch.device(base.device) != device:  # None: quantized on its linear layer's device
-            base.meta = hqq_layer.move_meta(base.meta, device)
-            if base.bias is not None and not isinstance(base.bias, nn.Parameter):
-                base.bias = base.bias.to(device)
-            base.device = str(device)
-            if self._merge.pristine is not None and self.keep_pristine == "device":
-                self._merge = replace(self._merge, pristine=self._merge.pristine.to(device))
+                base.W_q = nn.Parameter(base.W_q.detach().view(torch.uint8), requires_grad=False)
+            try:
+                super()._apply(fn, recurse)
+            finally:
+                if view.is_floating_point:
+                    base.W_q = nn.Parameter(base.W_q.detach().view(view), requires_grad=False)
+            device = base.W_q.device
+            if (
+                base.device is None or torch.device(base.device) != device
+            ):  # None: quantized on its linear layer's device
+                base.meta = hqq_layer.move_meta(base.meta, device)
+                if base.bias is not None and not isinstance(base.bias, nn.Parameter):
+                    base.bias = base.bias.to(device)
+                base.device = str(device)
+                if self._merge.pristine is not None and self.keep_pristine == "device":
+                    self._merge = replace(self._merge, pristine=self._merge.pristine.to(device))
         return self
 
     def train(self, mode: bool = True) -> HqqOFTLinear:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
 
+import torch
 from hqq.core.quantize import HQQLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from .._config import KeepPristine
 from ..ops.weight import QuantizedWeight
 from ..quant import hqq_layer
 from ..quant.hqq_layer import PackedState
@@ -27,22 +26,21 @@ class MergeableLayer(AdaptedLayer):
     """The part of `HqqOFTLinear` that merges and unmerges; a failed merge changes nothing.
 
     A change is computed aside and published by one assignment, so forwards in other threads go on meanwhile with the
-    state that they began with. Writers exclude each other by a lock, which a forward takes only where it finds the base
-    layer's tensors to be others than it knows.
+    state that they began with. Writers exclude each other by a lock, which a forward takes only if the base layer's
+    tensors were replaced, or if hooks or another module compute its product.
     """
 
-    if TYPE_CHECKING:
-        base_layer: Any
-        keep_pristine: KeepPristine
-        _snapshot: Snapshot | None
+    _snapshot: Snapshot | None
 
     @property
     def merge_error(self) -> float | None:
         """While merged, the relative quantization error of the merged weight, |W'_q - W'| / |W'|; else None."""
         return self._merge.error
 
-    def _current(self) -> Snapshot:
-        """The state to compute with; made again where the base layer's tensors are no longer those it was made from."""
+    def _current(self, plain: bool = True) -> Snapshot:
+        """The state to compute with; made again if the base layer's tensors are no longer those it was made from."""
+        if not plain or torch.compiler.is_compiling():
+            return Snapshot.of(self.base_layer, self.get_base_layer(), self._merge, plain)
         snapshot, outer = self._snapshot, self._modules["base_layer"]
         if snapshot is None or not snapshot.is_current(outer, self._merge):
             with self._lock:  # another thread may be publishing
@@ -128,11 +126,12 @@ class MergeableLayer(AdaptedLayer):
         Raises:
             ValueError: as for `merge`.
         """
-        order = self._adapters_after_merge(adapter_names, again=True)
-        if not order:
-            return None
-        base = self.base_layer
-        exact = self._rotated_weight(order, check=safe_merge)
+        with self._lock:
+            order = self._adapters_after_merge(adapter_names, again=True)
+            if not order:
+                return None
+            base = self.base_layer
+            exact = self._rotated_weight(order, check=safe_merge)
         linear = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         linear.weight = nn.Parameter(exact.to(base.compute_dtype), requires_grad=False)
         if base.bias is not None:
@@ -193,6 +192,7 @@ class MergeableLayer(AdaptedLayer):
                 warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
                 return
             base, pristine = self.get_base_layer(), self._merge.pristine
+            self._current()  # as for a merge
             if pristine is not None:
                 packed = pristine.to(base.W_q.device)
             else:
@@ -202,7 +202,7 @@ class MergeableLayer(AdaptedLayer):
     def drop_pristine(self) -> None:
         """Discard the pristine weight of a merged layer to free its memory; unmerging is then lossy."""
         with self._lock:
-            self._merge = dataclasses.replace(self._merge, pristine=None)
+            self._merge, self._snapshot = dataclasses.replace(self._merge, pristine=None), None
 
     def merge_state(self) -> tuple[PackedState, MergeState]:
         """What a merge changes, for `restore_merge_state`; tensors are shared, not copied."""

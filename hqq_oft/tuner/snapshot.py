@@ -37,7 +37,7 @@ class Snapshot:
         weight: the base layer's packed weight.
         bias: its bias.
         dtype: its compute dtype.
-        product: computes HQQ's own product with this state, whatever the base layer becomes meanwhile.
+        product: computes HQQ's own product with this state, even if the base layer changes meanwhile.
         outer: the layer's `base_layer`.
         base: the HQQ layer: `outer`, or what it wraps.
         meta: its meta data.
@@ -58,12 +58,13 @@ class Snapshot:
         return type(None), ()
 
     @classmethod
-    def of(cls, outer: nn.Module, base: HQQLinear, merge: MergeState) -> Snapshot:
-        """Of the state as it is: no other thread may be changing it.
+    def of(cls, outer: nn.Module, base: HQQLinear, merge: MergeState, plain: bool = True) -> Snapshot:
+        """Of the state as it is: no other thread may be changing it. An empty or sharded base layer is a ValueError.
 
-        Raises:
-            ValueError: the base layer is not initialised, or sharded.
+        If `plain` is False, `outer` computes the product; its hooks may yet gather the weight, which is None then.
         """
+        if not plain:
+            return cls(merge, None, base.bias, base.compute_dtype, outer, outer, base, base.meta, ())  # type: ignore[arg-type]
         weight, product = QuantizedWeight.from_hqq(base), base
         addresses: tuple[int, ...] = ()
         if not torch.compiler.is_compiling():  # a graph is compiled for one state

@@ -57,10 +57,8 @@ class Launch:
     def __init__(self, kernel: Any, grid: tuple[int, ...], operands: Any = None, **constants: Any) -> None:
         self._kernel, self._grid, self._operands = kernel, grid + (1,) * (3 - len(grid)), operands
         self._constants = {"enable_fp_fusion": True, **constants}
-        if operands is not None:
-            self._constants["PRECISION"] = product_precision(operands)
-        self._compiled: Any = None
-        self._rest: tuple[Any, ...] = ()
+        # Precision, compiled kernel and the constants that it takes as arguments: replaced as one, for other threads.
+        self._ready: tuple[str | None, Any, tuple[Any, ...]] | None = None
 
     def __call__(self, *args: Any) -> None:
         """Launch on the device of the first argument, a tensor, on its current stream."""
@@ -72,18 +70,17 @@ class Launch:
             self._launch(device.index, args)
 
     def _launch(self, device: int | None, args: tuple[Any, ...]) -> None:
-        if self._operands == tl.float32:
-            precision = product_precision(self._operands)
-            if precision != self._constants["PRECISION"]:
-                self._constants["PRECISION"], self._compiled = precision, None
-        if self._compiled is not None:
+        precision = None if self._operands is None else product_precision(self._operands)
+        ready = self._ready
+        if ready is not None and ready[0] == precision:
             stream = triton.runtime.driver.active.get_current_stream(device or 0)
-            self._compiled(*args, *self._rest, stream=stream)
+            ready[1](*args, *ready[2], stream=stream)
             return
-        compiled = self._kernel[self._grid](*args, **self._constants)
+        constants = self._constants if precision is None else {**self._constants, "PRECISION": precision}
+        compiled = self._kernel[self._grid](*args, **constants)
         if compiled is not None:  # not interpreted
-            self._rest = tuple(self._constants[name] for name in self._kernel.arg_names[len(args) :])
-            self._compiled = compiled[self._grid]
+            rest = tuple(constants[name] for name in self._kernel.arg_names[len(args) :])
+            self._ready = (precision, compiled[self._grid], rest)
 
 
 def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
@@ -92,7 +89,7 @@ def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
 
 
 def optional(tensor: Tensor | None, placeholder: Tensor) -> Tensor:
-    """`tensor`, contiguous, or the pointer that a kernel takes and never reads where there is none."""
+    """`tensor`, contiguous, or a placeholder pointer that the kernel never reads."""
     return placeholder if tensor is None else tensor.contiguous()
 
 

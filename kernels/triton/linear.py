@@ -161,7 +161,7 @@ def plan_fused_linear(
     def fused_linear(
         x: Tensor, weight: QuantizedWeight, d: Tensor | None, bias: Tensor | None, adapter_index: Tensor | None
     ) -> Tensor:
-        x = rows_contiguous(x)
+        x, d = rows_contiguous(x), None if d is None else d.contiguous()
         y = empty(x, (M, packing.N))
         part, count = split_buffers(x, splits, (M, packing.N), m_tiles * n_tiles)
         launch(

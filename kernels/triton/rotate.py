@@ -165,7 +165,7 @@ def plan_rotate(by_name: bool, x: Tensor, d: Tensor, adapter_index: Tensor | Non
 
 
 def rotate(x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) -> Tensor:
-    """`hqq_oft.ops.reference.rotate`, planned for this call alone."""
+    """`hqq_oft.ops.reference.rotate`, planned for this call only."""
     return plan_rotate(True, x, d, adapter_index, transpose)(x, d, adapter_index, transpose)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -289,3 +291,66 @@ def test_merging_into_a_dense_layer_names_what_does_it():
         layer.merge(into="dense")
     assert not layer.merged
     assert same_bytes(layer.base_layer, before)
+
+
+# --- Adapters and modules that change meanwhile ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["compiled", "eager"])
+def test_hooks_of_the_base_layer_run_in_a_compiled_layer(first):
+    torch._dynamo.reset()
+    layer, x = oft_layer().eval(), torch.randn(3, 96)
+    plain = layer(x).detach()
+    layer = copy.deepcopy(layer)
+    layer.base_layer.register_forward_hook(lambda module, args, out: out + 1000)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    runs = {"compiled": lambda: compiled(x), "eager": lambda: layer(x)}
+    for name in (first, *(runs.keys() - {first})):
+        assert relative_error(runs[name](), plain + 1000) <= 1e-6
+
+
+def test_a_replaced_adapter_is_complete_when_a_forward_finds_it(monkeypatch):
+    layer, seen = oft_layer(), []
+    publish = torch.nn.ModuleDict.__setitem__
+
+    def observed(modules, name, module):
+        publish(modules, name, module)
+        if modules is layer.oft_R:
+            seen.append(module.weight.detach().clone())
+
+    monkeypatch.setattr(torch.nn.ModuleDict, "__setitem__", observed)
+    layer.update_layer("default", r=0, oft_block_size=8)
+    assert len(seen) == 1
+    assert torch.count_nonzero(seen[0]) == 0
+
+
+def test_while_the_active_adapter_is_deleted_a_forward_has_an_adapter(monkeypatch):
+    layer, x, seen = two_adapters(), torch.randn(3, 96), []
+    layer.set_adapter("b")
+    expected = layer(x).detach()
+    layer.set_adapter("a")
+    delete = torch.nn.ModuleDict.__delitem__
+
+    def observed(modules, name):
+        delete(modules, name)
+        seen.append(layer(x).detach())
+
+    monkeypatch.setattr(torch.nn.ModuleDict, "__delitem__", observed)
+    with pytest.warns(UserWarning, match="Adapter a was active which is now deleted. Setting active adapter to b"):
+        layer.delete_adapter("a")
+    assert seen
+    assert all(torch.equal(out, expected) for out in seen)
+    assert layer.active_adapters == ["b"]
+
+
+def test_discarding_the_pristine_weight_frees_it():
+    layer = oft_layer().eval()
+    layer(torch.randn(3, 96))
+    pristine = weakref.ref(layer.base_layer.W_q.untyped_storage())
+    layer.merge()
+    layer(torch.randn(3, 96))
+    gc.collect()
+    assert pristine() is not None
+    layer.drop_pristine()
+    gc.collect()
+    assert pristine() is None

@@ -11,7 +11,7 @@ import torch
 from calls import first_dtype, widened
 from helpers import TOLERANCE, hqq_layer, relative_error
 
-from hqq_oft import QuantizedWeight, triton_kernels
+from hqq_oft import QuantizedWeight, backend, functional, triton_kernels
 from hqq_oft.ops import reference
 from hqq_oft.ops import table as ops
 
@@ -286,3 +286,13 @@ def test_the_callers_gradient_is_not_modified():
     ops.rotate_backward(g, x, d, None, False, True, True)
     assert torch.equal(grad, before)
     assert torch.equal(g, g_before)
+
+
+@pytest.mark.parametrize("block", [8, 96])
+def test_stacked_rotations_need_not_be_contiguous(block):
+    weight, x = calls.quantized_weight(64, 96, group_size=32), torch.randn(6, 96)
+    stacked = torch.randn(2, 96 // block + 1, block, block).mul(0.05)[:, :-1]
+    index = torch.tensor([0, 1, -1, 1, 0, 1])
+    out = functional.linear(x, weight, d=stacked, adapter_index=index)
+    with backend("reference"):
+        assert relative_error(out, functional.linear(x, weight, d=stacked, adapter_index=index)) <= 1e-5

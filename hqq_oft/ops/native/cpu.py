@@ -187,6 +187,7 @@ def _keep(weight: QuantizedWeight) -> int:
     return handle
 
 
+@torch.no_grad()
 def linear_through_scratch(
     x: Tensor, weight: QuantizedWeight, d: Tensor | None, bias: Tensor | None, adapter_index: Tensor | None
 ) -> Tensor:
@@ -216,6 +217,7 @@ def _packed(grad: Tensor, weight: QuantizedWeight) -> Tensor:
     return _lib.linear_transposed(grad, *weight.arguments())
 
 
+@torch.no_grad()
 def _through_scratch(grad: Tensor, weight: QuantizedWeight) -> Tensor:
     """`dy * W`, chunk by chunk of decoded columns: each is a whole product, and nothing is summed in half precision."""
     dy = grad.to(_operand(grad.dtype))
