@@ -267,21 +267,14 @@ def cayley_many(session: Any, adapters: tuple[int, tuple[int, ...]]) -> Iterator
 def rotate(session: Any, k: int, m: int) -> Iterator[Job]:
     """x R, and its gradients."""
     problem = Problem(k, k, MAIN, session.device)
-    cost, d, b = problem.layer, problem.d, MAIN.block
+    cost, d = problem.layer, problem.d
     x, g = problem.inputs(m)[0], problem.inputs(m)[0]
     module = torch.no_grad()(peft_rotation(problem))
-
-    def plain_backward(_: int) -> tuple[Tensor, Tensor]:
-        left, right = (side.view(m, -1, b).transpose(0, 1) for side in (x, g))
-        return rotate_blocks(g, d.transpose(1, 2)), torch.bmm(left.transpose(1, 2), right)
-
     ahead, back = (model.rotate(cost, m),), (model.rotate_backward(cost, m),)
     truth = reference.rotate(x[:CHECKED_ROWS].double(), d.double(), None, False)
     error = {"error": check(OURS, ops.rotate(x[:CHECKED_ROWS], d, None, False), truth, problem.dtype)}
     yield Job(OURS, "forward", lambda _: ops.rotate(x, d, None, False), ahead, 1, True, error)
     yield Job(OURS, "backward", lambda _: ops.rotate_backward(g, x, d, None, False, True, True), back, 1, True)
-    yield Job("plain PyTorch", "forward", lambda _: rotate_blocks(x, d), ahead, 1, True)
-    yield Job("plain PyTorch", "backward", plain_backward, back, 1, True)
     yield Job("PEFT", "forward", lambda _: module(x), (model.cayley(cost, MAIN.terms), *ahead))
 
 

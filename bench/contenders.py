@@ -18,14 +18,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from hqq.core.quantize import HQQBackend, HQQLinear
+from hqq.core.quantize import HQQLinear
 from peft import LoraConfig, OFTConfig, get_peft_model
 from torch import Tensor, nn
 
 import hqq_oft
 from hqq_oft import functional
-from hqq_oft.ops import backends, reference
+from hqq_oft.ops import backends
 from hqq_oft.ops import table as ops
 from hqq_oft.ops.packing import unpack
 
@@ -64,9 +63,6 @@ class Contender:
         return [leaf, *(self.parameters[number * own : (number + 1) * own] or self.parameters[:own])]
 
 
-Build = Callable[[Problem], Contender]
-
-
 def adapted(
     module: nn.Module, name: str, setting: Setting, device: torch.device, targets: list[str], adapters: int = 1
 ) -> nn.Module:
@@ -90,13 +86,13 @@ def adapted(
     return model
 
 
-def _adapters(name: str, problem: Problem, backend: HQQBackend = HQQBackend.PYTORCH) -> Contender:
-    """PEFT's layers around HQQ layers with the problem's contents, on one of HQQ's backends."""
+def _adapters(name: str, problem: Problem, forward: Callable[..., Tensor] | None = None) -> Contender:
+    """PEFT's layers around HQQ layers with the problem's contents, whose forward is another of HQQ's if given."""
     layers, parameters = [], []
     for weight in problem.weights:
         base = hqq_layer(weight, problem.dtype)
-        if backend is not HQQBackend.PYTORCH:
-            base.forward = types.MethodType(getattr(HQQLinear, backend.value), base)
+        if forward is not None:
+            base.forward = types.MethodType(forward, base)
         model = adapted(nn.ModuleDict({"layer": base}), name, problem.setting, problem.device, ["layer"])
         layers.append(model.base_model.model["layer"].eval())
         parameters += [parameter for parameter in layers[-1].parameters() if parameter.requires_grad]
@@ -126,11 +122,6 @@ def native_decode(problem: Problem) -> Contender:
     return _operator(problem, lambda weight, x: native(x, weight, problem.d, None, None), True)
 
 
-def unrotated(problem: Problem) -> Contender:
-    """This package's product without a rotation: the difference is what the rotation costs."""
-    return _operator(problem, lambda weight, x: functional.linear(x, weight), False)
-
-
 def dense(problem: Problem) -> Contender:
     """A frozen dense `nn.Linear`: the limit in training."""
     layers = []
@@ -141,116 +132,17 @@ def dense(problem: Problem) -> Contender:
     return Contender(layers, False)
 
 
-def hqq(problem: Problem) -> Contender:
-    """HQQ's own layer without an adapter: dequantize, then the vendor's product."""
-    return Contender([hqq_layer(weight, problem.dtype) for weight in problem.weights], False)
-
-
-def peft_oft(problem: Problem) -> Contender:
-    """PEFT's OFT on HQQ."""
-    return _adapters(PEFT, problem)
-
-
-def peft_oft_aten(problem: Problem) -> Contender:
-    """PEFT's OFT on HQQ's ATEN backend."""
-    if importlib.util.find_spec("hqq_aten") is None or problem.setting.axis != 0:
-        raise Unavailable("HQQ's ATEN backend needs hqq_aten, and axis 0")
-    return _adapters(PEFT, problem, HQQBackend.ATEN)
-
-
-def _compiled(problem: Problem, contender: Contender) -> Contender:
-    if problem.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise Unavailable("torch.compile finds no C++ compiler")
-    return replace(contender, compiled=True)
-
-
 def peft_oft_compiled(problem: Problem) -> Contender:
     """PEFT's OFT on HQQ's PYTORCH_COMPILE backend."""
-    return _compiled(problem, _adapters(PEFT, problem, HQQBackend.PYTORCH_COMPILE))
-
-
-def peft_lora(problem: Problem) -> Contender:
-    """PEFT's LoRA on HQQ: what people pick today."""
-    return _adapters(LORA, problem)
-
-
-class _Plain(nn.Module):
-    """OFT in plain PyTorch, written well: a float32 series of a cached layout, `bmm` over blocks, HQQ's product.
-
-    Without gradients the rotation is computed once.
-    """
-
-    def __init__(self, problem: Problem, base: HQQLinear) -> None:
-        super().__init__()
-        self.base, self.b, self.terms = base, problem.setting.block, problem.setting.terms
-        self.v, self.kept = nn.Parameter(problem.v.clone()), None
-        rows, columns = torch.triu_indices(self.b, self.b, 1, device=problem.device)
-        self.register_buffer("place", rows * self.b + columns)
-
-    def rotation(self) -> Tensor:
-        upper = self.v.new_zeros(self.v.shape[0], self.b**2).index_copy(1, self.place, self.v)
-        q = upper.view(-1, self.b, self.b)
-        q = q - q.transpose(1, 2)
-        if self.terms is None:
-            return torch.linalg.solve(torch.eye(self.b, device=q.device) + q, -2 * q, left=False)
-        first, *others = reference.series_coefficients(self.terms)
-        power, d = q, first * q
-        for coefficient in others:
-            power = torch.bmm(power, q)
-            d = d + coefficient * power
-        return d
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or self.kept is None:
-            d = self.rotation().to(x.dtype)
-            self.kept = None if torch.is_grad_enabled() else d
-        else:
-            d = self.kept
-        return self.base(rotate_blocks(x, d))
+    if problem.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise Unavailable("torch.compile finds no C++ compiler")
+    return replace(_adapters(PEFT, problem, HQQLinear.forward_pytorch_backprop_compile), compiled=True)
 
 
 def rotate_blocks(x: Tensor, d: Tensor) -> Tensor:
     """`x + x D` by PyTorch's batched product."""
     blocks = x.view(x.shape[0], -1, d.shape[-1]).transpose(0, 1)
     return torch.baddbmm(blocks, blocks, d.expand(len(blocks), -1, -1)).transpose(0, 1).reshape(x.shape)
-
-
-def plain(problem: Problem) -> Contender:
-    """The same OFT in plain PyTorch."""
-    layers = [_Plain(problem, hqq_layer(weight, problem.dtype)) for weight in problem.weights]
-    return Contender(layers, True, [layer.v for layer in layers])
-
-
-def plain_compiled(problem: Problem) -> Contender:
-    """The same OFT in plain PyTorch under `torch.compile`."""
-    contender = _compiled(problem, plain(problem))
-    return replace(contender, layers=[torch.compile(layer, dynamic=False) for layer in contender.layers])
-
-
-class _Scratch(torch.autograd.Function):
-    """Rotate x, dequantize into a scratch, the vendor's product; dequantize again in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, v: Tensor, block: int, terms: int | None, weight: Any) -> Tensor:
-        ctx.save_for_backward(x, v)
-        ctx.spec = (block, terms, weight)
-        d = ops.cayley(v, block, terms, None, None, x.dtype)
-        return F.linear(ops.rotate(x, d, None, False), ops.dequantize(weight, x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, v = ctx.saved_tensors
-        block, terms, weight = ctx.spec
-        d = ops.cayley(v, block, terms, None, None, grad.dtype)
-        dx, dd = ops.rotate_backward(grad @ ops.dequantize(weight, grad.dtype), x, d, None, False, True, True)
-        return dx, ops.cayley_backward(dd, v, block, terms, None, None), None, None, None
-
-
-def scratch(problem: Problem) -> Contender:
-    """Unsloth's way with our kernels: a scratch for the weight, the rotation in a pass of its own over x."""
-    setting, v = problem.setting, nn.Parameter(problem.v.clone())
-    contender = _operator(problem, lambda w, x: _Scratch.apply(x, v, setting.block, setting.terms, w), True)
-    return replace(contender, parameters=[v], decodes_only=False)
 
 
 def gemlite(problem: Problem) -> Contender:
@@ -278,30 +170,22 @@ def int4(problem: Problem) -> Contender:
     return _operator(problem, lambda _, x: product(x, packed, setting.group, pairs), False)
 
 
-CONTENDERS: dict[str, Build] = {
+CONTENDERS: dict[str, Callable[[Problem], Contender]] = {
     OURS: ours,
     DENSE: dense,
-    HQQ: hqq,
-    PEFT: peft_oft,
-    LORA: peft_lora,
-    "plain PyTorch": plain,
-    "scratch + rotation of x": scratch,
-    "PEFT OFT, HQQ ATEN": peft_oft_aten,
-    "hqq_oft, no rotation": unrotated,
+    HQQ: lambda problem: Contender([hqq_layer(weight, problem.dtype) for weight in problem.weights], False),
+    PEFT: lambda problem: _adapters(PEFT, problem),
+    LORA: lambda problem: _adapters(LORA, problem),
+    "hqq_oft, no rotation": lambda problem: _operator(problem, lambda weight, x: functional.linear(x, weight), False),
     "hqq_oft, native": native_decode,
     "PyTorch int4": int4,
     "GemLite": gemlite,
-    "plain PyTorch, compiled": plain_compiled,
     "PEFT OFT, HQQ compiled": peft_oft_compiled,
 }
 
 
 def build(name: str, problem: Problem) -> Contender:
-    """The contender of that name.
-
-    Raises:
-        Unavailable: it cannot take part.
-    """
+    """The contender of that name, or `Unavailable`."""
     return replace(CONTENDERS[name](problem), name=name)
 
 

@@ -16,12 +16,11 @@ from .problem import Setting
 
 Sweep = tuple[str, int, dict[str, tuple[Any, ...]]]  # kind, priority, values of each parameter
 
-ALL = (OURS, DENSE, HQQ, PEFT, LORA, "plain PyTorch", "scratch + rotation of x", "PEFT OFT, HQQ ATEN")
-WITH_DECODING = ((*ALL, "hqq_oft, no rotation", "hqq_oft, native", "PyTorch int4"),)
-FEW = ((OURS, DENSE, HQQ, "PEFT OFT, HQQ ATEN"),)
+WITH_DECODING = ((OURS, DENSE, HQQ, PEFT, LORA, "hqq_oft, no rotation", "hqq_oft, native", "PyTorch int4"),)
+FEW = ((OURS, DENSE, HQQ),)
 # Cases of their own: what these compile and try out at their first call holds up nothing else.
 GEMLITE = ((OURS, "GemLite"),)
-COMPILED = ((OURS, "plain PyTorch, compiled", "PEFT OFT, HQQ compiled"),)
+COMPILED = ((OURS, "PEFT OFT, HQQ compiled"),)
 
 BITS = tuple(Setting(bits=bits) for bits in (2, 3, 8))
 BLOCKS = tuple(Setting(block=block) for block in (16, 64, 128, 256))
