@@ -65,6 +65,7 @@ def describe(device: str) -> dict[str, str]:
     facts = {"device": torch.cuda.get_device_name(device) if kind == "cuda" else processor(), "kind": kind}
     facts |= {"threads": str(torch.get_num_threads()), "python": platform.python_version()}
     facts |= {"cuda": str(torch.version.cuda), "commit": commit(), "sources": sources()}
+    facts |= {"allocator": " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_"))}
     return facts | {package: version(package) for package in PACKAGES}
 
 

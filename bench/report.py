@@ -82,6 +82,10 @@ def write(folder: Path) -> None:
 
 def _page(table: pd.DataFrame, measured: pd.DataFrame, environment: dict[str, Any], plots: list[str]) -> str:
     facts = ", ".join(f"{name} {environment[name]}" for name in ("torch", "triton", "peft", "hqq", "transformers"))
+    kept = environment.get("allocator")
+    allocator = (
+        [f"Every contender ran in processes with `{kept}`, so that memory is not mapped anew.", ""] if kept else []
+    )
     lines = [
         f"# Measured on {environment['device']}",
         "",
@@ -93,6 +97,7 @@ def _page(table: pd.DataFrame, measured: pd.DataFrame, environment: dict[str, An
         f"dense bfloat16 product ran at {environment['rate_tflops']:.3g} TFLOP/s; *limit* is the time that the bytes "
         "and operations of `bench/model.py` take at these.",
         "",
+        *allocator,
     ]
     stale = measured[(measured[CODE] != [environment[key] for key in CODE]).any(axis=1)]
     if len(stale):
