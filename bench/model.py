@@ -65,88 +65,65 @@ def predicted_seconds(passes: Cost | Iterable[Cost], bandwidth: float = BANDWIDT
 
 
 def cayley(layer: Layer, terms: int | None = 5) -> Cost:
-    """`v` to D: `K (b - 1) / 2` float32 in, D out.
-
-    Series with p powers of Q, by Horner's rule: p - 1 products of `2 b^3` operations for each of the `K / b` blocks.
-    Exact (`terms` None): one LU decomposition and b right-hand sides, `(2/3 + 2) b^3`.
-    """
+    """`v`, `K (b - 1) / 2` float32, to D; p - 1 products of `2 b^3` per block by Horner's rule, or LU and b solves."""
     b = layer.block or 1
     products = 4 / 3 if terms is None else max(0, len(series_coefficients(terms)) - 1)
     return Cost(layer.K * (b - 1) / 2 * 4 + layer.rotation_bytes, layer.K * 2 * b**2 * products)
 
 
 def cayley_backward(layer: Layer, terms: int | None = 5) -> Cost:
-    """`dD` in float32 and `v` to `dv`: `K b + 2 K (b - 1) / 2` float32.
-
-    Series with p powers: at least 3 (p - 1) products, each step of Horner's rule for both factors and one with `dD`.
-    Exact: the forward again and two products.
-    """
+    """`dD` in float32 and `v` to `dv`; Horner's rule for both factors and one with `dD`, or the LU and two products."""
     b = layer.block or 1
     products = 4 / 3 + 2 if terms is None else 3 * max(0, len(series_coefficients(terms)) - 1)
     return Cost(layer.K * b * 4 + layer.K * (b - 1) * 4, layer.K * 2 * b**2 * products)
 
 
 def rotate(layer: Layer, tokens: int) -> Cost:
-    """`x + x D`: `2 M K e` bytes and D, `2 M K b` operations."""
+    """`x + x D`."""
     b = layer.block or 0
     return Cost(2 * tokens * layer.K * layer.element + layer.rotation_bytes, 2 * tokens * layer.K * b)
 
 
 def rotate_backward(layer: Layer, tokens: int) -> Cost:
-    """`dx = g + g D^T` and `dD = x^T g` per block, in one pass.
-
-    `3 M K e` bytes for g, x and dx, D, and `4 K b` for dD in float32; `4 M K b` operations.
-    """
+    """`dx = g + g D^T` and `dD = x^T g` per block, in float32, in one pass."""
     b = layer.block or 0
     moved = 3 * tokens * layer.K * layer.element + layer.rotation_bytes + 4 * layer.K * b
     return Cost(moved, 4 * tokens * layer.K * b)
 
 
 def copy(layer: Layer) -> Cost:
-    """The dense weight read and written: `2 N K e` bytes."""
+    """The dense weight read and written."""
     return Cost(2 * layer.N * layer.K * layer.element, 0)
 
 
 def dequantize(layer: Layer) -> Cost:
-    """`(level - zero) scale`: the packed weight in, `N K e` bytes out, `2 N K` operations."""
+    """`(level - zero) scale`."""
     return Cost(layer.weight_bytes + layer.N * layer.K * layer.element, 2 * layer.N * layer.K)
 
 
 def dequantize_rotate(layer: Layer) -> Cost:
-    """`W + W D^T` from the packed weight: `dequantize` and D, `2 N K b` operations more."""
+    """`W + W D^T` from the packed weight."""
     return dequantize(layer) + Cost(layer.rotation_bytes, 2 * layer.N * layer.K * (layer.block or 0))
 
 
-def gemm(layer: Layer, tokens: int) -> Cost:
-    """A dense product, `x W^T` or `dy W`: `(M K + N K + M N) e` bytes, `2 M N K` operations."""
-    N, K = layer.N, layer.K
-    return Cost((tokens * K + N * K + tokens * N) * layer.element, 2 * tokens * N * K)
+def gemm(layer: Layer, tokens: int, packed: bool = False) -> Cost:
+    """A product, `x W^T` or `dy W`, with the dense or the packed weight."""
+    weight = layer.weight_bytes if packed else layer.N * layer.K * layer.element
+    return Cost(tokens * (layer.K + layer.N) * layer.element + weight, 2 * tokens * layer.N * layer.K)
 
 
 def linear(layer: Layer, tokens: int, *, scratch: bool) -> tuple[Cost, ...]:
-    """`x R W^T`.
-
-    Fused: one pass with the packed weight instead of `N K e` bytes, D, and `2 M K b` operations more than a dense
-    product. Scratch: `dequantize_rotate`, then a dense product.
-    """
+    """`x R W^T`: fused in one pass that rotates x, or `dequantize_rotate` into a scratch and a dense product."""
     if scratch:
         return dequantize_rotate(layer), gemm(layer, tokens)
     rotation = Cost(layer.rotation_bytes, 2 * tokens * layer.K * (layer.block or 0))
-    return (_packed_gemm(layer, tokens) + rotation,)
+    return (gemm(layer, tokens, packed=True) + rotation,)
 
 
 def linear_backward(layer: Layer, tokens: int, *, scratch: bool) -> tuple[Cost, ...]:
-    """`g = dy W`, then `rotate_backward` if there is a rotation.
-
-    Fused: g from the packed weight in one pass. Scratch: `dequantize`, then a dense product.
-    """
-    product = (dequantize(layer), gemm(layer, tokens)) if scratch else (_packed_gemm(layer, tokens),)
+    """`g = dy W`, fused or by a scratch, then `rotate_backward` if there is a rotation."""
+    product = (dequantize(layer), gemm(layer, tokens)) if scratch else (gemm(layer, tokens, packed=True),)
     return product if layer.block is None else (*product, rotate_backward(layer, tokens))
-
-
-def _packed_gemm(layer: Layer, tokens: int) -> Cost:
-    N, K = layer.N, layer.K
-    return Cost((tokens * K + tokens * N) * layer.element + layer.weight_bytes, 2 * tokens * N * K)
 
 
 def main() -> None:
