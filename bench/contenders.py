@@ -1,8 +1,7 @@
 """What a user would pick for a layer: this package, and the alternatives, by the names that tables use.
 
-A contender is built from a problem and has one callable per set of buffers. Those that rotate compute `x R W^T`, the
-others `x W^T`; each is checked against float64 before it is timed. Layers are in evaluation, so nothing is dropped out,
-but where gradients are recorded the rotations are computed in every forward.
+Those that rotate compute `x R W^T`, the others `x W^T`. Layers are in evaluation, so nothing is dropped out, but where
+gradients are recorded the rotations are computed in every forward.
 """
 
 from __future__ import annotations
@@ -10,22 +9,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import os
-import shutil
-import types
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from hqq.core.quantize import HQQLinear
 from peft import LoraConfig, OFTConfig, get_peft_model
 from torch import Tensor, nn
 
 import hqq_oft
 from hqq_oft import functional
-from hqq_oft.ops import backends
-from hqq_oft.ops import table as ops
 from hqq_oft.ops.packing import unpack
 
 from . import model
@@ -44,17 +37,12 @@ class Unavailable(RuntimeError):  # noqa: N818
 
 @dataclass
 class Contender:
-    """One way to compute a layer, with one callable per set of buffers.
-
-    `decodes_only`: it is for few tokens and has no backward. `compiled`: by `torch.compile`; no CUDA graph captures it,
-    and its backward cannot be repeated.
-    """
+    """One way to compute a layer, with one callable per set of buffers."""
 
     layers: list[Callable[[Tensor], Tensor]]
     rotates: bool
     parameters: list[Tensor] = field(default_factory=list)
-    decodes_only: bool = False
-    compiled: bool = False
+    decodes_only: bool = False  # for few tokens, without a backward
     name: str = ""
 
     def wanted(self, number: int, leaf: Tensor) -> list[Tensor]:
@@ -67,7 +55,7 @@ def adapted(
     module: nn.Module, name: str, setting: Setting, device: torch.device, targets: list[str], adapters: int = 1
 ) -> nn.Module:
     """A quantized model with the adapters of a contender, whose rotations are random and the same for all."""
-    if name == HQQ:
+    if name in (HQQ, DENSE):
         return module
     neumann = {"use_cayley_neumann": not setting.exact, "block_share": setting.share}
     config: Any = OFTConfig(r=0, oft_block_size=setting.block, target_modules=targets, **neumann)
@@ -86,14 +74,12 @@ def adapted(
     return model
 
 
-def _adapters(name: str, problem: Problem, forward: Callable[..., Tensor] | None = None) -> Contender:
-    """PEFT's layers around HQQ layers with the problem's contents, whose forward is another of HQQ's if given."""
+def _adapters(name: str, problem: Problem) -> Contender:
+    """PEFT's layers around HQQ layers with the problem's contents."""
     layers, parameters = [], []
     for weight in problem.weights:
-        base = hqq_layer(weight, problem.dtype)
-        if forward is not None:
-            base.forward = types.MethodType(forward, base)
-        model = adapted(nn.ModuleDict({"layer": base}), name, problem.setting, problem.device, ["layer"])
+        base = nn.ModuleDict({"layer": hqq_layer(weight, problem.dtype)})
+        model = adapted(base, name, problem.setting, problem.device, ["layer"])
         layers.append(model.base_model.model["layer"].eval())
         parameters += [parameter for parameter in layers[-1].parameters() if parameter.requires_grad]
     for parameter in parameters if name != LORA else ():
@@ -113,36 +99,12 @@ def _operator(problem: Problem, call: Callable[[Any, Tensor], Tensor], rotates: 
     return Contender([functools.partial(call, weight) for weight in problem.weights], rotates, decodes_only=True)
 
 
-def native_decode(problem: Problem) -> Contender:
-    """This package's fused product by the native backend, where the automatic choice takes another."""
-    reason = backends.registry()["native"].why_not("linear")
-    if problem.device.type != "cuda" or reason is not None:
-        raise Unavailable(reason or "on a CPU it is what hqq_oft is")
-    native = hqq_oft.backend("native")(ops.linear)
-    return _operator(problem, lambda weight, x: native(x, weight, problem.d, None, None), True)
-
-
 def dense(problem: Problem) -> Contender:
     """A frozen dense `nn.Linear`: the limit in training."""
-    layers = []
-    for number in range(problem.copies):
-        layer = nn.Linear(problem.k, problem.n, bias=False, device="meta")
+    layers = [nn.Linear(problem.k, problem.n, bias=False, device="meta") for _ in problem.weights]
+    for number, layer in enumerate(layers):
         layer.weight = nn.Parameter(problem.dense.clone() if number else problem.dense, requires_grad=False)
-        layers.append(layer)
     return Contender(layers, False)
-
-
-def peft_oft_compiled(problem: Problem) -> Contender:
-    """PEFT's OFT on HQQ's PYTORCH_COMPILE backend."""
-    if problem.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise Unavailable("torch.compile finds no C++ compiler")
-    return replace(_adapters(PEFT, problem, HQQLinear.forward_pytorch_backprop_compile), compiled=True)
-
-
-def rotate_blocks(x: Tensor, d: Tensor) -> Tensor:
-    """`x + x D` by PyTorch's batched product."""
-    blocks = x.view(x.shape[0], -1, d.shape[-1]).transpose(0, 1)
-    return torch.baddbmm(blocks, blocks, d.expand(len(blocks), -1, -1)).transpose(0, 1).reshape(x.shape)
 
 
 def gemlite(problem: Problem) -> Contender:
@@ -177,10 +139,8 @@ CONTENDERS: dict[str, Callable[[Problem], Contender]] = {
     PEFT: lambda problem: _adapters(PEFT, problem),
     LORA: lambda problem: _adapters(LORA, problem),
     "hqq_oft, no rotation": lambda problem: _operator(problem, lambda weight, x: functional.linear(x, weight), False),
-    "hqq_oft, native": native_decode,
     "PyTorch int4": int4,
     "GemLite": gemlite,
-    "PEFT OFT, HQQ compiled": peft_oft_compiled,
 }
 
 
@@ -191,11 +151,11 @@ def build(name: str, problem: Problem) -> Contender:
 
 def failure(error: Exception) -> str:
     """The status of a row that has no time: why."""
-    first = (str(error).splitlines() or [""])[0]
+    first = f"{error}".partition("\n")[0]
     return f"not run: {error}" if isinstance(error, Unavailable) else f"failed: {type(error).__name__}: {first}"
 
 
-# --- What a contender has to do at least; what it does beyond that is its own ----------------------------------------
+# What a contender has to do at least; what it does beyond that, such as the two thin products of LoRA, is its own.
 
 
 def forward_passes(name: str, layer: model.Layer, m: int, limits: Limits, training: bool = False) -> tuple[Cost, ...]:
@@ -203,7 +163,7 @@ def forward_passes(name: str, layer: model.Layer, m: int, limits: Limits, traini
     if name == DENSE:
         return (model.gemm(layer, m),)
     made = (model.cayley(layer, layer.terms),) if training and layer.block is not None else ()
-    return (*made, *_cheapest(model.linear, layer, m, limits), *(_lora(layer, m) if name == LORA else ()))
+    return (*made, *_cheapest(model.linear, layer, m, limits))
 
 
 def backward_passes(name: str, layer: model.Layer, m: int, limits: Limits) -> tuple[Cost, ...]:
@@ -213,18 +173,9 @@ def backward_passes(name: str, layer: model.Layer, m: int, limits: Limits) -> tu
     passes = _cheapest(model.linear_backward, layer, m, limits)
     if layer.block is not None:
         return (model.cayley(layer, layer.terms), *passes, model.cayley_backward(layer, layer.terms))
-    return (*passes, *(2 * _lora(layer, m) if name == LORA else ()))
+    return passes
 
 
 def _cheapest(way: Callable[..., tuple[Cost, ...]], layer: model.Layer, m: int, limits: Limits) -> tuple[Cost, ...]:
     ways = [way(layer, m, scratch=scratch) for scratch in (False, True)]
     return min(ways, key=lambda passes: model.predicted_seconds(passes, limits.bandwidth, limits.rate))
-
-
-def _lora(layer: model.Layer, m: int) -> tuple[Cost, Cost]:
-    """Two products of rank r."""
-    (n, k), r, e = (layer.N, layer.K), LORA_RANK, layer.element
-    return (
-        Cost((m * k + r * k + m * r) * e, 2 * m * k * r),
-        Cost((2 * m * n + r * n + m * r) * e, 2 * m * n * r),
-    )

@@ -1,26 +1,17 @@
 """Bytes and operations that each operation needs, and the least time they take: what measurements are compared with.
 
-`python -m bench.model` prints the limits for the layers of an 8B Llama. An operation is one or more passes over memory;
-a pass takes as long as the slower of its two limits, and passes follow one another. In each pass every operand counts
-once, however often a kernel fetches it; what stays in cache from one pass to the next counts in both. Launches cost
-nothing.
-
-Symbols: `tokens` M, out-features N, in-features K, OFT block size b, e bytes per element of inputs, outputs, rotations,
-scales and zeros. A multiplication and an addition are two operations.
+A pass over memory takes as long as the slower of its two limits; passes follow one another. In each, every operand
+counts once, whatever the caches hold. Launches cost nothing. A multiplication and an addition are two operations.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hqq_oft.ops.reference import series_coefficients
 
-# Measured on an H200: a copy, and a bfloat16 matrix product.
-BANDWIDTH, RATE = 4.3e12, 790e12
 STORED_BITS = {8: 8, 6: 8, 5: 8, 4: 4, 3: 3.2, 2: 2, 1.58: 2, 1: 1}  # ten 3-bit levels take 4 bytes
-LLAMA_8B = {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)}
 
 
 @dataclass(frozen=True)
@@ -44,7 +35,7 @@ class Layer:
     block: int | None = 32
     bits: float = 4
     group: int | None = 64
-    element: int = 2
+    element: int = 2  # bytes e of inputs, outputs, rotations, scales and zeros
     terms: int | None = 5
 
     @property
@@ -58,7 +49,7 @@ class Layer:
         return self.K * (self.block or 0) * self.element
 
 
-def predicted_seconds(passes: Cost | Iterable[Cost], bandwidth: float = BANDWIDTH, rate: float = RATE) -> float:
+def predicted_seconds(passes: Cost | Iterable[Cost], bandwidth: float, rate: float) -> float:
     """Sum over the passes of `max(bytes / bandwidth, operations / rate)`, in bytes and operations per second."""
     passes = (passes,) if isinstance(passes, Cost) else passes
     return sum(max(cost.bytes / bandwidth, cost.operations / rate) for cost in passes)
@@ -124,25 +115,3 @@ def linear_backward(layer: Layer, tokens: int, *, scratch: bool) -> tuple[Cost, 
     """`g = dy W`, fused or by a scratch, then `rotate_backward` if there is a rotation."""
     product = (dequantize(layer), gemm(layer, tokens)) if scratch else (gemm(layer, tokens, packed=True),)
     return product if layer.block is None else (*product, rotate_backward(layer, tokens))
-
-
-def main() -> None:
-    """Limits in microseconds for the layers of an 8B Llama, as Markdown."""
-    parser = argparse.ArgumentParser(description="Least times, in microseconds, for the layers of an 8B Llama.")
-    for name, default in (("bandwidth", BANDWIDTH), ("rate", RATE), ("block", 32), ("bits", 4), ("group", 64)):
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default: {default:g}")
-    options = parser.parse_args()
-    print("| layer | N x K | M | dense | fused | scratch | dense backward | fused backward | scratch backward |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for name, (n, k) in LLAMA_8B.items():
-        layer = Layer(n, k, options.block, options.bits, options.group)
-        for m in (1, 16, 256, 4096):
-            dense = (gemm(layer, m),)
-            ways = [dense, linear(layer, m, scratch=False), linear(layer, m, scratch=True)]
-            ways += [dense, linear_backward(layer, m, scratch=False), linear_backward(layer, m, scratch=True)]
-            times = " | ".join(f"{1e6 * predicted_seconds(way, options.bandwidth, options.rate):.2f}" for way in ways)
-            print(f"| {name} | {n} x {k} | {m} | {times} |")
-
-
-if __name__ == "__main__":
-    main()
