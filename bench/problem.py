@@ -1,13 +1,9 @@
-"""A layer to measure: its shape and settings, a random quantized weight, a random rotation.
-
-Packed levels are drawn, not quantized from a dense weight: random bytes are what a kernel sees, and drawing them takes
-no time.
-"""
+"""A layer to measure: its shape and settings, random packed levels, which are what a kernel sees, a random rotation."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -54,6 +50,11 @@ class Setting:
         return model.Layer(n, k, self.block, self.bits, self.group, DTYPES[self.dtype].itemsize, self.terms)
 
 
+def buffer_sets(layer: model.Layer, device: torch.device) -> int:
+    """How many sets of buffers of a layer no GPU's cache holds."""
+    return max(1, min(64, math.ceil((160 << 20) / layer.weight_bytes))) if device.type == "cuda" else 1
+
+
 def relative_error(out: Tensor, truth: Tensor) -> float:
     """`|out - truth| / |truth|`, NaN where `out` has one."""
     return float((out.double() - truth).norm() / truth.norm())
@@ -87,9 +88,8 @@ def hqq_layer(weight: QuantizedWeight, dtype: torch.dtype) -> HQQLinear:
     layer.in_features, layer.out_features = weight.in_features, weight.out_features
     layer.W_q = nn.Parameter(weight.packed, requires_grad=False)
     layer.device, layer.bias = str(weight.packed.device), None
-    stored = (-1, 1) if weight.axis == 1 else (1, -1)
-    shape = torch.Size((weight.out_features, weight.in_features))
-    layer.meta.update(scale=weight.scale.view(stored), zero=weight.zero.view(stored), shape=shape)
+    scale, zero = (t.view((-1, 1) if weight.axis == 1 else (1, -1)) for t in (weight.scale, weight.zero))
+    layer.meta.update(scale=scale, zero=zero, shape=torch.Size((weight.out_features, weight.in_features)))
     return layer
 
 
@@ -99,15 +99,14 @@ class Problem:
     def __init__(self, n: int, k: int, setting: Setting, device: torch.device, copies: int = 1) -> None:
         self.n, self.k, self.setting, self.device, self.copies = n, k, setting, device, copies
         self.dtype, self.layer = DTYPES[setting.dtype], setting.layer(n, k)
-        self.facts: dict[str, Any] = {"N": n, "K": k, **asdict(setting)}  # columns of a table
 
     @cached_property
     def weights(self) -> list[QuantizedWeight]:
         """One weight per set of buffers."""
         s = self.setting
         first = quantized_weight(self.n, self.k, self.device, bits=s.bits, group=s.group, axis=s.axis, dtype=self.dtype)
-        copied = [(first.packed.clone(), first.scale.clone(), first.zero.clone()) for _ in range(self.copies - 1)]
-        return [first, *(replace(first, packed=packed, scale=scale, zero=zero) for packed, scale, zero in copied)]
+        more = ([t.clone() for t in (first.packed, first.scale, first.zero)] for _ in range(self.copies - 1))
+        return [first, *(replace(first, packed=packed, scale=scale, zero=zero) for packed, scale, zero in more)]
 
     @cached_property
     def v(self) -> Tensor:

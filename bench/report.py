@@ -1,7 +1,4 @@
-"""Tables and plots of what a run has measured: `python -m bench.report bench/results/<device>`.
-
-From `raw.jsonl` and `environment.json` come `README.md`, its plots, and `results.csv` with all columns.
-"""
+"""Tables and plots, from `raw.jsonl` and `environment.json`: `python -m bench.report bench/results/<device>`."""
 
 from __future__ import annotations
 
@@ -33,17 +30,12 @@ KEY = ["suite", "case", "contender", "phase", "mode"]
 CODE = ["commit", "sources"]
 NUMBERS = ("M", "N", "K", "kept_mib", "tokens", "p50_us", "p20_us", "p80_us", "limit_percent", "predicted_us", "tflops",
            "gb_per_s", "bandwidth_gb_per_s", "rate_tflops")  # fmt: skip
-PICKED = {OURS: "tab:blue", DENSE: "tab:green", PEFT: "tab:red", LORA: "tab:orange", HQQ: "tab:purple",
+COLORS = {OURS: "tab:blue", DENSE: "tab:green", PEFT: "tab:red", LORA: "tab:orange", HQQ: "tab:purple",
           "PyTorch int4": "tab:brown", "GemLite": "tab:brown"}  # fmt: skip
-PLOTTED_TOKENS = (1, 16, 512, 4096)
 
 
 def latest(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Of each case the rows of the code that measured it last, and of each time the last.
-
-    Derived: `kept_percent`, memory kept for backward as a share of the layer's input and output; `tokens_per_s`; and
-    `of <contender>`, its time in that of ours.
-    """
+    """Of each case the rows of the code that measured it last, and of each time the last; with derived columns."""
     table = pd.DataFrame(rows)
     table = table.reindex(columns=table.columns.union([*KEY, *CODE, *NUMBERS, "note"], sort=False))
     table = table.astype(dict.fromkeys(NUMBERS, float) | dict.fromkeys(CODE, object)).fillna(dict.fromkeys(CODE, ""))
@@ -52,11 +44,11 @@ def latest(rows: list[dict[str, Any]]) -> pd.DataFrame:
     same = (table[CODE] == last[CODE]).all(axis=1)
     table = table[same & (table.contender.notna() | (table.status == last.status))]
     table = table.drop_duplicates(KEY, keep="last").copy()
-    table["kept_percent"] = 100 * table.kept_mib * 2**20 / (2 * table.M * (table.N + table.K))
+    table["kept_percent"] = 100 * table.kept_mib * 2**20 / (2 * table.M * (table.N + table.K))  # of input and output
     table["tokens_per_s"] = 1e6 * table.tokens / table.p50_us
-    mine = table[table.contender == OURS].drop_duplicates(["suite", "case", "phase", "mode"])
-    mine = mine[["suite", "case", "phase", "mode", "p50_us"]].rename(columns={"p50_us": "ours_us"})
-    table = table.merge(mine, on=["suite", "case", "phase", "mode"], how="left")
+    place = ["suite", "case", "phase", "mode"]
+    mine = table[table.contender == OURS].drop_duplicates(place)[[*place, "p50_us"]]
+    table = table.merge(mine.rename(columns={"p50_us": "ours_us"}), on=place, how="left")
     table["of_ours"] = table.p50_us / table.ours_us
     return table
 
@@ -68,131 +60,98 @@ def write(folder: Path) -> None:
         return
     table = latest(rows)
     table.to_csv(folder / "results.csv", index=False, float_format="%.5g")
-    environment = json.loads((folder / "environment.json").read_text())
     measured = table[table.status == "measured"]
+    layers = measured[(measured.suite == "layer") & measured.M.isin([1, 16, 512, 4096])]
+    layers = layers[layers.case.str.endswith(MAIN) & layers.phase.isin(["forward", "full"])]
     plots = [
-        _times(folder, measured[_plotted(measured)], "layers.png", "one layer, 4 bits, block 32, bfloat16"),
+        _times(folder, layers, "layers.png", "one layer, 4 bits, block 32, bfloat16"),
         _times(folder, measured[measured.suite == "model"], "models.png", "whole models"),
         _times(folder, measured[measured.suite == "host"], "host.png", "overhead of the host"),
         _roofline(folder, measured),
         _memory(folder, measured),
     ]
+    environment = json.loads((folder / "environment.json").read_text())
     (folder / "README.md").write_text(_page(table, measured, environment, [plot for plot in plots if plot]))
 
 
 def _page(table: pd.DataFrame, measured: pd.DataFrame, environment: dict[str, Any], plots: list[str]) -> str:
     facts = ", ".join(f"{name} {environment[name]}" for name in ("torch", "triton", "peft", "hqq", "transformers"))
-    lines = [
+    parts = [
         f"# Measured on {environment['device']}",
-        "",
         "Written by `python -m bench.report`, which also writes all columns to `results.csv`. "
         f"{environment['threads']} threads, Python {environment['python']}, {facts}. Commit `{environment['commit']}`, "
         f"sources `{environment['sources']}`.",
-        "",
         f"In the same run a copy moved {environment['bandwidth_gb_per_s']:.1f} GB/s, bytes read and written, and a "
         f"dense bfloat16 product ran at {environment['rate_tflops']:.3g} TFLOP/s; *limit* is the time that the bytes "
         "and operations of `bench/model.py` take at these.",
-        "",
     ]
+    if environment.get("allocator"):
+        parts.append(f"All contenders ran with `{environment['allocator']}`, which keeps freed memory mapped.")
     stale = measured[(measured[CODE] != [environment[key] for key in CODE]).any(axis=1)]
-    if len(stale):
-        count = len(stale.drop_duplicates(["suite", "case"]))
-        lines += [
-            f"**{count} cases were measured with other code, which `commit` and `sources` of their rows name.**",
-            "",
-        ]
+    if count := len(stale.drop_duplicates(["suite", "case"])):
+        parts.append(f"**{count} cases were measured with other code, named by `commit` and `sources` of their rows.**")
     goals = targets_table(environment["kind"], measured.to_dict("records"))
-    lines += ["## Targets", "", goals, ""] if goals.count("\n") > 1 else []
-    for plot in plots:
-        lines += [f"![{Path(plot).stem}]({plot})", ""]
-    for suite in measured.suite.unique():
-        lines += [f"## Suite {suite}", "", _suite(measured[measured.suite == suite]), ""]
+    parts += ["## Targets", goals] if goals.count("\n") > 1 else []
+    parts += [f"![{Path(plot).stem}]({plot})" for plot in plots]
+    for suite, rows in measured.groupby("suite", sort=False):
+        parts += [f"## Suite {suite}", _suite(rows)]
     others = table[table.status != "measured"]
     if len(others):
-        reasons = dict.fromkeys(f"- {row.contender}: {row.status}" for row in others.itertuples())
-        lines += ["## Not measured", "", *reasons, ""]
-    if "profile" in measured:
-        for row in measured[measured.profile.notna()].itertuples():
-            lines += [
-                f"## Where the time of {row.contender} goes: {row.case}",
-                "",
-                "| operator | ms | calls |",
-                "|---|---|---|",
-            ]
-            lines += [*(f"| {name} | {own:.2f} | {calls} |" for name, own, calls in row.profile), ""]
-    return "\n".join(lines)
+        parts += ["## Not measured", "\n".join(("- " + others.contender.fillna("all") + ": " + others.status).unique())]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(header: str, rows: Iterable[Iterable[Any]]) -> str:
+    lines = [header.split(", "), ["---"] * len(header.split(", ")), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def _suite(rows: pd.DataFrame) -> str:
     """One line per case and phase: the time of ours, and the others' as multiples of it."""
-    lines = ["| case | phase | ours | 20 to 80% | of limit | others, in times of ours |", "|---|---|---|---|---|---|"]
+    lines = []
     for (case, phase, mode), group in rows.groupby(["case", "phase", "mode"], sort=False):
-        ours, others = group[group.contender == OURS], group[group.contender != OURS]
-        first = (ours if len(ours) else group).iloc[0]
-        name = "" if len(ours) else f"{first.contender}: "
+        first = group.sort_values("contender", key=lambda names: names != OURS, kind="stable").iloc[0]
+        others = group[group.contender != first.contender].itertuples()
+        multiples = ", ".join(f"{row.contender} {row.p50_us / first.p50_us:.3g}" for row in others)
+        name = "" if first.contender == OURS else f"{first.contender}: "
         rate = "" if pd.isna(first.tokens_per_s) else f", {first.tokens_per_s:.4g} tokens/s"
-        others = others if len(ours) else others.iloc[1:]
-        multiples = ", ".join(
-            f"{row.contender} {row.of_ours:.3g}" if len(ours) else f"{row.contender} {_time(row.p50_us)}"
-            for row in others.itertuples()
-        )
         spread = "" if pd.isna(first.p20_us) else f"{_time(first.p20_us)} to {_time(first.p80_us)}"
         limit = "" if pd.isna(first.limit_percent) else f"{first.limit_percent:.0f}%"
         where = phase if mode == "eager" else f"{phase}, {mode}"
-        lines.append(f"| {case} | {where} | {name}{_time(first.p50_us)}{rate} | {spread} | {limit} | {multiples} |")
+        lines.append((case, where, f"{name}{_time(first.p50_us)}{rate}", spread, limit, multiples))
     notes = rows[rows.note.notna()].drop_duplicates(["contender", "note", "N"])
-    return "\n".join([*lines, "", *(f"- {r.contender}, {r.N:.0f}x{r.K:.0f}: {r.note}" for r in notes.itertuples())])
+    found = _markdown("case, phase, ours, 20 to 80%, of limit, others in times of ours", lines)
+    return "\n".join([found, "", *(f"- {r.contender}, {r.N:.0f}x{r.K:.0f}: {r.note}" for r in notes.itertuples())])
 
 
 def _time(us: float) -> str:
     return f"{us:.3g} µs" if us < 1e3 else f"{us / 1e3:.3g} ms" if us < 1e6 else f"{us / 1e6:.3g} s"
 
 
-def _plotted(rows: pd.DataFrame) -> pd.Series:
-    """Layers in the main setting at a few numbers of tokens, without the backward alone."""
-    main = rows.case.str.endswith(MAIN) & rows.M.isin(PLOTTED_TOKENS) & rows.phase.isin(["forward", "full"])
-    return main & (rows.suite == "layer")
-
-
 def _times(folder: Path, rows: pd.DataFrame, name: str, title: str) -> str | None:
     """A line of dots for each case: ours, what a user would pick instead, and the limit of bytes and operations."""
-    rows = rows[rows.contender.isin(PICKED)].sort_values("mode", key=lambda mode: mode != "graph", kind="stable")
+    rows = rows[rows.contender.isin(COLORS)].sort_values("mode", key=lambda mode: mode != "graph", kind="stable")
     rows = rows.drop_duplicates(["case", "contender", "phase"])  # of a CUDA graph's replay where there is one
-    groups = [group for _, group in rows.groupby(["case", "phase"], sort=False) if len(group) > 1]
-    if not groups:
+    rows = rows[rows.duplicated(["case", "phase"], keep=False)]
+    rows = rows.assign(training=rows.phase == "full").sort_values(["training", "N", "K", "M"], kind="stable")
+    if rows.empty:
         return None
-    groups.sort(key=lambda group: (group.phase.iloc[0] == "full", group.N.iloc[0], group.K.iloc[0], group.M.iloc[0]))
-    figure, axis = plt.subplots(figsize=(9.5, 1.6 + 0.38 * len(groups)), layout="constrained")
-    for height, group in enumerate(reversed(groups)):
-        axis.axhline(height, color="0.9", zorder=0)
-        for row in group.itertuples():
-            mine = row.contender == OURS
-            axis.plot(row.p50_us / 1e3, height, "o", color=PICKED[row.contender], markersize=12 if mine else 6,
-                      zorder=2 if mine else 3)  # fmt: skip
-            if mine and row.predicted_us == row.predicted_us:
-                axis.plot(
-                    row.predicted_us / 1e3, height, "|", color="black", markersize=16, markeredgewidth=2, zorder=4
-                )
-    axis.set_ylim(-0.6, len(groups) - 0.4)
-    labels = [_label(group.iloc[0]) for group in reversed(groups)]
-    axis.set_yticks(range(len(groups)), labels)
-    axis.set(xscale="log", xlabel="time, ms (logarithmic)", title=title)
-    seen = [contender for contender in PICKED if contender in {c for group in groups for c in group.contender}]
-    handles = [plt.Line2D([], [], marker="o", linestyle="", color=PICKED[c], markersize=7, label=c) for c in seen]
-    if any(group.predicted_us.notna().any() for group in groups):
-        handles.append(
-            plt.Line2D([], [], marker="|", linestyle="", color="black", markersize=14, label="limit of ours")
-        )
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
-    axis.grid(axis="x", alpha=0.3)
+    rows["line"] = -rows.groupby(["case", "phase"], sort=False).ngroup()
+    figure, axis = plt.subplots(figsize=(9.5, 1.6 + 0.38 * rows.line.nunique()), layout="constrained")
+    for contender, color in COLORS.items():
+        found, size = rows[rows.contender == contender], 11 if contender == OURS else 6
+        if len(found):
+            axis.plot(found.p50_us / 1e3, found.line, "o", color=color, markersize=size, label=contender)
+    limits = rows[(rows.contender == OURS) & rows.predicted_us.notna()]
+    if len(limits):
+        axis.plot(limits.predicted_us / 1e3, limits.line, "k|", markersize=15, markeredgewidth=2, label="limit of ours")
+    first = rows.drop_duplicates("line")
+    names = first.case.str.removesuffix(f" {MAIN}")
+    axis.set_yticks(first.line, [n if p in n else f"{n} {p}" for n, p in zip(names, first.phase, strict=True)])
+    axis.set(xscale="log", xlabel="time, ms (logarithmic)", ylim=(rows.line.min() - 0.6, 0.6), title=title)
+    figure.legend(loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+    axis.grid(alpha=0.3)
     return _saved(figure, folder, name)
-
-
-def _label(row: Any) -> str:
-    if row.suite != "layer":
-        return f"{row.case}" if row.suite == "host" or row.phase in row.case else f"{row.case}: {row.phase}"
-    work = "forward and backward" if row.phase == "full" else "forward"
-    return f"{row.N:.0f}x{row.K:.0f}, {row.M:.0f} token{'s' if row.M > 1 else ''}, {work}"
 
 
 def _roofline(folder: Path, rows: pd.DataFrame) -> str | None:
@@ -214,16 +173,14 @@ def _roofline(folder: Path, rows: pd.DataFrame) -> str | None:
 
 def _memory(folder: Path, rows: pd.DataFrame) -> str | None:
     """Memory kept between forward and backward, at the largest number of tokens of the largest layer."""
-    rows = rows[
-        (rows.suite == "layer") & (rows.phase == "full") & rows.kept_mib.notna() & rows.contender.isin(CONTENDERS)
-    ]
+    rows = rows[(rows.suite == "layer") & (rows.phase == "full") & rows.kept_mib.notna()]
+    rows = rows[rows.contender.isin(CONTENDERS)]
     if rows.empty:
         return None
     case = rows.sort_values(["M", "N"]).case.iloc[-1]
     rows = rows[rows.case == case].drop_duplicates("contender").sort_values("kept_mib", ascending=False)
     figure, axis = plt.subplots(figsize=(7, 0.9 + 0.35 * len(rows)), layout="constrained")
-    bars = axis.barh(rows.contender, rows.kept_mib, color=[PICKED.get(c, "0.7") for c in rows.contender])
-    axis.bar_label(bars, fmt="%.1f", padding=3)
+    axis.bar_label(axis.barh(rows.contender, rows.kept_mib), fmt="%.1f", padding=3)
     axis.set(xlabel="MiB kept for backward, beyond input and weights", title=case)
     axis.margins(x=0.1)
     return _saved(figure, folder, "memory.png")
@@ -235,9 +192,6 @@ def _saved(figure: Any, folder: Path, name: str) -> str:
     return name
 
 
-# --- Targets ---------------------------------------------------------------------------------------------------------
-
-
 Rows = dict[tuple[Any, ...], dict[str, Any]]
 
 
@@ -246,16 +200,12 @@ def by_key(rows: Iterable[dict[str, Any]]) -> Rows:
     return {tuple(row[key] for key in KEY): row for row in rows if row.get("status") == "measured"}
 
 
-def target_cases(target: dict[str, Any]) -> list[str]:
-    """Names of the cases that a target is about."""
-    axes = [target.get(key, [""]) for key in ("cases", "shapes", "m")]
-    axes = itertools.product(*(TARGETS["lists"][axis] if isinstance(axis, str) else axis for axis in axes))
-    return list(dict.fromkeys(case.format(shape=shape, m=m, main=MAIN) for case, shape, m in axes))
-
-
 def target_values(target: dict[str, Any], rows: Rows) -> Iterator[tuple[str, float]]:
     """Every case that has what a target compares, and the value; both sides of a CUDA graph's replay, or eager."""
-    for case, mode in itertools.product(target_cases(target), ("graph", "eager", "fresh process")):
+    axes = [target.get(key, [""]) for key in ("cases", "shapes", "m")]
+    axes = itertools.product(*(TARGETS["lists"][axis] if isinstance(axis, str) else axis for axis in axes))
+    names = dict.fromkeys(case.format(shape=shape, m=m, main=MAIN) for case, shape, m in axes)
+    for case, mode in itertools.product(names, ("graph", "eager", "fresh process")):
         place = {"suite": target["suite"], "case": case, "contender": target["contender"], "phase": target["phase"]}
         other = {key: value.format(main=MAIN) for key, value in target.get("of", {}).items()}
         sides = [place, place | other][: 1 + bool(other)]
@@ -278,14 +228,13 @@ def verdict(target: dict[str, Any], rows: Rows) -> tuple[str, str]:
 
 def targets_table(kind: str, records: Iterable[dict[str, Any]]) -> str:
     """Every target of the measured suites as a line of Markdown."""
-    rows = by_key(records)
-    lines = ["| target | wanted | worst measured | |", "|---|---|---|---|"]
+    rows, lines = by_key(records), []
     for target in TARGETS[kind]:
         if target["suite"] in {suite for suite, *_ in rows}:
             state, worst = verdict(target, rows)
             bound = f"≤ {target['at_most']:g}" if "at_most" in target else f"≥ {target['at_least']:g}"
-            lines.append(f"| {target['text']} | {bound}{target.get('unit', 'x')} | {worst} | {state} |")
-    return "\n".join(lines)
+            lines.append((target["text"], bound + target.get("unit", "x"), worst, state))
+    return _markdown("target, wanted, worst measured, ", lines)
 
 
 if __name__ == "__main__":

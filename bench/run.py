@@ -1,7 +1,7 @@
 """Run suites on a device: `python -m bench.run --suite layer --device cuda --out bench/results/<device>`.
 
-Rows go to `raw.jsonl` case by case, so that a run can be killed at any point; the same command resumes it. Tables and
-plots are written at the end, or by `python -m bench.report`. Nothing is reported of an operation whose tests fail.
+Rows go to `raw.jsonl` case by case: the same command resumes a killed run. Nothing is reported of an operation whose
+tests fail.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ import gc
 import importlib.util
 import json
 import math
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import torch
 from tqdm import tqdm
 
-from . import environment, timing, verify
+from hqq_oft.ops.table import OPERATIONS
+
+from . import environment, timing
 from .cases import Case, Job
 from .contenders import OURS, failure
 from .model import predicted_seconds
@@ -32,26 +36,20 @@ from .timing import Limits, Timing
 Row = dict[str, Any]
 RAW = "raw.jsonl"
 GRAPH_BELOW_US = 100.0  # what an eager call takes less than may be all launches
-BUFFERS = 160 << 20  # bytes of the sets of buffers of one layer together, so that no GPU's cache holds them
+OPS = [f"tests/ops/test_{name}.py" for name in ("values", "gradients", "operators", "bad_input")]
+TESTS = {"cuda": ["tests/gpu/test_operations.py"], "cpu": [*OPS, "tests/native"]}
 
 
 @dataclass
 class Session:
-    """Runs cases on one device.
-
-    Attributes:
-        limits: of the device, measured in this run.
-        budget: seconds for the repeats of one job, in `rounds` turns.
-        red: operations whose tests fail; cases that need them are refused.
-        identity: columns of every row: device, commit, sources, versions.
-    """
+    """Runs cases on one device."""
 
     device: torch.device
-    limits: Limits
-    budget: float
+    limits: Limits  # of the device, measured in this run
+    budget: float  # seconds for the repeats of one job, in `rounds` turns
     rounds: int = 5
-    red: frozenset[str] = frozenset()
-    identity: Row = field(default_factory=dict)
+    red: frozenset[str] = frozenset()  # operations whose tests fail; cases that need them are refused
+    identity: Row = field(default_factory=dict)  # columns of every row: device, commit, sources, versions
     _kept: tuple[Any, Any] = (None, None)
 
     def keep(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -63,10 +61,6 @@ class Session:
                 torch.cuda.empty_cache()
             self._kept = (key, make())
         return self._kept[1]
-
-    def copies(self, weight_bytes: float) -> int:
-        """Sets of buffers for a layer."""
-        return max(1, min(64, math.ceil(BUFFERS / weight_bytes))) if self.device.type == "cuda" else 1
 
     def run(self, case: Case) -> Iterator[Row]:
         """The case's rows. An error of ours fails the case; one of another contender is that contender's row."""
@@ -96,15 +90,14 @@ class Session:
         found = timing.take_turns(calls, self.device, self.budget, self.rounds)
         for name, job in able.items():
             yield self._row(case, job, found[name], "eager")
-        for phase in dict.fromkeys(job.phase for job in able.values()):
-            chosen = {name: job for name, job in able.items() if job.phase == phase and job.graph}
-            if self.device.type == "cuda" and any(self._is_short(job, found[name]) for name, job in chosen.items()):
-                yield from (self._replayed(case, job) for job in chosen.values())
+        if self.device.type != "cuda":
+            return
+        short = {job.phase for name, job in able.items() if job.graph and self._is_short(job, found[name].p50_us)}
+        yield from (self._replayed(case, job) for job in able.values() if job.graph and job.phase in short)
 
-    def _is_short(self, job: Job, timing: Timing) -> bool:
+    def _is_short(self, job: Job, us: float) -> bool:
         """Whether a call, or the least that the device needs for it, is short."""
-        least = self._predicted_us(job) if job.passes else math.inf
-        return min(timing.p50, least) < GRAPH_BELOW_US
+        return min(us, self._predicted_us(job) if job.passes else math.inf) < GRAPH_BELOW_US
 
     def _predicted_us(self, job: Job) -> float:
         return 1e6 * predicted_seconds(job.passes, self.limits.bandwidth, self.limits.rate)
@@ -119,15 +112,33 @@ class Session:
         row: Row = {"suite": case.kind.suite, "case": case.name, **case.facts, "contender": job.contender}
         row |= {"phase": job.phase, "mode": mode, "status": "measured" if timing else "", **job.columns, **columns}
         if timing is not None:
-            row |= {"p20_us": timing.p20, "p50_us": timing.p50, "p80_us": timing.p80, "repeats": timing.repeats}
+            row |= timing._asdict()
             if job.passes:
                 operations, moved = (sum(getattr(c, what) for c in job.passes) for what in ("operations", "bytes"))
-                predicted = self._predicted_us(job)
-                row |= {"tflops": 1e-6 * operations / timing.p50, "gb_per_s": 1e-3 * moved / timing.p50}
-                row |= {"predicted_us": predicted, "over_predicted": timing.p50 / predicted}
-                row |= {"limit_percent": 100 * predicted / timing.p50}
+                predicted, us = self._predicted_us(job), timing.p50_us
+                row |= {"tflops": 1e-6 * operations / us, "gb_per_s": 1e-3 * moved / us, "predicted_us": predicted}
+                row |= {"over_predicted": us / predicted, "limit_percent": 100 * predicted / us}
         row |= {"bandwidth_gb_per_s": self.limits.bandwidth / 1e9, "rate_tflops": self.limits.rate / 1e12}
         return row | self.identity
+
+
+def red_operations(device: str, junit: Path | None = None) -> frozenset[str]:
+    """Operations with a failing test, in a report of them or now; all if a failing test names none, or none passed."""
+    if junit is None:
+        print("running the tests of the operations first", flush=True)
+        junit = environment.ROOT / "build" / f"verify-{device}.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={junit}"]
+        subprocess.run([*command, *TESTS[device]], cwd=environment.ROOT, stdout=subprocess.DEVNULL)
+    red: set[str] = set()
+    passed = 0
+    for case in ElementTree.parse(junit).getroot().iter("testcase"):
+        if case.find("failure") is not None or case.find("error") is not None:
+            # The longest name counts: `rotate_backward` rather than `rotate`.
+            named = max((name for name in OPERATIONS if name in f"{case.get('name')}"), key=len, default=None)
+            red |= {named} if named else set(OPERATIONS)
+        elif case.find("skipped") is None:
+            passed += 1
+    return frozenset(red if passed else OPERATIONS)
 
 
 def read_rows(raw: Path) -> list[Row]:
@@ -140,10 +151,7 @@ def read_rows(raw: Path) -> list[Row]:
 
 
 def finished(raw: Path, identity: Row) -> set[tuple[str, str]]:
-    """Suite and name of the cases that the same code has measured on this device, without those that failed whole.
-
-    A contender that failed alone fails again: its case is not repeated for it.
-    """
+    """Suite and name of the cases that the same code has measured on this device, at least one contender of them."""
     return {
         (row["suite"], row["case"])
         for row in read_rows(raw)
@@ -161,25 +169,22 @@ def measure(todo: list[Case], session: Session, raw: Path, until: float = math.i
             if time.monotonic() > until:
                 progress.write(f"out of time: {len(todo) - progress.n} cases are left; the same command resumes there")
                 break
-            progress.set_description(f"{case.kind.suite}: {case.name}"[:60], refresh=False)
             try:
                 rows = list(session.run(case))
             except Exception as error:  # one case must not cost the others; the report and the exit status show it
                 rows = [{"suite": case.kind.suite, "case": case.name, **case.facts, "status": failure(error)}]
                 rows[0] |= session.identity
                 session.keep(None, lambda: None)
-            failed += [
-                f"{row['suite']}: {row['case']}: {row.get('contender', 'all')}: {row['status'][8:]}"
-                for row in rows
-                if row["status"].startswith("failed") and row.get("mode") != "graph"
-            ]
+            for row in rows:
+                if row["status"].startswith("failed") and row.get("mode") != "graph":
+                    failed.append(f"{row['suite']}: {row['case']}: {row.get('contender', 'all')}: {row['status'][8:]}")
             # In one write, so that a killed run leaves a whole case or a last line without an end.
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
     return failed
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.run", description=__doc__)
     add = parser.add_argument
     add("--suite", nargs="+", choices=SUITES, default=SUITES[:-1], help="default: all but host")
@@ -190,11 +195,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seconds", type=float, default=math.inf, help="start no case after this long")
     add("--budget", type=float, help="seconds for the repeats of one time (default 0.05, CPU 0.5)")
     add("--junit", type=Path, help="a report of the operations' tests, to use instead of running them")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    options = arguments(argv)
+    options = parser.parse_args(argv)
     until = time.monotonic() + options.seconds
     device = torch.device(options.device)
     out = options.out or environment.ROOT / "bench" / "results" / environment.folder_name(str(device))
@@ -205,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     found = [case for suite in options.suite for case in cases(suite, device.type) if options.match in case.name]
     todo = [case for case in found if (case.kind.suite, case.name) not in done]
     needed = any(case.kind.operations for case in todo)
-    red = verify.red_operations(device.type, options.junit) if needed else frozenset()
+    red = red_operations(device.type, options.junit) if needed else frozenset()
     limits = Limits.measure(device)
     budget = options.budget if options.budget is not None else 0.05 if device.type == "cuda" else 0.5
     facts |= {"bandwidth_gb_per_s": limits.bandwidth / 1e9, "rate_tflops": limits.rate / 1e12}

@@ -1,7 +1,6 @@
 """What is measured, on which sizes and against what: one table of sweeps for each kind of device.
 
-A sweep is a kind of case, a priority (lower runs first) and values for each of its parameters, the outermost loop
-first; every combination is a case.
+Every combination of a sweep's values is a case; the first parameter is the outermost loop, lower priorities run first.
 """
 
 from __future__ import annotations
@@ -16,76 +15,54 @@ from .problem import Setting
 
 Sweep = tuple[str, int, dict[str, tuple[Any, ...]]]  # kind, priority, values of each parameter
 
-ALL = (OURS, DENSE, HQQ, PEFT, LORA, "plain PyTorch", "scratch + rotation of x", "PEFT OFT, HQQ ATEN")
-WITH_DECODING = ((*ALL, "hqq_oft, no rotation", "hqq_oft, native", "PyTorch int4"),)
-FEW = ((OURS, DENSE, HQQ, "PEFT OFT, HQQ ATEN"),)
-# Cases of their own: what these compile and try out at their first call holds up nothing else.
-GEMLITE = ((OURS, "GemLite"),)
-COMPILED = ((OURS, "plain PyTorch, compiled", "PEFT OFT, HQQ compiled"),)
-
+ALL = ((OURS, DENSE, HQQ, PEFT, LORA, "hqq_oft, no rotation", "PyTorch int4"),)
+FEW = ((OURS, DENSE, HQQ),)
 BITS = tuple(Setting(bits=bits) for bits in (2, 3, 8))
 BLOCKS = tuple(Setting(block=block) for block in (16, 64, 128, 256))
 OTHERS = (Setting(axis=0), Setting(group=128), Setting(share=True), Setting(exact=True), Setting(dtype="fp16"))
+CPU_SETTINGS = (*BITS, Setting(axis=0), Setting(dtype="fp32"))
 SQUARE, UP, DOWN, NARROW = Shape(4096, 4096), Shape(14336, 4096), Shape(4096, 14336), Shape(1024, 4096)  # of 8B
 UP_70B, DOWN_70B = Shape(28672, 8192), Shape(8192, 28672)
 SHAPES = (SQUARE, UP, UP_70B, DOWN, NARROW, DOWN_70B)
 POWERS = tuple(2**power for power in range(15))
 LLAMA_8B, SMALL_LLAMA = Decoder(4096, 14336, 32, 8, 4), Decoder(1024, 2816, 8, 8, 4)
 HOST = {1: "forward in evaluation", 16: "forward and backward in training"}
-NONE, CHECKPOINTED = ("",), (", gradient checkpointing", "")
-
-
-def _adapters(*features: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    return ((len(features), features),)
-
-
-def _decoder(decoder: Decoder, sequences: tuple[int, ...], served: int, decoded: int) -> tuple[Sweep, ...]:
-    """The suites `model` and `merge` of one Llama."""
-    one = {"decoder": (decoder,)}
-    return (
-        ("training", 0, {"m": sequences, **one, "checkpointing": CHECKPOINTED}),
-        ("decoding", 5, {**one, "m": (served,), "adapters": (1, served), "decoded": (decoded,)}),
-        ("first_step", 6, {**one, "m": sequences[:1]}),
-        ("training_process", 6, {**one, "m": sequences[:1]}),
-        ("merge_decoder", 10, one),
-    )
+CHECKPOINTED = (", gradient checkpointing", "")
 
 
 TABLE: dict[str, tuple[Sweep, ...]] = {
     "cuda": (
-        ("layer", 0, {"shape": SHAPES[:3], "m": (1, 16, 512, 4096), "setting": (MAIN,), "against": WITH_DECODING,
-                      "note": NONE}),
-        ("layer", 10, {"shape": SHAPES, "m": POWERS, "setting": (MAIN,), "against": WITH_DECODING, "note": NONE}),
-        ("layer", 20, {"shape": (UP, UP_70B), "m": (1, 16, 4), "setting": (MAIN,), "against": GEMLITE,
-                       "note": (" against GemLite",)}),
-        ("layer", 30, {"setting": (*BITS, *BLOCKS, *OTHERS), "shape": (UP,), "m": (1, 16, 4096), "against": FEW,
-                       "note": NONE}),
+        ("layer", 0, {"shape": SHAPES[:3], "m": (1, 16, 512, 4096), "setting": (MAIN,), "against": ALL}),
+        ("layer", 10, {"shape": SHAPES, "m": POWERS, "setting": (MAIN,), "against": ALL}),
+        ("layer_against_gemlite", 20, {"shape": (UP, UP_70B), "m": (1, 16, 4), "setting": (MAIN,)}),
+        ("layer", 30, {"setting": (*BITS, *BLOCKS, *OTHERS), "shape": (UP,), "m": (1, 16, 4096), "against": FEW}),
         ("layer", 38, {"setting": (Setting(block=96),), "shape": (Shape(14336, 4032),), "m": (1, 16, 4096),
-                       "against": FEW, "note": NONE}),
-        ("layer", 90, {"shape": (SQUARE,), "m": (1, 4096), "setting": (MAIN,), "against": COMPILED,
-                       "note": (" compiled",)}),
-        ("cayley_many", 0, {"adapters": _adapters(*(4096, 4096, 4096, 4096, 4096, 4096, 14336) * 32)}),
+                       "against": FEW}),
+        ("cayley_many", 0, {"adapters": ((224, (*[4096] * 6, 14336) * 32),)}),
         ("dequantize", 1, {"shape": SHAPES, "setting": (MAIN,)}),
         ("rotate", 2, {"k": (4096, 8192, 14336, 28672), "m": (16384,)}),
-        ("cayley", 2, {"k": (4096, 8192, 14336, 28672), "setting": (MAIN,), "note": NONE}),
+        ("cayley", 2, {"k": (4096, 8192, 14336, 28672), "setting": (MAIN,)}),
         ("dequantize", 20, {"setting": (*BITS, *BLOCKS, *OTHERS), "shape": (SQUARE,)}),
-        ("cayley", 21, {"setting": (*BLOCKS, *OTHERS[2:4]), "k": (4096,), "note": NONE}),
-        ("cayley", 30, {"k": (4096,), "setting": (MAIN,), "note": (", compiled",)}),
+        ("cayley", 21, {"setting": (*BLOCKS, *OTHERS[2:4]), "k": (4096,)}),
         ("merge", 0, {"shape": SHAPES, "setting": (MAIN,)}),
-        *_decoder(LLAMA_8B, (2048, 8192), 8, 255),
+        ("training", 0, {"m": (2048, 8192), "decoder": (LLAMA_8B,), "checkpointing": CHECKPOINTED}),
+        ("decoding", 5, {"decoder": (LLAMA_8B,), "m": (8,), "adapters": (1, 8), "decoded": (255,)}),
+        ("first_step", 6, {"decoder": (LLAMA_8B,), "m": (2048,)}),
+        ("training_process", 6, {"decoder": (LLAMA_8B,), "m": (2048,)}),
     ),
     "cpu": (
-        ("layer", 0, {"shape": (SQUARE, UP), "m": (1, 16, 512), "setting": (MAIN,), "against": WITH_DECODING,
-                      "note": NONE}),
-        ("layer", 30, {"setting": (*BITS, Setting(axis=0), Setting(dtype="fp32")), "shape": (UP,), "m": (1,),
-                       "against": FEW, "note": NONE}),
-        ("cayley_many", 0, {"adapters": _adapters(*(1024, 1024, 1024, 1024, 1024, 1024, 2816) * 4)}),
+        ("layer", 0, {"shape": (SQUARE, UP), "m": (1, 16, 512), "setting": (MAIN,), "against": ALL}),
+        ("layer", 30, {"setting": CPU_SETTINGS, "shape": (UP,), "m": (1,), "against": FEW}),
+        ("cayley_many", 0, {"adapters": ((28, (*[1024] * 6, 2816) * 4),)}),
         ("dequantize", 1, {"shape": (SQUARE, UP), "setting": (MAIN,)}),
         ("rotate", 2, {"k": (4096,), "m": (512,)}),
-        ("cayley", 2, {"k": (4096,), "setting": (MAIN,), "note": NONE}),
-        ("dequantize", 20, {"setting": (*BITS, Setting(axis=0), Setting(dtype="fp32")), "shape": (SQUARE,)}),
+        ("cayley", 2, {"k": (4096,), "setting": (MAIN,)}),
+        ("dequantize", 20, {"setting": CPU_SETTINGS, "shape": (SQUARE,)}),
         ("merge", 0, {"shape": (SQUARE, UP), "setting": (MAIN,)}),
-        *_decoder(SMALL_LLAMA, (256,), 4, 32),
+        ("training", 0, {"m": (256,), "decoder": (SMALL_LLAMA,), "checkpointing": CHECKPOINTED}),
+        ("decoding", 5, {"decoder": (SMALL_LLAMA,), "m": (4,), "adapters": (1, 4), "decoded": (32,)}),
+        ("first_step", 6, {"decoder": (SMALL_LLAMA,), "m": (256,)}),
+        ("training_process", 6, {"decoder": (SMALL_LLAMA,), "m": (256,)}),
         ("smollm2", 20, {"layers": (30,), "m": (32,), "what": ("decoding",)}),
         ("smollm2", 21, {"layers": (30,), "m": (512,), "what": ("training",)}),
         *(("host_stub", 0, {"m": (m,), "what": (what,)}) for m, what in HOST.items()),

@@ -1,17 +1,16 @@
 """Measuring: times as percentiles of interleaved contenders, memory, and the limits of a device.
 
-`triton.testing.do_bench` times on GPUs, with a flushed L2 cache, and `torch.utils.benchmark` elsewhere. What is timed
-takes the number of a set of buffers: several equal sets in turn keep a call from finding in the cache what the one
-before has read.
+What is timed takes the number of a set of buffers: several equal sets in turn keep a call from finding in the cache
+what the one before has read.
 """
 
 from __future__ import annotations
 
 import itertools
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,20 +20,18 @@ Call = Callable[[int], object]
 RESET_PEAK = Path("/proc/self/clear_refs")
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """Percentiles of single calls in microseconds, from `repeats` samples."""
 
-    p20: float
-    p50: float
-    p80: float
+    p20_us: float
+    p50_us: float
+    p80_us: float
     repeats: int
 
-    @classmethod
-    def of(cls, samples: list[float]) -> Timing:
-        ordered = sorted(samples)
-        p20, p80 = (ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.2, 0.8))
-        return cls(p20, statistics.median(ordered), p80, len(ordered))
+
+def _percentiles(samples: list[float]) -> Timing:
+    shares = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    return Timing(*torch.tensor(samples, dtype=torch.float64).quantile(shares).tolist(), len(samples))
 
 
 def _cycled(call: Call, copies: int) -> Callable[[], object]:
@@ -45,14 +42,7 @@ def _cycled(call: Call, copies: int) -> Callable[[], object]:
 def take_turns(
     calls: dict[str, tuple[Call, int]], device: torch.device, seconds: float, rounds: int = 5
 ) -> dict[str, Timing]:
-    """Time several calls in turn, so that a slow phase of the machine affects all of them.
-
-    Args:
-        calls: by name, the call and its number of sets of buffers.
-        device: where they run.
-        seconds: for the repeats of each call, in all rounds together.
-        rounds: how often to go through all calls.
-    """
+    """Time several calls, each with its sets of buffers, in turn: a slow phase of the machine affects all of them."""
     ready = {name: _cycled(*call) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
@@ -67,14 +57,15 @@ def take_turns(
             else:
                 timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
                 samples[name] += [1e6 * t for t in timer.blocked_autorange(min_run_time=seconds / rounds).times]
-    return {name: Timing.of(values) for name, values in samples.items()}
+    return {name: _percentiles(values) for name, values in samples.items()}
 
 
 def replay(call: Call, copies: int, seconds: float) -> Timing:
     """Time a call inside a captured CUDA graph, without the host's share."""
     from triton.testing import do_bench_cudagraph
 
-    return Timing.of([1e3 * t for t in do_bench_cudagraph(_cycled(call, copies), 1e3 * seconds, return_mode="all")])
+    found = do_bench_cudagraph(_cycled(call, copies), 1e3 * seconds, return_mode="all")
+    return _percentiles([1e3 * milliseconds for milliseconds in found])
 
 
 def peak_mib(call: Call, device: torch.device) -> float | None:
@@ -115,12 +106,7 @@ def kept_mib(forward: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Limits:
-    """The two limits of a device.
-
-    Attributes:
-        bandwidth: of a copy, bytes read and written per second.
-        rate: of a dense bfloat16 product, operations per second.
-    """
+    """The two limits of a device: of a copy, bytes read and written, and of a dense bfloat16 product, per second."""
 
     bandwidth: float
     rate: float
@@ -134,4 +120,4 @@ class Limits:
         left, right = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
         calls = {"copy": (lambda _: target.copy_(source), 1), "product": (lambda _: torch.mm(left, right), 1)}
         found = take_turns(calls, device, 1.0)
-        return cls(2 * size / (1e-6 * found["copy"].p50), 2 * side**3 / (1e-6 * found["product"].p50))
+        return cls(2 * size / (1e-6 * found["copy"].p50_us), 2 * side**3 / (1e-6 * found["product"].p50_us))

@@ -1,9 +1,7 @@
 """Time tiles on this device and write the best to `kernels/configs/<device>.json`: `python -m bench.tune`.
 
-For each operation and range of M every candidate is checked against the reference and timed on the layers of an 8B
-Llama; the one with the least geometric mean wins, if it beats the shipped tile by more than noise. Then the boundary
-between the fused product and the scratch is placed where the scratch begins to win. Times are kept in `tune.jsonl`, so
-that an interrupted run resumes.
+Every candidate is checked against the reference and timed on the layers of an 8B Llama; the least geometric mean wins,
+if it beats the shipped tile by more than noise. Times are kept in `tune.jsonl`: an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -35,10 +33,9 @@ from hqq_oft.ops import table as ops
 
 from . import timing
 from .environment import ROOT
-from .problem import TOLERANCE, Problem, Setting, relative_error
+from .problem import TOLERANCE, Problem, Setting, buffer_sets, relative_error
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
-BUFFERS = 160 << 20  # bytes of all sets of buffers of a layer, beyond any GPU's cache
 MARGIN = 0.98  # of the shipped tile's time: what is not faster by this much is noise
 BOUNDARIES = (64, 128, 192, 256, 384, 512, 768, 1024)
 
@@ -88,8 +85,7 @@ CALLS: dict[str, Callable[[Problem, Tensor, Tensor, Any], Tensor]] = {
 def _problem(n: int, k: int, m: int, device: torch.device, dtype: str) -> tuple[Problem, Tensor, Tensor]:
     torch.manual_seed(0)
     setting = Setting(dtype=dtype, group=min(64, k))
-    copies = math.ceil(BUFFERS / setting.layer(n, k).weight_bytes) if device.type == "cuda" else 1
-    problem = Problem(n, k, setting, device, min(64, copies))
+    problem = Problem(n, k, setting, device, buffer_sets(setting.layer(n, k), device))
     x, dy = (torch.randn(m, size, device=device).to(problem.dtype) for size in (k, n))
     return problem, x, dy
 
@@ -151,14 +147,13 @@ class Tuner:
     def _mean(self, operation: str, m: int) -> float:
         """Geometric mean on the device: a few microseconds of an eager call would be its launches."""
         logs = []
-        for shape in self.shapes:
-            place = (*shape, m, self.device, self.dtype)
-            call, problem = _call(operation, *place), _problem(*place)[0]
+        for place in ((*shape, m, self.device, self.dtype) for shape in self.shapes):
+            call, copies = _call(operation, *place), _problem(*place)[0].copies
             if self.device.type == "cuda":
-                found = timing.replay(call, problem.copies, 0.02)
+                found = timing.replay(call, copies, 0.02)
             else:
                 found = timing.take_turns({"it": (call, 1)}, self.device, 0.0, 1)["it"]
-            logs.append(math.log(found.p50))
+            logs.append(math.log(found.p50_us))
         return math.exp(sum(logs) / len(logs))
 
     def best(self, target: Range, candidates: list[Tile]) -> Tile:
@@ -216,12 +211,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.tune", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=480, help="stop trying tiles after this long")
-    parser.add_argument("--log", type=Path, default=ROOT / "build" / "tune.jsonl")
     parser.add_argument("--out", type=Path, help="default: kernels/configs/<device>.json")
     parser.add_argument("--processes", type=int, default=8, help="that compile ahead; 0 for none")
     options = parser.parse_args()
-    options.log.parent.mkdir(parents=True, exist_ok=True)
-    tuner = Tuner(torch.device(options.device), options.log, time.monotonic() + options.seconds)
+    log = ROOT / "build" / "tune.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    tuner = Tuner(torch.device(options.device), log, time.monotonic() + options.seconds)
     plan = {target: target.candidates(tuner.identity[0]) for target in RANGES}
     if options.processes:
         compile_ahead(plan, options.device, tuner.dtype, options.processes, options.seconds / 3)

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from bench import environment, report, run, timing, verify
+from bench import environment, report, run, timing
 from bench.cases import Case, Job, Kind
 from bench.model import Cost
 from bench.run import Session
@@ -110,7 +110,7 @@ def test_operations_with_failing_tests_are_refused(tmp_path):
 
     def red(*cases):
         junit.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
-        return verify.red_operations("cpu", junit)
+        return run.red_operations("cpu", junit)
 
     passed = '<testcase name="test_it[linear]"/>'
     failed = '<testcase name="test_it[rotate_backward-bf16]"><failure/></testcase>'
@@ -124,7 +124,7 @@ def test_operations_with_failing_tests_are_refused(tmp_path):
     assert not called
     assert "p50_us" not in row
     with pytest.raises(FileNotFoundError):
-        verify.red_operations("cpu", tmp_path / "lost.xml")
+        run.red_operations("cpu", tmp_path / "lost.xml")
 
 
 def test_a_row_compares_its_time_with_the_prediction():
