@@ -70,9 +70,7 @@ class AdaptedLayer:
             options = {name: getattr(chosen, name) for name in names}
             module = OFTRotationModule(stored, elements, block_size, self.in_features, **options)
             nn.init.zeros_(module.weight) if chosen.init_weights else nn.init.normal_(module.weight, std=0.1)
-            device = self.get_base_layer().W_q.device
-            if module.weight.device.type != "meta" and device.type != "meta":
-                module.to(device)
+            self._move_to_base_layer(module)
             # complete, as a forward in another thread may find it at once
             self.oft_dropout[adapter_name], self.oft_R[adapter_name] = dropout, module
             self.r[adapter_name], self.oft_block_size[adapter_name] = r, block_size
@@ -80,10 +78,12 @@ class AdaptedLayer:
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT looks for `weight` or `qweight`, which an HQQ layer does not have, and moves nothing then.
-        weight = self.oft_R[adapter_name].weight
+        self._move_to_base_layer(self.oft_R[adapter_name], device)
+
+    def _move_to_base_layer(self, module: OFTRotationModule, device: torch.device | None = None) -> None:
         device = device or self.get_base_layer().W_q.device
-        if weight.device.type != "meta" and torch.device(device).type != "meta":
-            self.oft_R[adapter_name].to(device)
+        if module.weight.device.type != "meta" and torch.device(device).type != "meta":
+            module.to(device)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was active another becomes so, as in PEFT.

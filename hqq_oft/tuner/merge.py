@@ -192,10 +192,10 @@ class MergeableLayer(AdaptedLayer):
                 warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
                 return
             base, pristine = self.get_base_layer(), self._merge.pristine
-            self._current()  # as for a merge
             if pristine is not None:
                 packed = pristine.to(base.W_q.device)
             else:
+                self._current()  # as for a merge
                 packed = hqq_layer.requantize(base, self._estimate_pristine(action="Unmerging", stacklevel=3))
             self._publish(packed, MergeState())
 
