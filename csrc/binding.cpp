@@ -307,12 +307,13 @@ void multiply_some(const uint16_t* x, int64_t M, const Weight& w, const Source* 
   run(kernels().product_tile_bf16, ProductTileBF16{columns.data(), sums.data(), w, bias, y, M});
 }
 
-void multiply_many(const uint16_t* x, int64_t M, const Weight& w, const Source* bias, uint16_t* y) {
+void multiply_many(const uint16_t* x, int64_t M, const Blocks* blocks, const Weight& w, const Source* bias,
+                   uint16_t* y) {
   int64_t most = rows_at_once(M, w.K);
   Buffer<uint16_t> columns(ProductTokensBF16::vectors(most) * ProductTokensBF16::kRowsOfX * w.K);
   for (int64_t m = 0; m < M; m += most) {
     int64_t count = smaller(M - m, most);
-    run(kernels().prepare_tokens_bf16, PrepareTokensBF16{x + m * w.K, count, w.K, columns.data()});
+    run(kernels().prepare_tokens_bf16, PrepareTokensBF16{x + m * w.K, count, w.K, columns.data(), blocks});
     run(kernels().product_tokens_bf16, ProductTokensBF16{columns.data(), w, bias, y + m * w.N, count});
   }
 }
@@ -325,7 +326,15 @@ Tensor multiply(const Tensor& x, const std::optional<Tensor>& d, const HeldWeigh
   STD_TORCH_CHECK(x.size(1) == K, "x does not fit the weight's in-features");
   Tensor y = empty(x, {M, N}, x.scalar_type());
   if (M == 0) return y;
-  Tensor rotated = d ? rotate(x, *d, index, false) : compact(x);
+  bool bf16_levels = on_bf16_levels(x, w);
+  std::optional<Tensor> compact_d;
+  std::optional<Blocks> blocks;  // of a rotation that the product makes as it rearranges x
+  if (d && !index && bf16_levels && M >= ProductTokensBF16::kFrom) {
+    compact_d = compact(*d);
+    Blocks all = blocks_of(*compact_d, K, false);
+    if (PrepareTokensBF16::rotates(all)) blocks = all;
+  }
+  Tensor rotated = d && !blocks ? rotate(x, *d, index, false) : compact(x);
   std::optional<Tensor> bias_row;
   Source bias_source{};
   if (bias) {
@@ -334,14 +343,14 @@ Tensor multiply(const Tensor& x, const std::optional<Tensor>& d, const HeldWeigh
     bias_source = source(*bias_row);
   }
   const Source* bias_pointer = bias ? &bias_source : nullptr;
-  if (on_bf16_levels(x, w)) {
+  if (bf16_levels) {
     const uint16_t* rows = bf16_rows(rotated);
     if (M < ProductTileBF16::kFrom) {
       multiply_few(rows, M, w, bias_pointer, y);
     } else if (M < ProductTokensBF16::kFrom) {
       multiply_some(rows, M, w, bias_pointer, bf16_results(y));
     } else {
-      multiply_many(rows, M, w, bias_pointer, bf16_results(y));
+      multiply_many(rows, M, blocks ? &*blocks : nullptr, w, bias_pointer, bf16_results(y));
     }
   } else {
     Buffer<float> wide(M * K);

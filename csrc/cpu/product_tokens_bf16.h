@@ -6,27 +6,68 @@
 #pragma once
 
 #include "bf16_levels.h"
+#include "rotate_bf16.h"
 
 namespace hqq_oft::cpu::HQQ_OFT_ISA {
 namespace {
 
 using Tokens = ProductTokensBF16;
 
+// acc[r][v] += pair of w for row r . vector v of x, over the pairs.
+template <int ROWS, int VECTORS>
+inline void add_dots(const uint16_t* w, int64_t row_stride, int64_t pair_stride, const uint16_t* x, int64_t x_stride,
+                     int64_t pairs, Vec (&acc)[ROWS][VECTORS]) {
+  for (int64_t i = 0; i < pairs; ++i) {
+    __m512bh columns[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) columns[v] = as_bf16(_mm512_loadu_si512(x + (v * x_stride + i) * 32));
+    for (int r = 0; r < ROWS; ++r) {
+      __m512bh weights = broadcast_pair(w + (r * row_stride + i * pair_stride) * 2);
+      for (int v = 0; v < VECTORS; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], columns[v], weights);
+    }
+  }
+}
+
+// y = x + x * D for one block of sixteen rows, both in pairs of columns: [b / 2][16].
+inline void rotate_pairs(const uint16_t* x, const uint16_t* d, int64_t b, uint16_t* y) {
+  constexpr int kColumns = 8;
+  const __m512i high_half = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  for (int64_t j = 0; j < b; j += kColumns) {
+    Vec acc[kColumns][1];
+    for (int c = 0; c < kColumns; c += 2) {
+      __m512i own = _mm512_loadu_si512(x + (j + c) * kLanes);
+      acc[c][0] = _mm512_castsi512_ps(_mm512_slli_epi32(own, 16));
+      acc[c + 1][0] = _mm512_castsi512_ps(_mm512_and_si512(own, high_half));
+    }
+    add_dots<kColumns, 1>(d + 2 * j, 1, b, x, 0, b / 2, acc);
+    for (int c = 0; c < kColumns; c += 2) {
+      __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(acc[c][0])));
+      __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(acc[c + 1][0])));
+      _mm512_storeu_si512(y + (j + c) * kLanes, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+  }
+}
+
 // Pairs of columns as 32-bit words, sixteen rows of x in a vector: [chunk of columns][vector][pair][16]. Lanes past the
 // last row are zero.
-void prepare_tokens_bf16(const PrepareTokensBF16& op, int64_t begin, int64_t end, float*) {
-  int64_t vectors = Tokens::vectors(op.M);
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    int64_t first = chunk * Tokens::kColumns, pairs = smaller(Tokens::kColumns, op.K - first) / 2;
-    uint16_t* to = op.columns + first * vectors * kLanes;
-    for (int64_t m = 0; m < op.M; m += kLanes, to += pairs * 32)
-      for (int64_t pair = 0; pair < pairs; pair += 16) {
+void prepare_tokens_bf16(const PrepareTokensBF16& op, int64_t begin, int64_t end, float* scratch) {
+  int64_t vectors = Tokens::vectors(op.M), b = op.blocks ? op.blocks->b : 0;
+  auto plain = reinterpret_cast<uint16_t*>(scratch), d = plain + Tokens::kColumns * Tokens::kRowsOfX;
+  for (int64_t task = begin; task < end; ++task) {
+    int64_t first = task % op.chunks() * Tokens::kColumns, columns = smaller(Tokens::kColumns, op.K - first);
+    int64_t vector = task / op.chunks() * op.kVectors, last = smaller(vector + op.kVectors, vectors);
+    if (b) pack_pairs(*op.blocks, 0, first / b, columns / b, d);
+    for (; vector < last; ++vector) {
+      uint16_t* out = op.columns + (first * vectors + vector * columns) * kLanes;
+      uint16_t* to = b ? plain : out;
+      for (int64_t j = 0; j < columns; j += 32) {
         __m512i v[16];
-        for (int64_t i = 0; i < kLanes; ++i)
-          v[i] = m + i < op.M ? _mm512_loadu_si512(op.x + (m + i) * op.K + first + 2 * pair) : _mm512_setzero_si512();
+        for (int64_t i = 0, m = vector * kLanes; i < kLanes; ++i, ++m)
+          v[i] = m < op.M ? _mm512_loadu_si512(op.x + m * op.K + first + j) : _mm512_setzero_si512();
         transpose(v);
-        for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(to + (pair + i) * 32, v[i]);
+        for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(to + j * kLanes + i * 32, v[i]);
       }
+      for (int64_t j = 0; b && j < columns; j += b) rotate_pairs(plain + j * kLanes, d + j * b, b, out + j * kLanes);
+    }
   }
 }
 
@@ -65,14 +106,7 @@ void token_dots(const uint16_t* w, const uint16_t* x, int64_t pairs, float* tota
   Vec acc[ROWS][VECTORS];
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < VECTORS; ++v) acc[r][v] = load(totals + (v * kTwoBands + r) * kLanes);
-  for (int64_t i = 0; i < pairs; ++i) {
-    __m512bh columns[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) columns[v] = as_bf16(_mm512_loadu_si512(x + (v * pairs + i) * 32));
-    for (int r = 0; r < ROWS; ++r) {
-      __m512bh weights = broadcast_pair(w + (r * pairs + i) * 2);
-      for (int v = 0; v < VECTORS; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], columns[v], weights);
-    }
-  }
+  add_dots<ROWS, VECTORS>(w, pairs, 1, x, pairs, pairs, acc);
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < VECTORS; ++v) store(totals + (v * kTwoBands + r) * kLanes, acc[r][v]);
 }

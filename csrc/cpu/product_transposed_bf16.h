@@ -95,8 +95,8 @@ void product_transposed_bf16(const ProductTransposedBF16& op, int64_t begin, int
   Vec levels = level_vector(w.bits);
   int64_t pairs = w.N / 2;
   for (int64_t task = begin; task < end; ++task) {
-    int64_t column = task % (w.K / Transposed::kColumns) * Transposed::kColumns, first_m = task / (w.K / Transposed::kColumns) * Transposed::kTokens;
-    int64_t M = smaller(Transposed::kTokens, op.M - first_m);
+    int64_t column = task % op.columns() * Transposed::kColumns, first_m = task / op.columns() * op.tokens();
+    int64_t M = smaller(op.tokens(), op.M - first_m);
     for (int64_t i = 0; i < M * Transposed::kColumns; i += kLanes) store(totals + i, set(0));
     for (int64_t first = 0; first < pairs; first += Transposed::kPairs) {
       int64_t count = smaller(Transposed::kPairs, pairs - first);

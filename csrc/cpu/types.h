@@ -80,8 +80,9 @@ struct Blocks {
   int64_t count() const { return K / b; }
   int64_t elements() const { return stored * b * b; }  // of one adapter
   int64_t offset(int64_t block) const { return (stored == 1 ? 0 : block) * b * b; }
-  // Adjacent blocks per task, for long contiguous accesses.
-  int64_t per_slice() const { return smaller(larger(256 / b, 1), count()); }
+  // Adjacent blocks per task: about 256 features for long contiguous accesses, fewer if there are few, so that tasks can
+  // be shared out.
+  int64_t per_slice() const { return larger(smaller(256, K / 16) / b, 1); }
   int64_t slices() const { return ceil_div(count(), per_slice()); }
   struct Slice {
     int64_t first, count, column, columns;  // blocks, and the features that they rotate
@@ -266,15 +267,28 @@ struct ProductTokensBF16 {
   int64_t cost() const { return kTwoBands * w.K * vectors_of_a_task() * 4; }
 };
 
-// x in the layout of `ProductTokensBF16`.
+// x, or x + x * blockdiag(D), in the layout of `ProductTokensBF16`.
 struct PrepareTokensBF16 {
   const uint16_t* x;  // [M, K]
   int64_t M, K;
   uint16_t* columns;
+  const Blocks* blocks;  // or null
 
-  int64_t tasks() const { return ceil_div(K, ProductTokensBF16::kColumns); }
-  int64_t scratch() const { return 0; }
-  int64_t cost() const { return M * ProductTokensBF16::kColumns; }
+  static constexpr int64_t kVectors = 4;  // in a task
+
+  // Whether a chunk of columns consists of whole blocks, of bfloat16, of whole vectors.
+  static bool rotates(const Blocks& blocks) {
+    return blocks.d.type == DType::bf16 && blocks.b % ProductTokensBF16::kRowsOfX == 0 &&
+           ProductTokensBF16::kColumns % blocks.b == 0;
+  }
+  int64_t chunks() const { return ceil_div(K, ProductTokensBF16::kColumns); }
+  int64_t tasks() const { return chunks() * ceil_div(ProductTokensBF16::vectors(M), kVectors); }
+  int64_t scratch() const {
+    return blocks ? ProductTokensBF16::kColumns / 2 * (ProductTokensBF16::kRowsOfX + blocks->b) : 0;
+  }
+  int64_t cost() const {
+    return kVectors * ProductTokensBF16::kRowsOfX * ProductTokensBF16::kColumns * (blocks ? 1 + blocks->b / 4 : 1);
+  }
 };
 
 // g = dy * W, [M, K], for weights that `ProductBF16::serves`. Rows of W in the bands 2 i and 2 i + 1 that share bytes
@@ -287,11 +301,14 @@ struct ProductTransposedBF16 {
 
   static constexpr int64_t kPairs = 128;   // of rows of W decoded at a time, into the L1 cache
   static constexpr int64_t kColumns = 64;  // of W in a task: within one group
-  static constexpr int64_t kTokens = 512;  // rows of dy in a task, whose totals stay in the L2 cache
+  static constexpr int64_t kTokens = 512;  // of dy, whose totals stay in the L2 cache
 
-  int64_t tasks() const { return w.K / kColumns * ceil_div(M, kTokens); }
-  int64_t scratch() const { return kColumns * (kPairs + smaller(M, kTokens)); }
-  int64_t cost() const { return kColumns * w.N * (smaller(M, kTokens) + 4) / 4; }
+  int64_t columns() const { return w.K / kColumns; }
+  // Rows of dy in a task: fewer if there are few columns, so that tasks can be shared out.
+  int64_t tokens() const { return smaller(columns() < 32 ? kTokens / 4 : kTokens, M); }
+  int64_t tasks() const { return columns() * ceil_div(M, tokens()); }
+  int64_t scratch() const { return kColumns * (kPairs + tokens()); }
+  int64_t cost() const { return kColumns * w.N * (tokens() + 4) / 4; }
 };
 
 // dy in the layout of `ProductTransposedBF16`.
