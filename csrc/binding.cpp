@@ -191,33 +191,27 @@ Blocks blocks_of(const Tensor& d, int64_t K, bool transpose, bool indexed = fals
   return {source(d), K, b, stored, transpose};
 }
 
-void rotate_into(const Tensor& x, const Tensor& d, const std::optional<Tensor>& index, bool transpose,
-                 const Tensor& y) {
-  Tensor blocks = compact(d);
+Tensor rotate(const Tensor& x_in, const Tensor& d, const std::optional<Tensor>& index, bool transpose) {
+  Tensor x = with_contiguous_rows(x_in), blocks = compact(d);
   GroupedRows rows(index, index ? d.size(0) : 1);
   STD_TORCH_CHECK(!index || index->numel() == x.size(0), "adapter_index must have an entry per row of x");
-  STD_TORCH_CHECK(shape_of(y) == shape_of(x) && x.dim() == 2, "y must have the shape of x");
-  STD_TORCH_CHECK(x.numel() == 0 || (x.stride(1) == 1 && y.stride(1) == 1), "rows of x and y must be contiguous");
-  int64_t M = x.size(0);
-  run(kernels().rotate, Rotate{source(x), sink(y), M, x.stride(0), y.stride(0),
-                               blocks_of(blocks, x.size(1), transpose, index.has_value()), rows.view()});
-}
-
-Tensor rotate(const Tensor& x, const Tensor& d, const std::optional<Tensor>& index, bool transpose) {
-  Tensor rows = with_contiguous_rows(x);
-  Tensor y = empty(x, {x.size(0), x.size(1)}, x.scalar_type());
-  rotate_into(rows, d, index, transpose, y);
+  int64_t M = x.size(0), K = x.size(1);
+  Tensor y = empty(x, {M, K}, x.scalar_type());
+  run(kernels().rotate, Rotate{source(x), sink(y), M, x.stride(0), K,
+                               blocks_of(blocks, K, transpose, index.has_value()), rows.view()});
   return y;
 }
 
+// dD of left^T * right; with `in_place`, right becomes right + right * blockdiag(D)^T.
 Tensor rotation_gradient(const Tensor& left_in, const Tensor& right_in, const Tensor& d,
-                         const std::optional<Tensor>& index) {
-  Tensor left = with_contiguous_rows(left_in), right = with_contiguous_rows(right_in);
+                         const std::optional<Tensor>& index, bool in_place = false) {
+  Tensor blocks = compact(d), left = with_contiguous_rows(left_in), right = with_contiguous_rows(right_in);
   STD_TORCH_CHECK(shape_of(left) == shape_of(right) && left.dim() == 2, "x and its gradient must have one shape");
   GroupedRows rows(index, index ? d.size(0) : 1);
   STD_TORCH_CHECK(!index || index->numel() == left.size(0), "adapter_index must have an entry per row of x");
   RotateGradient op{source(left), source(right), left.stride(0), right.stride(0), left.size(0),
-                    blocks_of(d, left.size(1), false, index.has_value()), rows.view(), nullptr};
+                    blocks_of(blocks, left.size(1), true, index.has_value()), rows.view(),
+                    in_place ? right.mutable_data_ptr() : nullptr, nullptr};
   Tensor dd = empty(d, shape_of(d), ScalarType::Float);
   auto out = static_cast<float*>(dd.mutable_data_ptr());
   int64_t n = op.elements(), parts = op.parts();
@@ -400,13 +394,17 @@ Tensor multiply_transposed(const Tensor& dy, const HeldWeight& held) {
 
 Tensor linear_transposed(const Tensor& dy, WEIGHT) { return multiply_transposed(dy, HELD_WEIGHT); }
 
+// dD of y = x * R, and dx in place of its gradient g.
+Tensor rotate_backward_in_place(const Tensor& g, const Tensor& x, const Tensor& d, const std::optional<Tensor>& index) {
+  STD_TORCH_CHECK(g.is_contiguous(), "g must be contiguous");
+  return rotation_gradient(x, g, d, index, true);
+}
+
 // Both gradients of the rotated product, dx in place of g = dy * W.
 std::tuple<Tensor, Tensor> linear_backward_kept(const Tensor& dy, const Tensor& x, const Tensor& d, int64_t handle,
                                                 const std::optional<Tensor>& index) {
   Tensor g = multiply_transposed(dy, *kept_weights().find(handle));
-  Tensor dd = rotation_gradient(x, g, d, index);
-  rotate_into(g, d, index, true, g);
-  return {g, dd};
+  return {g, rotate_backward_in_place(g, x, d, index)};
 }
 
 // Whether `linear` and `linear_transposed` multiply packed weights for any number of rows of x's dtype.
@@ -503,7 +501,7 @@ STABLE_TORCH_LIBRARY(hqq_oft_native, m) {
       "multiplies_packed(Tensor x, SymInt out_features, SymInt in_features, int bits, SymInt group_size, int axis) -> "
       "bool");
   m.def("dequantize_into(Tensor(a!) out, " WEIGHT_SCHEMA ", Tensor? d, int first_row, int first_column) -> ()");
-  m.def("rotate_into(Tensor x, Tensor d, Tensor? adapter_index, bool transpose, Tensor(a!) y) -> ()");
+  m.def("rotate_backward_in_place(Tensor(a!) g, Tensor x, Tensor d, Tensor? adapter_index) -> Tensor");
   m.def("instruction_sets() -> str");
   m.def("instruction_set() -> str");
   m.def("select_instruction_set(str name) -> bool");
@@ -523,7 +521,7 @@ STABLE_TORCH_LIBRARY_IMPL(hqq_oft_native, CPU, m) {
   m.impl("linear_transposed", TORCH_BOX(&linear_transposed));
   m.impl("multiplies_packed", TORCH_BOX(&multiplies_packed));
   m.impl("dequantize_into", TORCH_BOX(&dequantize_into));
-  m.impl("rotate_into", TORCH_BOX(&rotate_into));
+  m.impl("rotate_backward_in_place", TORCH_BOX(&rotate_backward_in_place));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hqq_oft_native, CompositeExplicitAutograd, m) {

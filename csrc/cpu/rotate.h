@@ -90,10 +90,11 @@ void rotate(const Rotate& op, int64_t begin, int64_t end, float* scratch) {
   });
 }
 
-// For each part of tasks begin ... end: clears `acc`, calls f(position, rows, column, blocks) for `rows` rows at a time
-// to accumulate into it, and stores the sums into the part.
-template <class F>
-inline void for_parts(const RotateGradient& op, int64_t begin, int64_t end, int64_t rows, float* acc, F&& f) {
+// For each part of tasks begin ... end: clears `acc`, calls start(adapter, first block, blocks), then
+// f(position, rows, column, blocks) for `rows` rows at a time to accumulate into it, and stores the sums into the part.
+template <class Start, class F>
+inline void for_parts(const RotateGradient& op, int64_t begin, int64_t end, int64_t rows, float* acc, Start&& start,
+                      F&& f) {
   const Blocks& blocks = op.blocks;
   int64_t b = blocks.b, slices = blocks.slices();
   bool shared = blocks.stored == 1;
@@ -102,6 +103,7 @@ inline void for_parts(const RotateGradient& op, int64_t begin, int64_t end, int6
     auto [first, count, column, columns] = blocks.slice(slice);
     int64_t sums = shared ? 1 : count;
     for (int64_t i = 0; i < sums * b * padded(b); ++i) acc[i] = 0;
+    start(adapter, first, count);
     Range all = rows_of(op.rows, adapter, 0, op.M);
     int64_t each = ceil_div(all.end - all.begin, op.chunks());
     int64_t last = smaller(all.end, all.begin + (chunk + 1) * each);
@@ -118,18 +120,29 @@ void rotate_gradient(const RotateGradient& op, int64_t begin, int64_t end, float
   const Blocks& blocks = op.blocks;
   int64_t b = blocks.b, stride = blocks.tile_stride();
   float* acc = scratch;
-  float* left = acc + blocks.packed_floats();
+  float* packed = acc + blocks.packed_floats();
+  float* row = packed + blocks.packed_floats();
+  float* left = row + padded(b);
   float* right = left + kTileRows * stride;
-  for_parts(op, begin, end, kTileRows, acc, [&](int64_t position, int64_t n, int64_t column, int64_t count) {
+  float* dx = right + kTileRows * stride;
+  auto pack = [&](int64_t adapter, int64_t first, int64_t count) {
+    if (op.dx) pack_slice(blocks, adapter, first, count, row, packed);
+  };
+  for_parts(op, begin, end, kTileRows, acc, pack, [&](int64_t position, int64_t n, int64_t column, int64_t count) {
     for (int64_t r = 0; r < n; ++r) {
-      int64_t row = op.rows.row(position + r);
-      widen(op.left.from(row * op.left_stride + column), left + r * stride, count * b);
-      widen(op.right.from(row * op.right_stride + column), right + r * stride, count * b);
+      int64_t number = op.rows.row(position + r);
+      widen(op.left.from(number * op.left_stride + column), left + r * stride, count * b);
+      widen(op.right.from(number * op.right_stride + column), right + r * stride, count * b);
     }
     for (int64_t block = 0; block < count; ++block) {
       float* sum = acc + (blocks.stored == 1 ? 0 : block) * b * padded(b);
       multiply(left + block * b, 1, stride, right + block * b, stride, b, n, b, sum, padded(b), sum, padded(b));
     }
+    if (!op.dx) return;
+    rotate_tile(right, n, blocks, count, packed, dx);
+    Sink out{op.dx, op.right.type};
+    for (int64_t r = 0; r < n; ++r)
+      narrow(dx + r * stride, out.from(op.rows.row(position + r) * op.right_stride + column), count * b);
   });
 }
 

@@ -90,6 +90,14 @@ inline void rotate_rows(const Rotate& op, int64_t position, int64_t column, int6
   }
 }
 
+inline void rotate_range(const Rotate& op, Range range, int64_t column, int64_t count, const uint16_t* pairs,
+                         uint16_t* copy) {
+  int64_t position = range.begin;
+  for (; position + kRowsAtATime <= range.end; position += kRowsAtATime)
+    rotate_rows<kRowsAtATime>(op, position, column, count, pairs, copy);
+  for (; position < range.end; ++position) rotate_rows<1>(op, position, column, count, pairs, copy);
+}
+
 inline bool in_bf16(const Blocks& blocks, DType left, DType right) {
   return blocks.b % kLanes == 0 && blocks.d.type == DType::bf16 && left == DType::bf16 && right == DType::bf16;
 }
@@ -101,10 +109,7 @@ void rotate_bf16(const Rotate& op, int64_t begin, int64_t end, float* scratch) {
   auto copy = reinterpret_cast<uint16_t*>(scratch + blocks.packed_floats());
   for_slices(op, begin, end, scratch, [&](int64_t adapter, int64_t first, int64_t count, Range range) {
     pack_pairs(blocks, adapter, first, count, pairs);
-    int64_t position = range.begin, column = first * blocks.b;
-    for (; position + kRowsAtATime <= range.end; position += kRowsAtATime)
-      rotate_rows<kRowsAtATime>(op, position, column, count, pairs, copy);
-    for (; position < range.end; ++position) rotate_rows<1>(op, position, column, count, pairs, copy);
+    rotate_range(op, range, first * blocks.b, count, pairs, copy);
   });
 }
 
@@ -160,6 +165,9 @@ inline void interleave_rows(const Source& from, int64_t row_stride, const RowsBy
   for (int64_t r = 0; r < n; r += 2, out += 2 * columns) {
     const uint16_t* one = data + rows.row(position + r) * row_stride;
     const uint16_t* other = r + 1 < n ? data + rows.row(position + r + 1) * row_stride : nullptr;
+    for (int64_t j = 0; j < columns; j += 2 * kLanes)  // prefetching past the end is harmless
+      for (int64_t next = kGradientRows; next < kGradientRows + 2; ++next)
+        _mm_prefetch(reinterpret_cast<const char*>(one + next * row_stride + j), _MM_HINT_T0);
     for (int64_t j = 0; j < columns; j += kLanes) {
       __m512i low = _mm512_cvtepu16_epi32(load_32(one + j));
       __m512i high = other ? _mm512_cvtepu16_epi32(load_32(other + j)) : _mm512_setzero_si512();
@@ -201,15 +209,21 @@ void rotate_gradient_bf16(const RotateGradient& op, int64_t begin, int64_t end, 
   const Blocks& blocks = op.blocks;
   if (!in_bf16(blocks, op.left.type, op.right.type)) return rotate_gradient(op, begin, end, scratch);
   int64_t b = blocks.b;
-  auto left = reinterpret_cast<uint16_t*>(scratch + blocks.packed_floats());
+  auto pairs = reinterpret_cast<uint16_t*>(scratch + blocks.packed_floats());
+  auto left = reinterpret_cast<uint16_t*>(scratch + 2 * blocks.packed_floats());
   auto right = left + kGradientRows * blocks.tile_stride();
-  for_parts(op, begin, end, kGradientRows, scratch, [&](int64_t position, int64_t n, int64_t column, int64_t count) {
+  Rotate rotation{op.right, {op.dx, op.right.type}, op.M, op.right_stride, op.right_stride, blocks, op.rows};
+  auto pack = [&](int64_t adapter, int64_t first, int64_t count) {
+    if (op.dx) pack_pairs(blocks, adapter, first, count, pairs);
+  };
+  for_parts(op, begin, end, kGradientRows, scratch, pack, [&](int64_t position, int64_t n, int64_t column, int64_t count) {
     int64_t columns = count * b;
     interleave_rows(op.left, op.left_stride, op.rows, position, n, column, columns, left);
     interleave_rows(op.right, op.right_stride, op.rows, position, n, column, columns, right);
     for (int64_t block = 0; block < count; ++block)
       add_gradient(left + 2 * block * b, right + 2 * block * b, columns, ceil_div(n, 2), b,
                    scratch + (blocks.stored == 1 ? 0 : block) * b * b);
+    if (op.dx) rotate_range(rotation, {position, position + n}, column, count, pairs, left);
   });
 }
 

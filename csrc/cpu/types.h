@@ -123,12 +123,14 @@ struct Rotate {
   int64_t cost() const { return smaller(M, kChunkRows) * blocks.slice_columns() * blocks.b; }
 };
 
-// dD_i = left_i^T * right_i, as `parts` added in a fixed order: independent of the number of threads.
+// dD_i = left_i^T * right_i, as `parts` added in a fixed order: independent of the number of threads. If `dx` is not
+// null, it is right, which is replaced by right + right * blockdiag(D)^T, row by row after its last use.
 struct RotateGradient {
   Source left, right;
   int64_t left_stride, right_stride, M;
-  Blocks blocks;
+  Blocks blocks;  // transposed
   RowsByAdapter rows;
+  void* dx;
   float* part;  // [parts, adapters, stored, b, b]
 
   // Splits tokens if there are too few blocks to distribute.
@@ -139,8 +141,10 @@ struct RotateGradient {
   int64_t parts() const { return chunks() * (blocks.stored == 1 ? blocks.slices() : 1); }
   int64_t elements() const { return rows.adapters * blocks.elements(); }
   int64_t tasks() const { return rows.adapters * blocks.slices() * chunks(); }
-  int64_t scratch() const { return blocks.packed_floats() + 2 * kTileRows * blocks.tile_stride(); }
-  int64_t cost() const { return ceil_div(M, chunks()) * blocks.slice_columns() * blocks.b; }
+  int64_t scratch() const {
+    return 2 * blocks.packed_floats() + padded(blocks.b) + 3 * kTileRows * blocks.tile_stride();
+  }
+  int64_t cost() const { return ceil_div(M, chunks()) * blocks.slice_columns() * blocks.b * (dx ? 2 : 1); }
 };
 
 // out = W[first_row ..., first_column ...] in its type, with `rotated` W * blockdiag(D)^T.
@@ -305,7 +309,7 @@ struct ProductTransposedBF16 {
 
   int64_t columns() const { return w.K / kColumns; }
   // Rows of dy in a task: fewer if there are few columns, so that tasks can be shared out.
-  int64_t tokens() const { return smaller(columns() < 32 ? kTokens / 4 : kTokens, M); }
+  int64_t tokens() const { return smaller(columns() < 16 ? kTokens / 2 : kTokens, M); }
   int64_t tasks() const { return columns() * ceil_div(M, tokens()); }
   int64_t scratch() const { return kColumns * (kPairs + tokens()); }
   int64_t cost() const { return kColumns * w.N * (tokens() + 4) / 4; }

@@ -36,15 +36,17 @@ def test_every_layout_of_the_weight(bits, axis):
     check("dequantize_rotate", args, BF16, on="native")
 
 
-@pytest.mark.parametrize("b", [32, 64])
-def test_a_rotation_in_place(b):
-    """If a block takes several steps, the first must not overwrite the input of the next."""
-    x, d = torch.randn(11, 192).to(BF16), (torch.randn(192 // b, b, b) * 0.1).to(BF16)
-    for transpose in (False, True):
-        (expected,) = run("rotate", (x, d, None, transpose), on="native")
-        y = x.clone()
-        torch.ops.hqq_oft_native.rotate_into(y, d, None, transpose, y)
-        assert torch.equal(y, expected)
+@pytest.mark.parametrize("b", [8, 32, 48, 96])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_both_gradients_in_place(b, indexed):
+    """dx overwrites g: no block and no step of a block may read what another has overwritten."""
+    g, x = torch.randn(2, 70, 2 * b).to(BF16)
+    d = (torch.randn(*([3] if indexed else []), 2, b, b) * 0.1).to(BF16)
+    index = torch.arange(70) % 4 - 1 if indexed else None
+    expected = run("rotate_backward", (g, x, d, index, False, True, True), on="native")
+    dd = torch.ops.hqq_oft_native.rotate_backward_in_place(g, x, d, index)
+    for actual, wanted in zip((g, dd), expected, strict=True):
+        assert torch.equal(actual, wanted)
 
 
 def test_mixed_dtypes_fall_back_to_float32():

@@ -85,8 +85,7 @@ def test_mismatched_shapes_raise_instead_of_reading_out_of_bounds():
     for call, said in (
         (lambda: lib.rotate(x, d[:, :3], None, False), "square blocks"),
         (lambda: lib.rotate(x, d, index, False), "square blocks"),
-        (lambda: lib.rotate_into(x, d, None, False, x[:2].clone()), "shape of x"),
-        (lambda: lib.rotate_into(x, d, None, False, x.new_empty(8, 3).t()), "must be contiguous"),
+        (lambda: lib.rotate_backward_in_place(x.new_empty(8, 3).t(), x, d, None), "must be contiguous"),
         (lambda: lib.rotate_backward(x, x[:2], d, None, False, True, True), "one shape"),
         (lambda: lib.linear(x, d, *weight, scale[:1], None), "entry per out-feature"),
         (lambda: lib.cayley(v, 4, 5, index[:2], None, torch.float32), "keep must be bool"),

@@ -250,12 +250,12 @@ def linear_backward(
     g = product(grad, weight)
     if d is None:
         return g.to(grad.dtype), grad.new_empty(0)
-    dd = _lib.rotate_backward(g, x, d, adapter_index, False, False, need_d)[1]
     if not need_x:
-        return grad.new_empty(0), dd
-    dx = g if g.dtype == grad.dtype else torch.empty_like(g, dtype=grad.dtype)
-    _lib.rotate_into(g, d, adapter_index, True, dx)
-    return dx, dd
+        return grad.new_empty(0), _lib.rotate_backward(g, x, d, adapter_index, False, False, need_d)[1]
+    if not need_d:
+        return _lib.rotate(g, d, adapter_index, True).to(grad.dtype), d.new_empty(0, dtype=torch.float32)
+    dd = _lib.rotate_backward_in_place(g, x, d, adapter_index)
+    return g.to(grad.dtype), dd
 
 
 OPERATIONS: dict[str, Planner] = {
