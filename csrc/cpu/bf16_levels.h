@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include "convert.h"
+#include "unroll.h"
 
 namespace hqq_oft::cpu::HQQ_OFT_ISA {
 namespace {
@@ -43,20 +44,21 @@ inline Vec group_weights(Vec levels, const S& scale, const S& zero) {
 // Transposes a 16 x 16 matrix of 32-bit words.
 inline void transpose(__m512i* v) {
   __m512i t[16];
-  for (int i = 0; i < 16; i += 4) {
+  each<4>([&](int quarter) {
+    int i = 4 * quarter;
     __m512i low01 = _mm512_unpacklo_epi32(v[i], v[i + 1]), high01 = _mm512_unpackhi_epi32(v[i], v[i + 1]);
     __m512i low23 = _mm512_unpacklo_epi32(v[i + 2], v[i + 3]), high23 = _mm512_unpackhi_epi32(v[i + 2], v[i + 3]);
     t[i] = _mm512_unpacklo_epi64(low01, low23), t[i + 1] = _mm512_unpackhi_epi64(low01, low23);
     t[i + 2] = _mm512_unpacklo_epi64(high01, high23), t[i + 3] = _mm512_unpackhi_epi64(high01, high23);
-  }
+  });
   // t[4 i + j] holds word j of each 128-bit quarter of rows 4 i ... 4 i + 3; the quarters are transposed next
-  for (int j = 0; j < 4; ++j) {
+  each<4>([&](int j) {
     __m512i low02 = _mm512_shuffle_i32x4(t[j], t[4 + j], 0x88), high02 = _mm512_shuffle_i32x4(t[j], t[4 + j], 0xdd);
     __m512i low13 = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0x88);
     __m512i high13 = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0xdd);
     v[j] = _mm512_shuffle_i32x4(low02, low13, 0x88), v[8 + j] = _mm512_shuffle_i32x4(low02, low13, 0xdd);
     v[4 + j] = _mm512_shuffle_i32x4(high02, high13, 0x88), v[12 + j] = _mm512_shuffle_i32x4(high02, high13, 0xdd);
-  }
+  });
 }
 
 // Splits `total` items into the fewest shares of at most `most`, as equal as possible: f(first, count).

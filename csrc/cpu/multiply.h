@@ -2,6 +2,7 @@
 #pragma once
 
 #include "types.h"
+#include "unroll.h"
 
 namespace hqq_oft::cpu::HQQ_OFT_ISA {
 namespace {
@@ -14,18 +15,16 @@ template <int ROWS, int VECS>
 inline void multiply_tile(const float* a, int64_t row_stride, int64_t k_stride, const float* b, int64_t b_stride,
                           int64_t k, const float* init, int64_t init_stride, float* c, int64_t c_stride) {
   Vec acc[ROWS][VECS];
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECS; ++v) acc[r][v] = init ? load(init + r * init_stride + v * kLanes) : set(0);
+  each<ROWS, VECS>([&](int r, int v) { acc[r][v] = init ? load(init + r * init_stride + v * kLanes) : set(0); });
   for (int64_t i = 0; i < k; ++i) {
     Vec right[VECS];
-    for (int v = 0; v < VECS; ++v) right[v] = load(b + i * b_stride + v * kLanes);
-    for (int r = 0; r < ROWS; ++r) {
+    each<VECS>([&](int v) { right[v] = load(b + i * b_stride + v * kLanes); });
+    each<ROWS>([&](int r) {
       Vec left = set(a[r * row_stride + i * k_stride]);
-      for (int v = 0; v < VECS; ++v) acc[r][v] = fma(left, right[v], acc[r][v]);
-    }
+      each<VECS>([&](int v) { acc[r][v] = fma(left, right[v], acc[r][v]); });
+    });
   }
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECS; ++v) store(c + r * c_stride + v * kLanes, acc[r][v]);
+  each<ROWS, VECS>([&](int r, int v) { store(c + r * c_stride + v * kLanes, acc[r][v]); });
 }
 
 template <int ROWS>

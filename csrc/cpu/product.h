@@ -2,6 +2,7 @@
 #pragma once
 
 #include "types.h"
+#include "unroll.h"
 
 namespace hqq_oft::cpu::HQQ_OFT_ISA {
 namespace {
@@ -11,23 +12,21 @@ template <int ROWS>
 inline void dots(const float* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t n, float* sums,
                  int64_t stride) {
   Vec acc[kProductRows][ROWS];
-  for (auto& row : acc)
-    for (Vec& a : row) a = set(0);
+  each<kProductRows, ROWS>([&](int r, int m) { acc[r][m] = set(0); });
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     Vec right[ROWS];
-    for (int m = 0; m < ROWS; ++m) right[m] = load(x + m * x_stride + i);
-    for (int r = 0; r < kProductRows; ++r) {
+    each<ROWS>([&](int m) { right[m] = load(x + m * x_stride + i); });
+    each<kProductRows>([&](int r) {
       Vec left = load(w + r * w_stride + i);
-      for (int m = 0; m < ROWS; ++m) acc[r][m] = fma(left, right[m], acc[r][m]);
-    }
+      each<ROWS>([&](int m) { acc[r][m] = fma(left, right[m], acc[r][m]); });
+    });
   }
-  for (int r = 0; r < kProductRows; ++r)
-    for (int m = 0; m < ROWS; ++m) {
-      float rest = 0;
-      for (int64_t j = i; j < n; ++j) rest += w[r * w_stride + j] * x[m * x_stride + j];
-      sums[r * stride + m] += sum(acc[r][m]) + rest;
-    }
+  each<kProductRows, ROWS>([&](int r, int m) {
+    float rest = 0;
+    for (int64_t j = i; j < n; ++j) rest += w[r * w_stride + j] * x[m * x_stride + j];
+    sums[r * stride + m] += sum(acc[r][m]) + rest;
+  });
 }
 
 inline void store_outputs(const float* sums, int64_t row, const Weight& w, const Source* bias, Sink y, int64_t M) {

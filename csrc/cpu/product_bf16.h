@@ -49,35 +49,32 @@ inline void dots_bf16(const PackedRows& w, __m512i table, const ProductBF16& op,
                       const float* scale, int64_t scale_stride, float* totals, int64_t stride) {
   int64_t K = op.w.K, g = op.w.group_size;
   Vec total[2][ROWS];
-  for (int i = 0; i < 2; ++i)
-    for (int r = 0; r < ROWS; ++r) total[i][r] = load(totals + (i * stride + r) * kLanes);
+  each<2, ROWS>([&](int i, int r) { total[i][r] = load(totals + (i * stride + r) * kLanes); });
   const uint16_t* x = op.x + m * K;
   for (int64_t k = begin; k < end; k += g) {
     Vec acc[2][ROWS];
-    for (auto& row : acc)
-      for (Vec& a : row) a = set(0);
+    each<2, ROWS>([&](int i, int r) { acc[i][r] = set(0); });
     for (int64_t column = k; column < k + g; column += 64) {
       _mm_prefetch(reinterpret_cast<const char*>(w.bytes + column + kBytesAhead), _MM_HINT_T0);
       __m512i words = _mm512_loadu_si512(w.bytes + column), even[2], odd[2];
-      for (int i = 0; i < 2; ++i) {
+      each<2>([&](int i) {
         even[i] = _mm512_permutexvar_epi16(_mm512_srl_epi16(words, w.even[i]), table);
         odd[i] = _mm512_permutexvar_epi16(_mm512_srl_epi16(words, w.odd[i]), table);
-      }
-      for (int r = 0; r < ROWS; ++r) {
+      });
+      each<ROWS>([&](int r) {
         __m512i x_even = _mm512_loadu_si512(x + r * K + column), x_odd = _mm512_loadu_si512(x + r * K + column + 32);
-        for (int i = 0; i < 2; ++i) {
+        each<2>([&](int i) {
           acc[i][r] = _mm512_dpbf16_ps(acc[i][r], as_bf16(even[i]), as_bf16(x_even));
           acc[i][r] = _mm512_dpbf16_ps(acc[i][r], as_bf16(odd[i]), as_bf16(x_odd));
-        }
-      }
+        });
+      });
     }
-    for (int i = 0; i < 2; ++i) {
+    each<2>([&](int i) {
       Vec s = set(scale[i * scale_stride + k / g]);
-      for (int r = 0; r < ROWS; ++r) total[i][r] = fma(acc[i][r], s, total[i][r]);
-    }
+      each<ROWS>([&](int r) { total[i][r] = fma(acc[i][r], s, total[i][r]); });
+    });
   }
-  for (int i = 0; i < 2; ++i)
-    for (int r = 0; r < ROWS; ++r) store(totals + (i * stride + r) * kLanes, total[i][r]);
+  each<2, ROWS>([&](int i, int r) { store(totals + (i * stride + r) * kLanes, total[i][r]); });
 }
 
 // sum over groups of s * z * sum(x)

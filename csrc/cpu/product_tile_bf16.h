@@ -33,20 +33,19 @@ void prepare_tile_bf16(const PrepareTileBF16& op, int64_t begin, int64_t end, fl
 // Decodes 64 columns from `column` on: levels of one pair of columns after another, of 16 rows in each of both bands.
 inline void decode_tile(const Weight& w, const RowTile& tile, int64_t column, __m512i table, uint16_t* levels) {
   __m512i v[16];
-  for (int i = 0; i < 16; ++i) {
+  each<16>([&](int i) {
     const uint8_t* from = tile.bytes(w, i) + column;
     v[i] = _mm512_loadu_si512(from);
     // sixteen streams are too many for the hardware prefetcher; prefetching past the end is harmless
     _mm_prefetch(reinterpret_cast<const char*>(from + Tile::kColumns), _MM_HINT_T0);
-  }
+  });
   transpose(v);
-  for (int i = 0; i < 16; ++i)
-    for (int odd = 0; odd < 2; ++odd)
-      for (int shift : tile.shift) {
-        __m512i index = _mm512_srl_epi16(v[i], _mm_cvtsi32_si128(shift + 8 * odd));
-        _mm512_storeu_si512(levels, _mm512_permutexvar_epi16(index, table));
-        levels += 32;
-      }
+  each<16>([&](int i) {
+    each<2, 2>([&](int odd, int band) {
+      __m512i index = _mm512_srl_epi16(v[i], _mm_cvtsi32_si128(tile.shift[band] + 8 * odd));
+      _mm512_storeu_si512(levels + ((i * 2 + odd) * 2 + band) * 32, _mm512_permutexvar_epi16(index, table));
+    });
+  });
 }
 
 // to[group][band][row] from values [N, groups].
@@ -57,10 +56,10 @@ inline void transpose_groups(const Source& values, const RowTile& tile, int64_t 
       for (int band = 0; band < 2; ++band) {
         int64_t n = smaller(kLanes, groups - group);
         __m512i v[16];
-        for (int i = 0; i < 16; ++i) {
+        each<16>([&](int i) {
           auto from = p + tile.row_of_w(band, i) * groups + group;
           v[i] = _mm512_castps_si512(n == kLanes ? load(from) : load_first(from, n));
-        }
+        });
         transpose(v);
         for (int64_t i = 0; i < n; ++i) _mm512_storeu_si512(to + ((group + i) * 2 + band) * kLanes, v[i]);
       }
@@ -72,21 +71,19 @@ template <int ROWS>
 void tile_dots(const uint16_t* levels, const uint16_t* x, const float* sums, const float* scale, const float* zero,
                float* totals) {
   Vec acc[ROWS][2];
-  for (int r = 0; r < ROWS; ++r)
-    for (int band = 0; band < 2; ++band) acc[r][band] = mul(load(zero + band * kLanes), set(-sums[r]));
+  each<ROWS, 2>([&](int r, int band) { acc[r][band] = mul(load(zero + band * kLanes), set(-sums[r])); });
   for (int64_t pair = 0; pair < Tile::kColumns / 2; ++pair) {
     __m512bh w[2] = {as_bf16(_mm512_loadu_si512(levels + pair * 64)),
                      as_bf16(_mm512_loadu_si512(levels + pair * 64 + 32))};
-    for (int r = 0; r < ROWS; ++r) {
+    each<ROWS>([&](int r) {
       __m512bh columns = broadcast_pair(x + r * Tile::kColumns + 2 * pair);
-      for (int band = 0; band < 2; ++band) acc[r][band] = _mm512_dpbf16_ps(acc[r][band], w[band], columns);
-    }
+      each<2>([&](int band) { acc[r][band] = _mm512_dpbf16_ps(acc[r][band], w[band], columns); });
+    });
   }
-  for (int r = 0; r < ROWS; ++r)
-    for (int band = 0; band < 2; ++band) {
-      float* total = totals + (r * 2 + band) * kLanes;
-      store(total, fma(acc[r][band], load(scale + band * kLanes), load(total)));
-    }
+  each<ROWS, 2>([&](int r, int band) {
+    float* total = totals + (r * 2 + band) * kLanes;
+    store(total, fma(acc[r][band], load(scale + band * kLanes), load(total)));
+  });
 }
 
 using TileDots = void (*)(const uint16_t*, const uint16_t*, const float*, const float*, const float*, float*);

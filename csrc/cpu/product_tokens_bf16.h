@@ -19,11 +19,11 @@ inline void add_dots(const uint16_t* w, int64_t row_stride, int64_t pair_stride,
                      int64_t pairs, Vec (&acc)[ROWS][VECTORS]) {
   for (int64_t i = 0; i < pairs; ++i) {
     __m512bh columns[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) columns[v] = as_bf16(_mm512_loadu_si512(x + (v * x_stride + i) * 32));
-    for (int r = 0; r < ROWS; ++r) {
+    each<VECTORS>([&](int v) { columns[v] = as_bf16(_mm512_loadu_si512(x + (v * x_stride + i) * 32)); });
+    each<ROWS>([&](int r) {
       __m512bh weights = broadcast_pair(w + (r * row_stride + i * pair_stride) * 2);
-      for (int v = 0; v < VECTORS; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], columns[v], weights);
-    }
+      each<VECTORS>([&](int v) { acc[r][v] = _mm512_dpbf16_ps(acc[r][v], columns[v], weights); });
+    });
   }
 }
 
@@ -33,17 +33,17 @@ inline void rotate_pairs(const uint16_t* x, const uint16_t* d, int64_t b, uint16
   const __m512i high_half = _mm512_set1_epi32(static_cast<int>(0xffff0000));
   for (int64_t j = 0; j < b; j += kColumns) {
     Vec acc[kColumns][1];
-    for (int c = 0; c < kColumns; c += 2) {
-      __m512i own = _mm512_loadu_si512(x + (j + c) * kLanes);
-      acc[c][0] = _mm512_castsi512_ps(_mm512_slli_epi32(own, 16));
-      acc[c + 1][0] = _mm512_castsi512_ps(_mm512_and_si512(own, high_half));
-    }
+    each<kColumns / 2>([&](int c) {
+      __m512i own = _mm512_loadu_si512(x + (j + 2 * c) * kLanes);
+      acc[2 * c][0] = _mm512_castsi512_ps(_mm512_slli_epi32(own, 16));
+      acc[2 * c + 1][0] = _mm512_castsi512_ps(_mm512_and_si512(own, high_half));
+    });
     add_dots<kColumns, 1>(d + 2 * j, 1, b, x, 0, b / 2, acc);
-    for (int c = 0; c < kColumns; c += 2) {
-      __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(acc[c][0])));
-      __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(acc[c + 1][0])));
-      _mm512_storeu_si512(y + (j + c) * kLanes, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-    }
+    each<kColumns / 2>([&](int c) {
+      __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(acc[2 * c][0])));
+      __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(acc[2 * c + 1][0])));
+      _mm512_storeu_si512(y + (j + 2 * c) * kLanes, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    });
   }
 }
 
@@ -61,10 +61,12 @@ void prepare_tokens_bf16(const PrepareTokensBF16& op, int64_t begin, int64_t end
       uint16_t* to = b ? plain : out;
       for (int64_t j = 0; j < columns; j += 32) {
         __m512i v[16];
-        for (int64_t i = 0, m = vector * kLanes; i < kLanes; ++i, ++m)
+        each<16>([&](int i) {
+          int64_t m = vector * kLanes + i;
           v[i] = m < op.M ? _mm512_loadu_si512(op.x + m * op.K + first + j) : _mm512_setzero_si512();
+        });
         transpose(v);
-        for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(to + j * kLanes + i * 32, v[i]);
+        each<16>([&](int i) { _mm512_storeu_si512(to + j * kLanes + i * 32, v[i]); });
       }
       for (int64_t j = 0; b && j < columns; j += b) rotate_pairs(plain + j * kLanes, d + j * b, b, out + j * kLanes);
     }
@@ -104,11 +106,9 @@ inline void decode_rows(const Weight& w, const RowTile& tile, int64_t column, in
 template <int ROWS, int VECTORS>
 void token_dots(const uint16_t* w, const uint16_t* x, int64_t pairs, float* totals) {
   Vec acc[ROWS][VECTORS];
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECTORS; ++v) acc[r][v] = load(totals + (v * kTwoBands + r) * kLanes);
+  each<ROWS, VECTORS>([&](int r, int v) { acc[r][v] = load(totals + (v * kTwoBands + r) * kLanes); });
   add_dots<ROWS, VECTORS>(w, pairs, 1, x, pairs, pairs, acc);
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECTORS; ++v) store(totals + (v * kTwoBands + r) * kLanes, acc[r][v]);
+  each<ROWS, VECTORS>([&](int r, int v) { store(totals + (v * kTwoBands + r) * kLanes, acc[r][v]); });
 }
 
 // 24 accumulators, three vectors of x and one of W, of 32 registers.
@@ -143,7 +143,7 @@ void product_tokens_bf16(const ProductTokensBF16& op, int64_t begin, int64_t end
       for (int64_t v = 0; v < vectors; ++v) {
         __m512i outputs[16];
         const float* from = totals + (v * kTwoBands + band * kBandRows) * kLanes;
-        for (int i = 0; i < 16; ++i) outputs[i] = _mm512_loadu_si512(from + i * kLanes);
+        each<16>([&](int i) { outputs[i] = _mm512_loadu_si512(from + i * kLanes); });
         transpose(outputs);
         int64_t m = (first_vector + v) * kLanes;
         for (int64_t i = 0; i < smaller(op.M - m, kLanes); ++i)

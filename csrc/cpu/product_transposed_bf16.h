@@ -68,18 +68,16 @@ template <int ROWS>
 void pair_dots(const uint16_t* weights, const uint16_t* dy, int64_t count, float* totals) {
   constexpr int kVectors = Transposed::kColumns / kLanes;
   Vec acc[ROWS][kVectors];
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = load(totals + r * Transposed::kColumns + v * kLanes);
+  each<ROWS, kVectors>([&](int r, int v) { acc[r][v] = load(totals + r * Transposed::kColumns + v * kLanes); });
   for (int64_t i = 0; i < count; ++i) {
     __m512bh w[kVectors];
-    for (int v = 0; v < kVectors; ++v) w[v] = as_bf16(_mm512_loadu_si512(weights + (i * kVectors + v) * 32));
-    for (int r = 0; r < ROWS; ++r) {
+    each<kVectors>([&](int v) { w[v] = as_bf16(_mm512_loadu_si512(weights + (i * kVectors + v) * 32)); });
+    each<ROWS>([&](int r) {
       __m512bh pair = broadcast_pair(dy + (r * count + i) * 2);
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], w[v], pair);
-    }
+      each<kVectors>([&](int v) { acc[r][v] = _mm512_dpbf16_ps(acc[r][v], w[v], pair); });
+    });
   }
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < kVectors; ++v) store(totals + r * Transposed::kColumns + v * kLanes, acc[r][v]);
+  each<ROWS, kVectors>([&](int r, int v) { store(totals + r * Transposed::kColumns + v * kLanes, acc[r][v]); });
 }
 
 using PairDots = void (*)(const uint16_t*, const uint16_t*, int64_t, float*);

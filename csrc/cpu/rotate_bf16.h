@@ -38,18 +38,16 @@ template <int ROWS, int VECS, class T>
 inline void rotate_columns(const uint16_t* const* x, const T* const* own, const uint16_t* pairs, int64_t b, int64_t j,
                            uint16_t* const* y) {
   Vec acc[ROWS][VECS];
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECS; ++v) acc[r][v] = load(own[r] + j + v * kLanes);
+  each<ROWS, VECS>([&](int r, int v) { acc[r][v] = load(own[r] + j + v * kLanes); });
   for (int64_t p = 0; p < b / 2; ++p) {
     __m512bh right[VECS];
-    for (int v = 0; v < VECS; ++v) right[v] = as_bf16(_mm512_loadu_si512(pairs + (p * b + j + v * kLanes) * 2));
-    for (int r = 0; r < ROWS; ++r) {
+    each<VECS>([&](int v) { right[v] = as_bf16(_mm512_loadu_si512(pairs + (p * b + j + v * kLanes) * 2)); });
+    each<ROWS>([&](int r) {
       __m512bh left = broadcast_pair(x[r] + 2 * p);
-      for (int v = 0; v < VECS; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], right[v], left);
-    }
+      each<VECS>([&](int v) { acc[r][v] = _mm512_dpbf16_ps(acc[r][v], right[v], left); });
+    });
   }
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECS; ++v) store(reinterpret_cast<BF16*>(y[r] + j + v * kLanes), acc[r][v]);
+  each<ROWS, VECS>([&](int r, int v) { store(reinterpret_cast<BF16*>(y[r] + j + v * kLanes), acc[r][v]); });
 }
 
 // Columns that are computed together.
@@ -181,18 +179,16 @@ template <int ROWS, int VECS>
 inline void gradient_tile(const uint16_t* left, const uint16_t* right, int64_t columns, int64_t pairs, int64_t stride,
                           float* sum) {
   Vec acc[ROWS][VECS];
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECS; ++v) acc[r][v] = load(sum + r * stride + v * kLanes);
+  each<ROWS, VECS>([&](int r, int v) { acc[r][v] = load(sum + r * stride + v * kLanes); });
   for (int64_t p = 0; p < pairs; ++p, left += 2 * columns, right += 2 * columns) {
     __m512bh b[VECS];
-    for (int v = 0; v < VECS; ++v) b[v] = as_bf16(_mm512_loadu_si512(right + v * 2 * kLanes));
-    for (int r = 0; r < ROWS; ++r) {
+    each<VECS>([&](int v) { b[v] = as_bf16(_mm512_loadu_si512(right + v * 2 * kLanes)); });
+    each<ROWS>([&](int r) {
       __m512bh a = broadcast_pair(left + 2 * r);
-      for (int v = 0; v < VECS; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], b[v], a);
-    }
+      each<VECS>([&](int v) { acc[r][v] = _mm512_dpbf16_ps(acc[r][v], b[v], a); });
+    });
   }
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECS; ++v) store(sum + r * stride + v * kLanes, acc[r][v]);
+  each<ROWS, VECS>([&](int r, int v) { store(sum + r * stride + v * kLanes, acc[r][v]); });
 }
 
 inline void add_gradient(const uint16_t* left, const uint16_t* right, int64_t columns, int64_t pairs, int64_t b,
