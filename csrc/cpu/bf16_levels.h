@@ -97,10 +97,13 @@ struct RowTile {
 };
 
 // y = total + bias for the rows of one band, sixteen totals per row of x.
-inline void store_band(Vec total, Vec bias, void* y, int64_t rows) {
-  alignas(64) uint16_t outputs[kLanes];
-  store(reinterpret_cast<BF16*>(outputs), _mm512_add_ps(total, bias));
-  __builtin_memcpy(y, outputs, rows * sizeof *outputs);
+inline void store_band(Vec total, Vec bias, uint16_t* y, int64_t rows) {
+  auto outputs = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_add_ps(total, bias)));
+  if (rows == kLanes) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), outputs);
+  } else {
+    _mm256_mask_storeu_epi16(y, static_cast<__mmask16>((1 << rows) - 1), outputs);
+  }
 }
 
 }  // namespace

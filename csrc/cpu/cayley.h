@@ -32,6 +32,30 @@ inline double bound(const Cayley& map, const float* q) {
   return norm <= *map.max_norm * (1 + 0x1p-23) ? 1 : *map.max_norm / norm;
 }
 
+// block = block - block^T, in tiles of four rows and columns; rows hold padded(b).
+inline void subtract_transpose(int64_t b, float* block) {
+  using Four = float __attribute__((vector_size(16), aligned(4)));
+  int64_t stride = padded(b);
+  auto row = [&](int64_t i, int64_t j) { return reinterpret_cast<Four*>(block + i * stride + j); };
+  auto transposed = [](const Four (&v)[4], Four (&out)[4]) {
+    Four low01 = __builtin_shufflevector(v[0], v[1], 0, 4, 1, 5), high01 = __builtin_shufflevector(v[0], v[1], 2, 6, 3, 7);
+    Four low23 = __builtin_shufflevector(v[2], v[3], 0, 4, 1, 5), high23 = __builtin_shufflevector(v[2], v[3], 2, 6, 3, 7);
+    out[0] = __builtin_shufflevector(low01, low23, 0, 1, 4, 5), out[1] = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
+    out[2] = __builtin_shufflevector(high01, high23, 0, 1, 4, 5);
+    out[3] = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
+  };
+  for (int64_t i = 0; i < b; i += 4)
+    for (int64_t j = i; j < b; j += 4) {
+      Four upper[4], lower[4], result[4];
+      each<4>([&](int r) { lower[r] = *row(j + r, i); });
+      transposed(lower, upper);
+      each<4>([&](int r) { upper[r] = *row(i + r, j) - upper[r]; });
+      transposed(upper, result);
+      each<4>([&](int r) { *row(j + r, i) = -result[r]; });
+      each<4>([&](int r) { *row(i + r, j) = upper[r]; });
+    }
+}
+
 inline void fill_skew(const Cayley& map, int64_t block, float* q) {
   int64_t b = map.b, stride = padded(b), next = block * map.parameters();
   fill(q, map.block(), 0);
@@ -43,8 +67,7 @@ inline void fill_skew(const Cayley& map, int64_t block, float* q) {
   if (factor != 1)
     for (int64_t i = 0; i < b; ++i)
       for (int64_t j = i + 1; j < b; ++j) q[i * stride + j] = static_cast<float>(q[i * stride + j] * factor);
-  for (int64_t i = 0; i < b; ++i)
-    for (int64_t j = i + 1; j < b; ++j) q[j * stride + i] = -q[i * stride + j];
+  subtract_transpose(b, q);
 }
 
 // d = -2 (I + Q)^-1 Q by Gauss-Jordan elimination of `a` = I + Q. The symmetric part of a is I, so all pivots
@@ -74,12 +97,18 @@ inline void exact_map(int64_t b, const float* q, float* a, float* d) {
 // D = c1 Q + c2 P + P (c3 Q + c4 P).
 inline bool in_pairs(const Cayley& map) { return !map.exact && map.terms == 4; }
 
-// p = Q^2 and s = c3 Q + c4 P.
-inline void halves(const Cayley& map, const float* q, float* p, float* s) {
+// to = x_factor * x + y_factor * y
+inline void combine(float x_factor, const float* x, float y_factor, const float* y, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i += kLanes)
+    store(to + i, fma(set(x_factor), load(x + i), mul(set(y_factor), load(y + i))));
+}
+
+inline void series_in_pairs(const Cayley& map, const float* q, float* p, float* s, float* d) {
+  const float* c = map.coefficients;
   block_product(map.b, q, q, nullptr, p);
-  fill(s, map.block(), 0);
-  add_scaled(s, q, map.coefficients[2], map.block());
-  add_scaled(s, p, map.coefficients[3], map.block());
+  combine(c[2], q, c[3], p, map.block(), s);
+  combine(c[0], q, c[1], p, map.block(), d);
+  block_product(map.b, p, s, d, d);
 }
 
 void cayley(const CayleyForward& op, int64_t begin, int64_t end, float* scratch) {
@@ -97,10 +126,7 @@ void cayley(const CayleyForward& op, int64_t begin, int64_t end, float* scratch)
       if (map.exact) {
         exact_map(b, q, power, d);
       } else if (in_pairs(map)) {
-        halves(map, q, power, next);
-        block_product(b, power, next, nullptr, d);
-        add_scaled(d, q, map.coefficients[0], size);
-        add_scaled(d, power, map.coefficients[1], size);
+        series_in_pairs(map, q, power, next, d);
       } else {
         fill(d, size, 0);
         for (int64_t i = 0; i < size; ++i) power[i] = q[i];
@@ -169,17 +195,13 @@ inline void pairs_gradient(const Cayley& map, float* q, const float* g, float* p
                            float* dq) {
   int64_t b = map.b, size = map.block();
   const float* c = map.coefficients;
-  halves(map, q, p, s);
-  block_product(b, p, g, nullptr, ds);
-  add_scaled(s, q, -2 * c[2], size);  // S^T
-  fill(dp, size, 0);
-  add_scaled(dp, g, c[1], size);
-  add_scaled(dp, ds, c[3], size);
-  block_product(b, g, s, dp, dp);
-  fill(dq, size, 0);
-  add_scaled(dq, g, c[0], size);
-  add_scaled(dq, ds, c[2], size);
+  block_product(b, q, q, nullptr, p);
   for (int64_t i = 0; i < size; ++i) q[i] = -q[i];
+  combine(c[2], q, c[3], p, size, s);  // S^T
+  block_product(b, p, g, nullptr, ds);
+  combine(c[1], g, c[3], ds, size, dp);
+  combine(c[0], g, c[2], ds, size, dq);
+  block_product(b, g, s, dp, dp);
   block_product(b, dp, q, dq, dq);
   block_product(b, q, dp, dq, dq);
 }
@@ -208,10 +230,9 @@ void cayley_backward(const CayleyBackward& op, int64_t begin, int64_t end, float
         series_gradient(map, q, g, powers, first, second, dq);
       }
     }
+    subtract_transpose(b, dq);
     for (int64_t i = 0; i < b; ++i) {
-      float* row = dq + i * stride;
-      for (int64_t j = i + 1; j < b; ++j) row[j] -= dq[j * stride + i];
-      narrow(row + i + 1, dv, b - 1 - i);
+      narrow(dq + i * stride + i + 1, dv, b - 1 - i);
       dv = dv.from(b - 1 - i);
     }
   }
