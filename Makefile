@@ -148,8 +148,9 @@ gpu-tune: $(SITE)/.built ## time tiles and write kernels/configs/<device>.json (
 	$(if $(OUT),cp kernels/configs/*.json build/tune.jsonl "$(OUT)")
 
 # With glibc's defaults the memory of every large temporary tensor is returned and its pages are mapped again at the next
-# call, which can take as long as the arithmetic. These keep it, for all contenders.
-ALLOCATOR := MALLOC_TOP_PAD_=268435456 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
+# call, which can take as long as the arithmetic. These keep it, in large pages, for all contenders.
+ALLOCATOR := MALLOC_TOP_PAD_=268435456 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 \
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 bench-cpu: $(STAMP) ## run the benchmark suites on the CPU, into bench/results/cpu (options: BENCH="--suite layer")
 	$(ALLOCATOR) $(BIN)/python -m bench.run --device cpu $(BENCH)

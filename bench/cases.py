@@ -17,10 +17,10 @@ from hqq_oft.ops import reference
 from hqq_oft.ops import table as ops
 from hqq_oft.quant.hqq_layer import requantize
 from hqq_oft.tuner.fold import rotate_weight
+from tests.stub_gpu import stub_gpu
 
 from . import contenders, model
 from .contenders import DENSE, HQQ, LORA, OURS, PEFT, Contender
-from .host import stub_gpu
 from .problem import TOLERANCE, Problem, Setting, buffer_sets, hqq_layer, relative_error, skew_parameters
 from .timing import Call, Limits, kept_mib
 
@@ -35,25 +35,6 @@ class Shape(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.n}x{self.k}"
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """A Llama: `hidden`, `intermediate`, `heads`, `key_value_heads` as in `LlamaConfig`, and its number of layers."""
-
-    hidden: int
-    intermediate: int
-    heads: int
-    key_value_heads: int
-    layers: int
-    vocabulary: int = 1024
-
-    @property
-    def linears(self) -> list[Shape]:
-        """The seven linear layers of one decoder layer."""
-        narrow = self.hidden // self.heads * self.key_value_heads
-        square, up = Shape(self.hidden, self.hidden), Shape(self.intermediate, self.hidden)
-        return [square, square, *[Shape(narrow, self.hidden)] * 2, up, up, Shape(self.hidden, self.intermediate)]
 
 
 @dataclass

@@ -43,11 +43,6 @@ def sources() -> str:
     return digest.hexdigest()[:12]
 
 
-def device_names() -> list[str]:
-    """The GPUs that torch can use."""
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-
-
 def describe(device: str) -> dict[str, str]:
     """Device, versions and commit."""
     kind, cpuinfo = torch.device(device).type, Path("/proc/cpuinfo")
@@ -57,7 +52,11 @@ def describe(device: str) -> dict[str, str]:
     facts = {"device": torch.cuda.get_device_name(device) if kind == "cuda" else name, "kind": kind}
     facts |= {"threads": str(torch.get_num_threads()), "python": platform.python_version()}
     facts |= {"cuda": str(torch.version.cuda), "commit": commit(), "sources": sources()}
-    facts |= {"allocator": " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_"))}
+    facts |= {
+        "allocator": " ".join(
+            f"{k}={v}" for k, v in sorted(os.environ.items()) if "MALLOC" in k or k == "GLIBC_TUNABLES"
+        )
+    }
     return facts | {package: version(package) for package in PACKAGES}
 
 

@@ -12,7 +12,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ import hqq_oft
 from hqq_oft import HqqOFTLinear, QuantizedWeight
 from hqq_oft.ops import reference
 
-from . import contenders, model
-from .cases import MAIN, PRODUCT, Decoder, Job, called, kind
+from . import contenders
+from .cases import MAIN, PRODUCT, Job, called, kind
 from .contenders import DENSE, HQQ, LORA, OURS, PEFT, adapted
 from .environment import ROOT
 from .problem import DTYPES, Problem, hqq_layer, relative_error
@@ -37,13 +36,10 @@ DTYPE = DTYPES[MAIN.dtype]
 TOLERANCE_OF_LOGITS = 0.1  # after all layers in bfloat16
 
 
-def build(name: str, decoder: Decoder, device: torch.device, adapters: int = 1) -> nn.Module:
+def build(name: str, config: LlamaConfig, device: torch.device, adapters: int = 1) -> nn.Module:
     """A frozen Llama with random weights; its decoder layers quantized unless dense, and adapted."""
-    sizes = {"vocab_size": decoder.vocabulary, "hidden_size": decoder.hidden, "num_hidden_layers": decoder.layers}
-    sizes |= {"num_attention_heads": decoder.heads, "num_key_value_heads": decoder.key_value_heads}
-    sizes |= {"intermediate_size": decoder.intermediate, "max_position_embeddings": 1 << 16}
     with device:
-        llama = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="sdpa")).to(DTYPE).requires_grad_(False)
+        llama = LlamaForCausalLM(copy.deepcopy(config)).to(DTYPE).requires_grad_(False)
     if name == DENSE:
         return llama
     for module in list(llama.model.layers.modules()):
@@ -83,46 +79,36 @@ class TrainingStep:
             self.optimizer.step()
 
 
-def _tokens(decoder: Decoder, m: int, device: torch.device, sequences: int = 1) -> Tensor:
-    return torch.randint(0, decoder.vocabulary, (sequences, m), device=device)
+def _tokens(config: LlamaConfig, m: int, device: torch.device, sequences: int = 1) -> Tensor:
+    return torch.randint(0, config.vocab_size, (sequences, m), device=device)
 
 
-def _models(session: Any, names: tuple[str, ...], decoder: Decoder, adapters: int = 1) -> dict[str, nn.Module]:
-    key = ("models", decoder, names, adapters)
-    return session.keep(key, lambda: {name: build(name, decoder, session.device, adapters) for name in names})
+def _models(session: Any, names: tuple[str, ...], config: LlamaConfig, adapters: int = 1) -> dict[str, nn.Module]:
+    key = ("models", config.to_json_string(), names, adapters)
+    return session.keep(key, lambda: {name: build(name, config, session.device, adapters) for name in names})
 
 
-@kind("model", "training step, {decoder.layers} layers of {decoder.hidden}, sequence {m}{checkpointing}", PRODUCT)
-def training(session: Any, decoder: Decoder, m: int, checkpointing: str) -> Iterator[Job]:
+STACK = "{config.num_hidden_layers} layers of {config.hidden_size}"
+
+
+@kind("model", f"training step, {STACK}, sequence {{m}}{{checkpointing}}", PRODUCT)
+def training(session: Any, config: LlamaConfig, m: int, checkpointing: str) -> Iterator[Job]:
     """A step of training a stack of decoder layers."""
-    for name, llama in _models(session, (OURS, DENSE, LORA, PEFT), decoder).items():
-        step = TrainingStep(llama, _tokens(decoder, m, session.device), checkpointing=bool(checkpointing))
-        passes = tuple(_step_passes(name, decoder, m, bool(checkpointing), session.limits))
+    for name, llama in _models(session, (OURS, DENSE, LORA, PEFT), config).items():
+        step = TrainingStep(llama, _tokens(config, m, session.device), checkpointing=bool(checkpointing))
         columns = {"kept_mib": kept_mib(step.forward)} if session.device.type != "cuda" else {}
-        yield Job(name, "training step", step, passes, columns=columns)
+        yield Job(name, "training step", step, columns=columns)
 
 
-def _step_passes(name: str, decoder: Decoder, m: int, checkpointing: bool, limits: Any) -> Iterator[model.Cost]:
-    """The linear layers forward and backward, and attention; once more forward where it is recomputed."""
-    forwards = 2 if checkpointing else 1
-    # A product of two [S, S] halves per head: half of 4 S^2 H operations, and two and a half times that backward.
-    yield model.Cost(0, decoder.layers * 2 * m**2 * decoder.hidden * (forwards + 2.5))
-    for shape in decoder.linears * decoder.layers:
-        layer = replace(MAIN.layer(*shape), block=MAIN.block if name in (OURS, PEFT) else None)
-        yield from contenders.forward_passes(name, layer, m, limits, training=True) * forwards
-        yield from contenders.backward_passes(name, layer, m, limits)
-
-
-@kind("model", "decode, {decoder.layers} layers of {decoder.hidden}, {m} sequences, {adapters} adapters", PRODUCT)
-def decoding(session: Any, decoder: Decoder, m: int, adapters: int, decoded: int) -> Iterator[Job]:
+@kind("model", f"decode, {STACK}, {{m}} sequences, {{adapters}} adapters", PRODUCT)
+def decoding(session: Any, config: LlamaConfig, m: int, adapters: int, decoded: int) -> Iterator[Job]:
     """One token for each of `m` sequences, after `decoded` others; the cache is static, as a CUDA graph requires."""
     names = (OURS, DENSE, HQQ, PEFT) if adapters == 1 else (OURS,)
-    for name, llama in _models(session, names, decoder, adapters).items():
+    for name, llama in _models(session, names, config, adapters).items():
         all_names = ["default", *(f"adapter{number}" for number in range(1, adapters))]
         options = {} if adapters == 1 else {"adapter_names": [all_names[i % adapters] for i in range(m)]}
-        passes = tuple(_decode_passes(name, decoder, m, adapters, decoded))
-        call = _decoder(llama.eval(), _tokens(decoder, decoded, session.device, m), options)
-        yield Job(name, "decode", call, passes, graph=name != PEFT)
+        call = _decoder(llama.eval(), _tokens(config, decoded, session.device, m), options)
+        yield Job(name, "decode", call, graph=name != PEFT)
 
 
 def _decoder(llama: nn.Module, tokens: Tensor, options: dict[str, Any]) -> Callable[[int], object]:
@@ -145,30 +131,17 @@ def _decoder(llama: nn.Module, tokens: Tensor, options: dict[str, Any]) -> Calla
     return call
 
 
-def _decode_passes(name: str, decoder: Decoder, m: int, adapters: int, decoded: int) -> Iterator[model.Cost]:
-    """The packed weights, the rotations and the cache once; the norms' bytes are left out."""
-    width = 2 * decoder.hidden // decoder.heads * decoder.key_value_heads  # of a key and a value
-    yield model.Cost(decoder.layers * m * (decoded + 1) * width * DTYPE.itemsize, 0)
-    for shape in decoder.linears * decoder.layers:
-        layer = MAIN.layer(*shape)
-        if name == DENSE:
-            yield model.gemm(layer, m)
-        else:
-            (fused,) = model.linear(layer if name != HQQ else replace(layer, block=None), m, scratch=False)
-            yield fused + model.Cost((adapters - 1) * layer.rotation_bytes, 0)
-
-
 def _in_process(function: Callable[..., list[float]], *arguments: Any) -> list[float]:
     """What a function returns in a new Python process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
-def _steps(name: str, decoder: Decoder, m: int, device: torch.device, repeats: int, cache: str = "") -> list[float]:
+def _steps(name: str, config: LlamaConfig, m: int, device: torch.device, repeats: int, cache: str = "") -> list[float]:
     """Peak memory in use while training, in MiB, and the seconds of each step; kernels are compiled into `cache`."""
     if cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-    step, times = TrainingStep(build(name, decoder, device), _tokens(decoder, m, device)), []
+    step, times = TrainingStep(build(name, config, device), _tokens(config, m, device)), []
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     if device.type == "cuda":  # the vendor's libraries start here, not in the first step
         a = torch.randn(256, 256, device=device, dtype=DTYPE, requires_grad=True)
@@ -184,23 +157,23 @@ def _steps(name: str, decoder: Decoder, m: int, device: torch.device, repeats: i
     return [process_peak_mib() if RESET_PEAK.exists() else math.nan, *times]
 
 
-@kind("model", "first step, {decoder.layers} layers", PRODUCT)
-def first_step(session: Any, decoder: Decoder, m: int) -> Iterator[Job]:
+@kind("model", "first step, {config.num_hidden_layers} layers", PRODUCT)
+def first_step(session: Any, config: LlamaConfig, m: int) -> Iterator[Job]:
     """Time of the first step beyond the second's, in a process of its own with an empty kernel cache."""
     with tempfile.TemporaryDirectory() as folder:
-        _, first, second = _in_process(_steps, OURS, decoder, m, session.device, 2, folder)
+        _, first, second = _in_process(_steps, OURS, config, m, session.device, 2, folder)
     columns = {"status": "measured", "p50_us": 1e6 * (first - second), "repeats": 1, "mode": "fresh process"}
     yield Job(OURS, "first step beyond the second", columns=columns)
 
 
-@kind("model", "training process, {decoder.layers} layers of {decoder.hidden}, sequence {m}", PRODUCT)
-def training_process(session: Any, decoder: Decoder, m: int) -> Iterator[Job]:
+@kind("model", f"training process, {STACK}, sequence {{m}}", PRODUCT)
+def training_process(session: Any, config: LlamaConfig, m: int) -> Iterator[Job]:
     """Median step and peak memory of a process that does nothing but train; where no allocator counts."""
     if session.device.type == "cuda" or not RESET_PEAK.exists():
         return
     repeats, samples, peaks = max(2, round(40 * session.budget)), {OURS: [], PEFT: []}, {OURS: 0.0, PEFT: 0.0}
     for name in (OURS, PEFT) * 2:
-        peak, *seconds = _in_process(_steps, name, decoder, m, session.device, repeats)
+        peak, *seconds = _in_process(_steps, name, config, m, session.device, repeats)
         samples[name] += seconds[min(3, repeats // 2) :]
         peaks[name] = max(peaks[name], peak)
     for name, seconds in samples.items():

@@ -86,7 +86,9 @@ def _page(table: pd.DataFrame, measured: pd.DataFrame, environment: dict[str, An
         "and operations of `bench/model.py` take at these.",
     ]
     if environment.get("allocator"):
-        parts.append(f"All contenders ran with `{environment['allocator']}`, which keeps freed memory mapped.")
+        parts.append(
+            f"All contenders ran with `{environment['allocator']}`, which keeps freed memory mapped, in large pages."
+        )
     stale = measured[(measured[CODE] != [environment[key] for key in CODE]).any(axis=1)]
     if count := len(stale.drop_duplicates(["suite", "case"])):
         parts.append(f"**{count} cases were measured with other code, named by `commit` and `sources` of their rows.**")

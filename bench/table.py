@@ -8,8 +8,10 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from transformers import LlamaConfig
+
 from . import llama  # noqa: F401 (registers the kinds of whole models)
-from .cases import KINDS, MAIN, Case, Decoder, Shape
+from .cases import KINDS, MAIN, Case, Shape
 from .contenders import DENSE, HQQ, LORA, OURS, PEFT
 from .problem import Setting
 
@@ -25,7 +27,9 @@ SQUARE, UP, DOWN, NARROW = Shape(4096, 4096), Shape(14336, 4096), Shape(4096, 14
 UP_70B, DOWN_70B = Shape(28672, 8192), Shape(8192, 28672)
 SHAPES = (SQUARE, UP, UP_70B, DOWN, NARROW, DOWN_70B)
 POWERS = tuple(2**power for power in range(15))
-LLAMA_8B, SMALL_LLAMA = Decoder(4096, 14336, 32, 8, 4), Decoder(1024, 2816, 8, 8, 4)
+FOUR_LAYERS = {"num_hidden_layers": 4, "vocab_size": 1024, "max_position_embeddings": 1 << 16}
+LLAMA_8B = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_key_value_heads=8, **FOUR_LAYERS)
+SMALL_LLAMA = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_attention_heads=8, **FOUR_LAYERS)
 HOST = {1: "forward in evaluation", 16: "forward and backward in training"}
 CHECKPOINTED = (", gradient checkpointing", "")
 
@@ -45,10 +49,10 @@ TABLE: dict[str, tuple[Sweep, ...]] = {
         ("dequantize", 20, {"setting": (*BITS, *BLOCKS, *OTHERS), "shape": (SQUARE,)}),
         ("cayley", 21, {"setting": (*BLOCKS, *OTHERS[2:4]), "k": (4096,)}),
         ("merge", 0, {"shape": SHAPES, "setting": (MAIN,)}),
-        ("training", 0, {"m": (2048, 8192), "decoder": (LLAMA_8B,), "checkpointing": CHECKPOINTED}),
-        ("decoding", 5, {"decoder": (LLAMA_8B,), "m": (8,), "adapters": (1, 8), "decoded": (255,)}),
-        ("first_step", 6, {"decoder": (LLAMA_8B,), "m": (2048,)}),
-        ("training_process", 6, {"decoder": (LLAMA_8B,), "m": (2048,)}),
+        ("training", 0, {"m": (2048, 8192), "config": (LLAMA_8B,), "checkpointing": CHECKPOINTED}),
+        ("decoding", 5, {"config": (LLAMA_8B,), "m": (8,), "adapters": (1, 8), "decoded": (255,)}),
+        ("first_step", 6, {"config": (LLAMA_8B,), "m": (2048,)}),
+        ("training_process", 6, {"config": (LLAMA_8B,), "m": (2048,)}),
     ),
     "cpu": (
         ("layer", 0, {"shape": (SQUARE, UP), "m": (1, 16, 512), "setting": (MAIN,), "against": ALL}),
@@ -59,10 +63,10 @@ TABLE: dict[str, tuple[Sweep, ...]] = {
         ("cayley", 2, {"k": (4096,), "setting": (MAIN,)}),
         ("dequantize", 20, {"setting": CPU_SETTINGS, "shape": (SQUARE,)}),
         ("merge", 0, {"shape": (SQUARE, UP), "setting": (MAIN,)}),
-        ("training", 0, {"m": (256,), "decoder": (SMALL_LLAMA,), "checkpointing": CHECKPOINTED}),
-        ("decoding", 5, {"decoder": (SMALL_LLAMA,), "m": (4,), "adapters": (1, 4), "decoded": (32,)}),
-        ("first_step", 6, {"decoder": (SMALL_LLAMA,), "m": (256,)}),
-        ("training_process", 6, {"decoder": (SMALL_LLAMA,), "m": (256,)}),
+        ("training", 0, {"m": (256,), "config": (SMALL_LLAMA,), "checkpointing": CHECKPOINTED}),
+        ("decoding", 5, {"config": (SMALL_LLAMA,), "m": (4,), "adapters": (1, 4), "decoded": (32,)}),
+        ("first_step", 6, {"config": (SMALL_LLAMA,), "m": (256,)}),
+        ("training_process", 6, {"config": (SMALL_LLAMA,), "m": (256,)}),
         ("smollm2", 20, {"layers": (30,), "m": (32,), "what": ("decoding",)}),
         ("smollm2", 21, {"layers": (30,), "m": (512,), "what": ("training",)}),
         *(("host_stub", 0, {"m": (m,), "what": (what,)}) for m, what in HOST.items()),

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from transformers import LlamaConfig
 
 from bench import report, run, table
-from bench.cases import Decoder, Shape
+from bench.cases import Shape
 from bench.timing import Limits
 
 LIMITS = Limits(bandwidth=1e10, rate=1e11)
 SIZES = {4096: 512, 14336: 1024, 28672: 1536, 8192: 768, 1024: 256, 2816: 512, 4032: 576}
-REPLACED = {"decoder": Decoder(768, 768, 4, 2, 1, 64), "decoded": 4, "layers": 1}
+SMALL = {"hidden_size": 768, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2}
+REPLACED = {"config": LlamaConfig(**SMALL, num_hidden_layers=1, vocab_size=64), "decoded": 4, "layers": 1}
 
 
 def shrunk(name, value):

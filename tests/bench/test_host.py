@@ -49,7 +49,7 @@ def test_launches_reach_the_stub_and_compute_nothing():
         "-c",
         "import torch, hqq_oft\n"
         "from hqq_oft.ops import table as ops\n"
-        "from bench.host import stub_gpu\n"
+        "from tests.stub_gpu import stub_gpu\n"
         "from bench.problem import Problem, Setting\n"
         "problem = Problem(128, 128, Setting(), torch.device('cpu'))\n"
         "with stub_gpu() as library:\n"

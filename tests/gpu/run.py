@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 
 import torch
 
-from bench.environment import commit, device_names, version
+from bench.environment import commit, version
 
 from . import available
 
@@ -117,8 +117,9 @@ def main() -> int:
     if importlib.util.find_spec("hqq_oft.triton_kernels") is None:
         raise SystemExit("hqq_oft.triton_kernels is not found: first `pip install --no-deps --no-build-isolation -e .`")
     BUILD.mkdir(exist_ok=True)
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     summary = [
-        f"device: {', '.join(device_names()) or 'none that torch can use'}",
+        f"device: {', '.join(devices) or 'none that torch can use'}",
         f"torch {torch.__version__} (CUDA {torch.version.cuda}), triton {version('triton')}, hqq {version('hqq')}, "
         f"peft {version('peft')}, Python {platform.python_version()}",
         f"commit: {commit()}",

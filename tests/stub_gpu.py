@@ -1,4 +1,4 @@
-"""What a call costs the host, without a GPU: Triton's own launcher over a CUDA driver that does nothing.
+"""Triton's own launcher over a CUDA driver that does nothing: what a call costs the host, and that all of it runs.
 
 Kernels are compiled for sm_90 and never run: outputs are uninitialized, and what a call takes is Python, dispatch,
 allocation of CPU tensors, and Triton's launch.
@@ -17,10 +17,8 @@ from unittest import mock
 
 from hqq_oft.ops import backends
 
-from .environment import ROOT
-
 SOURCE = Path(__file__).with_name("libcuda_stub.c")
-LIBRARY = ROOT / "build" / "libcuda_stub" / "libcuda.so.1"
+LIBRARY = Path(__file__).parents[1] / "build" / "libcuda_stub" / "libcuda.so.1"
 # What the launchers ask of a tensor's device, which is a CPU here, and the answers of an H100.
 ANSWERS = {"check_device": lambda *_: None, "multiprocessors": lambda _: 132, "device_name": lambda _: "default"}
 

@@ -1,5 +1,5 @@
 // A CUDA driver that accepts every call and does nothing: what is left of a launch is the host's own work.
-// Built as libcuda.so.1 by bench/host.py; has what Triton's launcher and its utilities link against.
+// Built as libcuda.so.1 by tests/stub_gpu.py; has what Triton's launcher and its utilities link against.
 #include <stddef.h>
 #include <stdint.h>
 
