@@ -217,8 +217,8 @@ def cayley_many(session: Any, adapters: tuple[int, tuple[int, ...]]) -> Iterator
     batch = peft_rotation(Problem(b, b, MAIN, session.device))._cayley_batch
     cost = sum((model.cayley(MAIN.layer(k, k), 5) for k in features), model.Cost(0, 0))
     ways: dict[str, Callable[[], object]] = {
-        OURS: lambda: functional.cayley_many(vs, block_size=b, dtype=torch.bfloat16),
-        f"{OURS}, one by one": lambda: [functional.cayley(v, block_size=b, dtype=torch.bfloat16) for v in vs],
+        OURS: lambda: functional.cayley_many(vs, b, 5, dtype=torch.bfloat16),
+        f"{OURS}, one by one": lambda: [functional.cayley(v, b, 5, dtype=torch.bfloat16) for v in vs],
         "PEFT": lambda: [batch(v, b, True, 5) for v in vs],
     }
     for name, way in ways.items():
