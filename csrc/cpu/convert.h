@@ -21,7 +21,7 @@ inline void with_type(DType type, F&& f) {
   }
 }
 
-// The first n < kLanes elements; the other lanes are zero.
+// The first n < kLanes elements; the other lanes are zero. With AVX-512, masked instructions replace both functions.
 template <class T>
 inline Vec load_first(const T* p, int64_t n) {
   float lanes[kLanes] = {};
@@ -29,12 +29,20 @@ inline Vec load_first(const T* p, int64_t n) {
   return load(lanes);
 }
 
+// Stores the first n < kLanes lanes.
+template <class T>
+inline void store_first(T* p, Vec v, int64_t n) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int64_t i = 0; i < n; ++i) narrow(lanes[i], p + i);
+}
+
 inline void widen(Source from, float* to, int64_t n) {
   with_type(from.type, [&](auto type) {
     auto p = static_cast<const typename decltype(type)::type*>(from.data);
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) store(to + i, load(p + i));
-    for (; i < n; ++i) to[i] = float_of(p[i]);
+    if (i < n) store_first(to + i, load_first(p + i, n - i), n - i);
   });
 }
 
@@ -43,7 +51,7 @@ inline void narrow(const float* from, Sink to, int64_t n) {
     auto p = static_cast<typename decltype(type)::type*>(to.data);
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) store(p + i, load(from + i));
-    for (; i < n; ++i) narrow(from[i], p + i);
+    if (i < n) store_first(p + i, load_first(from + i, n - i), n - i);
   });
 }
 

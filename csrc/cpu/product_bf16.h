@@ -111,7 +111,7 @@ void product_bf16(const ProductBF16& op, int64_t begin, int64_t end, float* scra
       float *s = scale + i * group_stride, *sz = scaled_zero + i * group_stride;
       widen(w.scale.from(row * groups), s, groups);
       widen(w.zero.from(row * groups), sz, groups);
-      for (int64_t j = 0; j < groups; ++j) sz[j] *= s[j];
+      for (int64_t j = 0; j < groups; j += kLanes) store(sz + j, mul(load(sz + j), load(s + j)));
     }
     for (int64_t i = 0; i < kRowsOfW * M; ++i) store(totals + i * kLanes, set(0));
     for (int64_t k = 0; k < K; k += step)

@@ -45,6 +45,24 @@ inline void store(F16* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 
+inline __mmask16 first(int64_t n) { return static_cast<__mmask16>((1 << n) - 1); }
+inline Vec load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+inline Vec load_first(const BF16* p, int64_t n) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p)), 16));
+}
+inline Vec load_first(const F16* p, int64_t n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
+inline void store_first(float* p, Vec v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
+inline void store_first(BF16* p, Vec v, int64_t n) {
+  BF16 lanes[kLanes];
+  store(lanes, v);
+  _mm256_mask_storeu_epi16(p, first(n), load_32(lanes));
+}
+inline void store_first(F16* p, Vec v, int64_t n) {
+  F16 lanes[kLanes];
+  store(lanes, v);
+  _mm256_mask_storeu_epi16(p, first(n), load_32(lanes));
+}
+
 inline Vec levels_of(__m512i elements, int shift, int mask) {
   __m512i shifted = _mm512_srl_epi32(elements, _mm_cvtsi32_si128(shift));
   return _mm512_cvtepi32_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(mask)));
