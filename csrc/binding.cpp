@@ -323,7 +323,7 @@ Tensor multiply(const Tensor& x, const std::optional<Tensor>& d, const HeldWeigh
   bool bf16_levels = on_bf16_levels(x, w);
   std::optional<Tensor> compact_d;
   std::optional<Blocks> blocks;  // of a rotation that the product makes as it rearranges x
-  if (d && !index && bf16_levels && M >= ProductTokensBF16::kFrom) {
+  if (d && !index && bf16_levels && M >= kernels().tokens_from) {
     compact_d = compact(*d);
     Blocks all = blocks_of(*compact_d, K, false);
     if (PrepareTokensBF16::rotates(all)) blocks = all;
@@ -341,7 +341,7 @@ Tensor multiply(const Tensor& x, const std::optional<Tensor>& d, const HeldWeigh
     const uint16_t* rows = bf16_rows(rotated);
     if (M < ProductTileBF16::kFrom) {
       multiply_few(rows, M, w, bias_pointer, y);
-    } else if (M < ProductTokensBF16::kFrom) {
+    } else if (M < kernels().tokens_from) {
       multiply_some(rows, M, w, bias_pointer, bf16_results(y));
     } else {
       multiply_many(rows, M, blocks ? &*blocks : nullptr, w, bias_pointer, bf16_results(y));

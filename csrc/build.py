@@ -26,12 +26,14 @@ CUDA_ARCHITECTURES = ("80", "89", "90a", "100")
 
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+_AVX512_BF16 = [*_AVX512, "-mavx512bf16"]
 # Each translation unit of csrc/cpu/isa targets its own instruction set; one is selected at run time by CPU features.
 INSTRUCTION_SETS = {
     "portable": [],
     "avx2": _AVX2,
     "avx512": _AVX512,
-    "avx512_bf16": [*_AVX512, "-mavx512bf16"],
+    "avx512_bf16": _AVX512_BF16,
+    "amx_bf16": [*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
 }
 
 

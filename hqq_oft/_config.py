@@ -7,7 +7,7 @@ from typing import Literal, cast, get_args
 
 BackendName = Literal["auto", "triton", "native", "reference"]
 KeepPristine = Literal["device", "cpu", "none"]
-CPUInstructionSet = Literal["auto", "portable", "avx2", "avx512", "avx512_bf16"]
+CPUInstructionSet = Literal["auto", "portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
 
 _BACKENDS = get_args(BackendName)
 

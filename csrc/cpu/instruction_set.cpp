@@ -2,14 +2,27 @@
 
 #include <atomic>
 
+#if defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace hqq_oft::cpu {
 
 extern const Kernels portable_kernels;
 #if defined(__x86_64__)
-extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels;
+extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels, amx_bf16_kernels;
 #endif
 
 namespace {
+
+#if defined(__x86_64__)
+// Linux grants a process the tile registers' state on request.
+bool grants_tiles() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 std::vector<const Kernels*> detect() {
   std::vector<const Kernels*> found{&portable_kernels};
@@ -21,7 +34,10 @@ std::vector<const Kernels*> detect() {
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx2) found.push_back(&avx2_kernels);
   if (avx512) found.push_back(&avx512_kernels);
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16_kernels);
+  bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (bf16) found.push_back(&avx512_bf16_kernels);
+  if (bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && grants_tiles())
+    found.push_back(&amx_bf16_kernels);
 #endif
   return found;
 }

@@ -2,11 +2,14 @@
 //
 // Lanes are rows of x, which is transposed: one vector holds a pair of columns of sixteen rows. Scale and zero are part
 // of the lookup (vpermw): each group of a row has a table of its weights in bfloat16. A pair of weights is broadcast to
-// all lanes.
+// all lanes. AMX multiplies tiles in the same layout: sixteen rows of W by pairs of sixteen rows of x.
 #pragma once
 
 #include "bf16_levels.h"
 #include "rotate_bf16.h"
+#ifdef __AMX_BF16__
+#include "tiles_bf16.h"
+#endif
 
 namespace hqq_oft::cpu::HQQ_OFT_ISA {
 namespace {
@@ -102,6 +105,19 @@ inline void decode_rows(const Weight& w, const RowTile& tile, int64_t column, in
   });
 }
 
+#ifdef __AMX_BF16__
+// totals[vector][row] += w_row . x over the pairs of columns, for the tile's rows of W.
+inline void multiply_tokens(const uint16_t* w, const uint16_t* x, int64_t pairs, int64_t vectors, float* totals) {
+  Tiles rows{w, 2 * pairs, kBandRows * 2 * pairs, 2 * kTile};
+  for (int64_t v = 0; v < vectors; v += 2) {
+    Tiles columns{x + v * pairs * 32, 32, pairs * 32, 32 * kTile};
+    TileSums sums{totals + v * kTwoBands * kLanes, kLanes, kBandRows * kLanes, kTwoBands * kLanes};
+    (v + 1 < vectors ? tile_dots<2, 2> : tile_dots<2, 1>)(rows, columns, pairs, sums);
+  }
+}
+#else
+class TileRegisters {};
+
 // totals[vector][row] += w_row . x over the pairs of columns, for ROWS rows of W and VECTORS vectors of rows of x.
 template <int ROWS, int VECTORS>
 void token_dots(const uint16_t* w, const uint16_t* x, int64_t pairs, float* totals) {
@@ -117,39 +133,55 @@ using TokenDots = void (*)(const uint16_t*, const uint16_t*, int64_t, float*);
 constexpr TokenDots kTokenDots[kMostVectors + 1] = {nullptr, token_dots<kRowsAtATime, 1>, token_dots<kRowsAtATime, 2>,
                                                     token_dots<kRowsAtATime, 3>};
 
+inline void multiply_tokens(const uint16_t* w, const uint16_t* x, int64_t pairs, int64_t vectors, float* totals) {
+  share_out(vectors, kMostVectors, [&](int64_t v, int64_t count) {
+    for (int64_t r = 0; r < kTwoBands; r += kRowsAtATime)
+      kTokenDots[count](w + r * 2 * pairs, x + v * pairs * 32, pairs, totals + (v * kTwoBands + r) * kLanes);
+  });
+}
+#endif
+
+// y = totals + bias for the rows of one tile.
+inline void store_tile(const ProductTokensBF16& op, const RowTile& tile, int64_t first_vector, int64_t vectors,
+                       const float* totals) {
+  for (int band = 0; band < 2; ++band) {
+    float bias[kLanes] = {};
+    if (op.bias) widen(op.bias->from(tile.first[band]), bias, tile.rows);
+    for (int64_t v = 0; v < vectors; ++v) {
+      __m512i outputs[16];
+      const float* from = totals + (v * kTwoBands + band * kBandRows) * kLanes;
+      each<16>([&](int i) { outputs[i] = _mm512_loadu_si512(from + i * kLanes); });
+      transpose(outputs);
+      int64_t m = (first_vector + v) * kLanes;
+      for (int64_t i = 0; i < smaller(op.M - m, kLanes); ++i)
+        store_band(_mm512_castsi512_ps(outputs[i]), load(bias), op.y + (m + i) * op.w.N + tile.first[band], tile.rows);
+    }
+  }
+}
+
 void product_tokens_bf16(const ProductTokensBF16& op, int64_t begin, int64_t end, float* scratch) {
   const Weight& w = op.w;
   auto weights = reinterpret_cast<uint16_t*>(scratch);
   float* totals = scratch + kTwoBands * Tokens::kColumns / 2;
   Vec levels = level_vector(w.bits);
-  int64_t all_vectors = Tokens::vectors(op.M), tiles = w.row_tiles();
+  [[maybe_unused]] TileRegisters registers;
+  int64_t all_vectors = Tokens::vectors(op.M), groups = op.tile_groups(), together = op.tiles_of_a_task();
   for (int64_t task = begin; task < end; ++task) {
-    RowTile tile(w, task % w.band_pairs(), task / w.band_pairs() % tiles);
-    int64_t first_vector = task / w.band_pairs() / tiles * op.kVectors;
+    int64_t band_pair = task % w.band_pairs(), first_tile = task / w.band_pairs() % groups * together;
+    int64_t tiles = smaller(together, w.row_tiles() - first_tile);
+    int64_t first_vector = task / w.band_pairs() / groups * op.kVectors;
     int64_t vectors = smaller(op.kVectors, all_vectors - first_vector);
-    for (int64_t i = 0; i < vectors * kTwoBands * kLanes; i += kLanes) store(totals + i, set(0));
+    for (int64_t i = 0; i < tiles * op.totals(); i += kLanes) store(totals + i, set(0));
     for (int64_t column = 0; column < w.K; column += Tokens::kColumns) {
       int64_t columns = smaller(Tokens::kColumns, w.K - column);
-      decode_rows(w, tile, column, columns, levels, weights);
-      share_out(vectors, kMostVectors, [&](int64_t v, int64_t count) {
-        const uint16_t* x = op.x + (column * all_vectors + (first_vector + v) * columns) * kLanes;
-        for (int64_t r = 0; r < kTwoBands; r += kRowsAtATime)
-          kTokenDots[count](weights + r * columns, x, columns / 2, totals + (v * kTwoBands + r) * kLanes);
-      });
-    }
-    for (int band = 0; band < 2; ++band) {
-      float bias[kLanes] = {};
-      if (op.bias) widen(op.bias->from(tile.first[band]), bias, tile.rows);
-      for (int64_t v = 0; v < vectors; ++v) {
-        __m512i outputs[16];
-        const float* from = totals + (v * kTwoBands + band * kBandRows) * kLanes;
-        each<16>([&](int i) { outputs[i] = _mm512_loadu_si512(from + i * kLanes); });
-        transpose(outputs);
-        int64_t m = (first_vector + v) * kLanes;
-        for (int64_t i = 0; i < smaller(op.M - m, kLanes); ++i)
-          store_band(_mm512_castsi512_ps(outputs[i]), load(bias), op.y + (m + i) * w.N + tile.first[band], tile.rows);
+      const uint16_t* x = op.x + (column * all_vectors + first_vector * columns) * kLanes;
+      for (int64_t i = 0; i < tiles; ++i) {
+        decode_rows(w, RowTile(w, band_pair, first_tile + i), column, columns, levels, weights);
+        multiply_tokens(weights, x, columns / 2, vectors, totals + i * op.totals());
       }
     }
+    for (int64_t i = 0; i < tiles; ++i)
+      store_tile(op, RowTile(w, band_pair, first_tile + i), first_vector, vectors, totals + i * op.totals());
   }
 }
 

@@ -2,10 +2,14 @@
 //
 // Lanes are columns of W. Two bands share each packed byte, so that a byte gives one column of a pair of rows, the
 // operand of one dot product instruction; the same pair of dy is broadcast. Scale and zero belong to the rows that are
-// summed over: each pair and group has one table of its 2 x 16 weights in bfloat16, looked up by level (vpermw).
+// summed over: each pair and group has one table of its 2 x 16 weights in bfloat16, looked up by level (vpermw). AMX
+// multiplies tiles in the same layout: pairs of sixteen rows of dy by sixteen columns of W.
 #pragma once
 
 #include "bf16_levels.h"
+#ifdef __AMX_BF16__
+#include "tiles_bf16.h"
+#endif
 
 namespace hqq_oft::cpu::HQQ_OFT_ISA {
 namespace {
@@ -63,9 +67,9 @@ inline void decode_pairs(const Weight& w, int64_t first, int64_t count, int64_t 
   });
 }
 
-// totals[r][64 columns] += dy_r . W over the pairs, for ROWS rows of dy.
+// totals[r][64 columns] += dy_r . W over the pairs, for ROWS rows of dy, `dy_stride` apart.
 template <int ROWS>
-void pair_dots(const uint16_t* weights, const uint16_t* dy, int64_t count, float* totals) {
+void pair_dots(const uint16_t* weights, const uint16_t* dy, int64_t dy_stride, int64_t count, float* totals) {
   constexpr int kVectors = Transposed::kColumns / kLanes;
   Vec acc[ROWS][kVectors];
   each<ROWS, kVectors>([&](int r, int v) { acc[r][v] = load(totals + r * Transposed::kColumns + v * kLanes); });
@@ -73,41 +77,75 @@ void pair_dots(const uint16_t* weights, const uint16_t* dy, int64_t count, float
     __m512bh w[kVectors];
     each<kVectors>([&](int v) { w[v] = as_bf16(_mm512_loadu_si512(weights + (i * kVectors + v) * 32)); });
     each<ROWS>([&](int r) {
-      __m512bh pair = broadcast_pair(dy + (r * count + i) * 2);
+      __m512bh pair = broadcast_pair(dy + r * dy_stride + i * 2);
       each<kVectors>([&](int v) { acc[r][v] = _mm512_dpbf16_ps(acc[r][v], w[v], pair); });
     });
   }
   each<ROWS, kVectors>([&](int r, int v) { store(totals + r * Transposed::kColumns + v * kLanes, acc[r][v]); });
 }
 
-using PairDots = void (*)(const uint16_t*, const uint16_t*, int64_t, float*);
+using PairDots = void (*)(const uint16_t*, const uint16_t*, int64_t, int64_t, float*);
 // As many rows of dy as registers allow besides four vectors of W and one of dy.
 constexpr int64_t kMostPairRows = 6;
 constexpr PairDots kPairDots[kMostPairRows + 1] = {nullptr,      pair_dots<1>, pair_dots<2>, pair_dots<3>,
                                                    pair_dots<4>, pair_dots<5>, pair_dots<6>};
+
+inline void multiply_pairs(const uint16_t* weights, const uint16_t* dy, int64_t dy_stride, int64_t count, int64_t M,
+                           float* totals) {
+  share_out(M, kMostPairRows, [&](int64_t m, int64_t rows) {
+    kPairDots[rows](weights, dy + m * dy_stride, dy_stride, count, totals + m * Transposed::kColumns);
+  });
+}
+
+#ifdef __AMX_BF16__
+// The same, by tiles as far as there are whole ones.
+inline void multiply_chunk(const uint16_t* weights, const uint16_t* dy, int64_t count, int64_t M, float* totals) {
+  constexpr int64_t kColumns = Transposed::kColumns, kPairOfW = 2 * kColumns;
+  int64_t pairs = count / kTile * kTile, rows = M / kTile * kTile, stride = 2 * count;
+  for (int64_t m = 0; m < rows; m += 2 * kTile) {
+    Tiles left{dy + m * stride, stride, kTile * stride, 2 * kTile};
+    auto dots = m + kTile < rows ? tile_dots<2, 2> : tile_dots<1, 2>;
+    for (int64_t j = 0; j < kColumns; j += 2 * kTile) {
+      Tiles right{weights + 2 * j, kPairOfW, 2 * kTile, kTile * kPairOfW};
+      dots(left, right, pairs, {totals + m * kColumns + j, kColumns, kTile * kColumns, kTile});
+    }
+  }
+  if (pairs < count)
+    multiply_pairs(weights + pairs * kPairOfW, dy + 2 * pairs, stride, count - pairs, rows, totals);
+  if (rows < M) multiply_pairs(weights, dy + rows * stride, stride, count, M - rows, totals + rows * kColumns);
+}
+#else
+inline void multiply_chunk(const uint16_t* weights, const uint16_t* dy, int64_t count, int64_t M, float* totals) {
+  multiply_pairs(weights, dy, 2 * count, count, M, totals);
+}
+#endif
 
 void product_transposed_bf16(const ProductTransposedBF16& op, int64_t begin, int64_t end, float* scratch) {
   const Weight& w = op.w;
   auto weights = reinterpret_cast<uint16_t*>(scratch);
   float* totals = scratch + Transposed::kPairs * Transposed::kColumns;
   Vec levels = level_vector(w.bits);
-  int64_t pairs = w.N / 2;
+  [[maybe_unused]] TileRegisters registers;
+  int64_t pairs = w.N / 2, groups = op.tile_groups(), together = op.tiles_of_a_task();
   for (int64_t task = begin; task < end; ++task) {
-    int64_t column = task % op.columns() * Transposed::kColumns, first_m = task / op.columns() * op.tokens();
-    int64_t M = smaller(op.tokens(), op.M - first_m);
-    for (int64_t i = 0; i < M * Transposed::kColumns; i += kLanes) store(totals + i, set(0));
+    int64_t first_tile = task % groups * together, tiles = smaller(together, op.columns() - first_tile);
+    int64_t first_m = task / groups * op.tokens(), M = smaller(op.tokens(), op.M - first_m);
+    int64_t size = M * Transposed::kColumns;  // of a tile's totals
+    for (int64_t i = 0; i < tiles * size; i += kLanes) store(totals + i, set(0));
     for (int64_t first = 0; first < pairs; first += Transposed::kPairs) {
       int64_t count = smaller(Transposed::kPairs, pairs - first);
-      decode_pairs(w, first, count, column, levels, weights);
       const uint16_t* dy = op.dy + (first * op.M + first_m * count) * 2;
-      share_out(M, kMostPairRows, [&](int64_t m, int64_t rows) {
-        kPairDots[rows](weights, dy + m * count * 2, count, totals + m * Transposed::kColumns);
-      });
+      for (int64_t i = 0; i < tiles; ++i) {
+        decode_pairs(w, first, count, (first_tile + i) * Transposed::kColumns, levels, weights);
+        multiply_chunk(weights, dy, count, M, totals + i * size);
+      }
     }
-    for (int64_t m = 0; m < M; ++m) {
-      auto to = reinterpret_cast<BF16*>(op.g + (first_m + m) * w.K + column);
-      for (int64_t j = 0; j < Transposed::kColumns; j += kLanes) store(to + j, load(totals + m * Transposed::kColumns + j));
-    }
+    for (int64_t m = 0; m < M; ++m)
+      for (int64_t i = 0; i < tiles; ++i) {
+        const float* from = totals + i * size + m * Transposed::kColumns;
+        auto to = reinterpret_cast<BF16*>(op.g + (first_m + m) * w.K + (first_tile + i) * Transposed::kColumns);
+        for (int64_t j = 0; j < Transposed::kColumns; j += kLanes) store(to + j, load(from + j));
+      }
   }
 }
 

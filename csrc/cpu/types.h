@@ -251,6 +251,10 @@ struct PrepareTileBF16 {
   int64_t cost() const { return M * ProductTileBF16::kColumns; }
 };
 
+// Tiles of W in a task that multiplies them by `elements` of bfloat16: several if the L2 cache does not hold these, so
+// that they are read less often.
+constexpr int64_t tiles_for(int64_t elements) { return elements > (int64_t{1} << 19) ? 4 : 1; }
+
 // The same for many rows of x.
 struct ProductTokensBF16 {
   const uint16_t* x;  // [chunks of kColumns, vectors, pairs of columns, kRowsOfX, 2]
@@ -259,16 +263,18 @@ struct ProductTokensBF16 {
   uint16_t* y;  // bfloat16, as x
   int64_t M;
 
-  static constexpr int64_t kFrom = 64;      // rows of x from which it is faster than `ProductTileBF16`
   static constexpr int64_t kColumns = 256;  // decoded at a time, into the L1 cache
   static constexpr int64_t kRowsOfX = 16;   // in a vector
   static constexpr int64_t kVectors = 32;   // in a task, whose totals stay in the L2 cache
 
   static int64_t vectors(int64_t M) { return ceil_div(M, kRowsOfX); }
   int64_t vectors_of_a_task() const { return smaller(vectors(M), kVectors); }
-  int64_t tasks() const { return w.band_pairs() * w.row_tiles() * ceil_div(vectors(M), kVectors); }
-  int64_t scratch() const { return kTwoBands * (kColumns / 2 + kRowsOfX * vectors_of_a_task()); }
-  int64_t cost() const { return kTwoBands * w.K * vectors_of_a_task() * 4; }
+  int64_t tiles_of_a_task() const { return smaller(tiles_for(vectors_of_a_task() * kRowsOfX * w.K), w.row_tiles()); }
+  int64_t tile_groups() const { return ceil_div(w.row_tiles(), tiles_of_a_task()); }
+  int64_t totals() const { return kTwoBands * kRowsOfX * vectors_of_a_task(); }  // of a tile
+  int64_t tasks() const { return w.band_pairs() * tile_groups() * ceil_div(vectors(M), kVectors); }
+  int64_t scratch() const { return kTwoBands * kColumns / 2 + tiles_of_a_task() * totals(); }
+  int64_t cost() const { return tiles_of_a_task() * kTwoBands * w.K * vectors_of_a_task() * 4; }
 };
 
 // x, or x + x * blockdiag(D), in the layout of `ProductTokensBF16`.
@@ -310,9 +316,11 @@ struct ProductTransposedBF16 {
   int64_t columns() const { return w.K / kColumns; }
   // Rows of dy in a task: fewer if there are few columns, so that tasks can be shared out.
   int64_t tokens() const { return smaller(columns() < 16 ? kTokens / 2 : kTokens, M); }
-  int64_t tasks() const { return columns() * ceil_div(M, tokens()); }
-  int64_t scratch() const { return kColumns * (kPairs + tokens()); }
-  int64_t cost() const { return kColumns * w.N * (tokens() + 4) / 4; }
+  int64_t tiles_of_a_task() const { return smaller(tiles_for(tokens() * w.N), columns()); }
+  int64_t tile_groups() const { return ceil_div(columns(), tiles_of_a_task()); }
+  int64_t tasks() const { return tile_groups() * ceil_div(M, tokens()); }
+  int64_t scratch() const { return kColumns * (kPairs + tiles_of_a_task() * tokens()); }
+  int64_t cost() const { return tiles_of_a_task() * kColumns * w.N * (tokens() + 4) / 4; }
 };
 
 // dy in the layout of `ProductTransposedBF16`.
@@ -362,6 +370,7 @@ struct CayleyBackward {
 // Kernels of one instruction set. Each runs tasks begin ... end with `scratch()` floats of its own, 64-byte aligned.
 struct Kernels {
   const char* name;
+  int64_t tokens_from;  // rows of x from which `product_tokens_bf16` is faster than `product_tile_bf16`
   void (*rotate)(const Rotate&, int64_t begin, int64_t end, float* scratch);
   void (*rotate_gradient)(const RotateGradient&, int64_t begin, int64_t end, float* scratch);
   void (*dequantize)(const Dequantize&, int64_t begin, int64_t end, float* scratch);

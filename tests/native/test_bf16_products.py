@@ -21,6 +21,7 @@ BF16 = torch.bfloat16
 SHAPES = [(80, 192, 64), (8, 64, 64), (40, 1216, 64), (64, 512, 512), (528, 128, 64)]
 
 pytestmark = pytest.mark.usefixtures("instruction_set")
+PACKED = ("avx512_bf16", "amx_bf16")  # instruction sets that multiply packed bfloat16 weights at any number of rows
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -39,6 +40,14 @@ def test_more_rows_than_one_task_and_one_copy_take(m):
     args = operations(m, 80, 192, 32, "cpu", BF16)
     for name in ("linear", "linear_backward"):
         check(name, args[name], BF16, on="native")
+
+
+def test_tasks_of_several_tiles():
+    """Many columns of x, or of dy, are multiplied by several tiles of W at a time; the last task has fewer."""
+    for n, k in ((176, 1088), (1100, 320)):
+        args = operations(520, n, k, 32, "cpu", BF16)
+        for name in ("linear", "linear_backward"):
+            check(name, args[name], BF16, on="native")
 
 
 @pytest.mark.parametrize("m", [3, 9, 70])
@@ -88,8 +97,8 @@ def test_rows_longer_than_a_slice_of_the_few():
 
 @pytest.mark.parametrize("m", [3, 20, 70])
 def test_nan_affects_only_its_own_row(instruction_set, m):
-    # Some instruction sets decode W for oneDNN, which on AMX reads the next row of dy times zeros if 32 does not divide N.
-    N = 80 if instruction_set == "avx512_bf16" else 96
+    # Others decode W for oneDNN, which on AMX multiplies the next row of dy by zeros if 32 does not divide N.
+    N = 80 if instruction_set in PACKED else 96
     weight = quantized_weight(N, 192, "cpu", dtype=BF16)
     x, dy = torch.randn(m, 192).to(BF16), torch.randn(m, N).to(BF16)
     for value in (float("nan"), float("inf")):
@@ -124,19 +133,20 @@ def test_packed_products_do_not_materialize_the_dense_weight(instruction_set, mo
         for name in ("linear", "linear_backward"):
             decoded.clear()
             run(name, args[name], "native")
-            assert bool(decoded) == (instruction_set != "avx512_bf16")
+            assert bool(decoded) == (instruction_set not in PACKED)
 
 
 def test_few_and_more_rows_take_different_kernels(instruction_set):
     """Few rows apply the scale separately; more rows round level * scale to bfloat16 first, where 1 + 2^-9 is 1."""
-    if instruction_set != "avx512_bf16":
+    if instruction_set not in PACKED:
         pytest.skip("the weight is never rounded")
     weight = quantized_weight(64, 128, "cpu", dtype=torch.float32)
     scale = torch.ones_like(weight.scale)
     scale[::2] += 2**-9  # of the first of two groups in each row
     packed, zero = torch.full_like(weight.packed, 0x55), torch.zeros_like(weight.zero)
     weight = replace(weight, packed=packed, scale=scale, zero=zero)
-    for m, out in ((4, 2.5), (5, 2.5), (63, 2.5), (64, 0)):
+    rounded_from = 8 if instruction_set == "amx_bf16" else 64
+    for m, out in ((4, 2.5), (5, 2.5), (rounded_from - 1, 2.5), (rounded_from, 0)):
         x = torch.zeros(m, 128, dtype=BF16)
         x[:, 7], x[:, 70] = 256, -256
         assert torch.equal(ops.linear(*calls.linear(x, weight)), torch.full((m, 64), out, dtype=BF16))
@@ -146,7 +156,7 @@ def test_packed_kernels_run_on_supported_cpus(instruction_set):
     """On packed weights for any number of rows, or through decoded chunks."""
     x = torch.randn(3, 128, dtype=BF16)
     serves = torch.ops.hqq_oft_native.multiplies_packed
-    fast = instruction_set == "avx512_bf16"
+    fast = instruction_set in PACKED
     for n, bits, group, axis, dtype, able in (
         (64, 4, 64, 1, BF16, True), (2, 4, 64, 1, BF16, True), (64, 2, 64, 1, BF16, True), (64, 1, 128, 1, BF16, True),
         (64, 8, 64, 1, BF16, False), (64, 3, 64, 1, BF16, False), (64, 4, 64, 0, BF16, False),
