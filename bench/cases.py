@@ -13,6 +13,8 @@ from peft.tuners.oft.layer import OFTRotationModule
 from torch import Tensor, nn
 
 from hqq_oft import functional
+from hqq_oft.check.cases import skew_parameters
+from hqq_oft.check.measure import TOLERANCE, relative_error
 from hqq_oft.ops import reference
 from hqq_oft.ops import table as ops
 from hqq_oft.quant.hqq_layer import requantize
@@ -21,7 +23,7 @@ from tests.stub_gpu import stub_gpu
 
 from . import contenders, model
 from .contenders import DENSE, HQQ, LORA, OURS, PEFT, Contender
-from .problem import TOLERANCE, Problem, Setting, buffer_sets, hqq_layer, relative_error, skew_parameters
+from .problem import Problem, Setting, buffer_sets, hqq_layer
 from .timing import Call, Limits, kept_mib
 
 MAIN = Setting()

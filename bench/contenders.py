@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 import hqq_oft
 from hqq_oft import functional
+from hqq_oft.check.cases import DTYPES, skew_parameters
 from hqq_oft.ops.packing import unpack
 
 from . import model
 from .model import Cost
-from .problem import DTYPES, Problem, Setting, hqq_layer, skew_parameters
+from .problem import Problem, Setting, hqq_layer
 from .timing import Limits
 
 OURS, DENSE, HQQ, PEFT = "hqq_oft", "dense", "HQQ", "PEFT OFT"

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import re
 import subprocess
 from pathlib import Path
 
 import torch
 
-from hqq_oft.env import version
 from hqq_oft.ops.device_tables import table_name
+from hqq_oft.ops.verified import device_name, version
 
 ROOT = Path(__file__).parents[1]
 SOURCES = (".py", ".toml", ".json", ".c", ".cc", ".cpp", ".cu", ".h", ".hpp", ".cuh")
@@ -45,11 +44,12 @@ def sources() -> str:
 
 def describe(device: str) -> dict[str, str]:
     """Device, versions and commit."""
-    kind, cpuinfo = torch.device(device).type, Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    kind = torch.device(device).type
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    name = f"{model[1] if model else platform.machine()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
-    facts = {"device": torch.cuda.get_device_name(device) if kind == "cuda" else name, "kind": kind}
+    name = device_name(torch.device(device))
+    if kind == "cpu":
+        name += f", {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
+    facts = {"device": name, "kind": kind}
     facts |= {"threads": str(torch.get_num_threads()), "python": platform.python_version()}
     facts |= {"cuda": str(torch.version.cuda), "commit": commit(), "sources": sources()}
     facts |= {

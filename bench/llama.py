@@ -22,13 +22,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, St
 
 import hqq_oft
 from hqq_oft import HqqOFTLinear, QuantizedWeight
+from hqq_oft.check.cases import DTYPES
+from hqq_oft.check.measure import relative_error
 from hqq_oft.ops import reference
 
 from . import contenders
 from .cases import MAIN, PRODUCT, Job, called, kind
 from .contenders import DENSE, HQQ, LORA, OURS, PEFT, adapted
 from .environment import ROOT
-from .problem import DTYPES, Problem, hqq_layer, relative_error
+from .problem import Problem, hqq_layer
 from .timing import RESET_PEAK, kept_mib, process_peak_mib
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

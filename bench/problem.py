@@ -5,21 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from torch import Tensor, nn
 
 from hqq_oft import QuantizedWeight
+from hqq_oft.check.cases import DTYPES, quantized_weight, skew_parameters
 from hqq_oft.ops import reference
-from hqq_oft.ops.packing import LEVELS_PER_ELEMENT
 
 from . import model
-
-# What our results may lose, relative to float64.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -53,30 +48,6 @@ class Setting:
 def buffer_sets(layer: model.Layer, device: torch.device) -> int:
     """How many sets of buffers of a layer no GPU's cache holds."""
     return max(1, min(64, math.ceil((160 << 20) / layer.weight_bytes))) if device.type == "cuda" else 1
-
-
-def relative_error(out: Tensor, truth: Tensor) -> float:
-    """`|out - truth| / |truth|`, NaN where `out` has one."""
-    return float((out.double() - truth).norm() / truth.norm())
-
-
-def quantized_weight(
-    n: int, k: int, device: Any, *, bits: int = 4, group: int = 64, axis: int = 1, dtype: torch.dtype = torch.bfloat16
-) -> QuantizedWeight:
-    """Random packed levels, scale and zero; rows of about unit norm."""
-    groups, levels, fields = n * k // group, 2**bits, LEVELS_PER_ELEMENT[bits]
-    rows, columns = (groups, group) if axis == 1 else (group, groups)
-    largest, storage = (2**30, torch.int32) if bits == 3 else (256, torch.uint8)
-    packed = torch.randint(0, largest, (-(-rows // fields), columns), dtype=storage, device=device)
-    deviation = math.sqrt((levels**2 - 1) / 12)
-    scale = (0.5 + torch.rand(groups, device=device)) / (deviation * math.sqrt(k))
-    zero = (levels - 1) * (0.4 + 0.2 * torch.rand(groups, device=device))
-    return QuantizedWeight(packed, scale.to(dtype), zero.to(dtype), n, k, bits, group, axis)
-
-
-def skew_parameters(blocks: int, b: int, device: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Blocks of the same spectral norm, about 0.4, for any b."""
-    return (torch.randn(blocks, b * (b - 1) // 2, device=device) * (0.2 / math.sqrt(b))).to(dtype)
 
 
 def hqq_layer(weight: QuantizedWeight, dtype: torch.dtype) -> HQQLinear:

@@ -29,11 +29,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hqq_oft
+from hqq_oft.check.measure import TOLERANCE, relative_error
 from hqq_oft.ops import table as ops
 
 from . import timing
 from .environment import ROOT
-from .problem import TOLERANCE, Problem, Setting, buffer_sets, relative_error
+from .problem import Problem, Setting, buffer_sets
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 MARGIN = 0.98  # of the shipped tile's time: what is not faster by this much is noise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Literal, cast, get_args
 
 BackendName = Literal["auto", "triton", "native", "reference"]
@@ -45,3 +46,9 @@ def scratch_bytes() -> int:
     if not value.isascii() or not value.isdigit() or int(value) == 0:
         raise ValueError(f"HQQ_OFT_SCRATCH_MIB={value!r} is not understood; set it to a positive integer, or unset it.")
     return int(value) * 2**20
+
+
+def cache_folder() -> Path:
+    """The package's folder for files that can be made again: in `XDG_CACHE_HOME`, by default `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "hqq_oft"

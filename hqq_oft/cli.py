@@ -1,4 +1,4 @@
-"""The `hqq-oft` command line: reads a model directory and writes a new one."""
+"""The `hqq-oft` command line: whole models from one directory to another, and what a bug report needs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ _COMPANIONS = (
 
 
 class CommandError(Exception):
-    """An error that the user can fix: the message goes to stderr, the exit status is 1."""
+    """An error that the user can fix: the message goes to stderr."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.traceback:
             raise
         print(f"hqq-oft: {error or type(error).__name__}", file=sys.stderr)
-        return 1
+        return error.status if isinstance(error, CommandError) else 1
     return 0
 
 
@@ -118,6 +122,24 @@ def _env(options: argparse.Namespace) -> None:
     from .env import report
 
     print(report())
+
+
+def _check(options: argparse.Namespace) -> None:
+    from . import check
+
+    try:
+        device = check.usable_device(options.device)
+    except ValueError as error:
+        raise CommandError(str(error), status=2) from error
+    report = check.run(device)
+    print(report.markdown())
+    try:
+        recorded = f"recorded in {report.save()}"
+    except OSError as error:
+        recorded = f"not recorded: {error}"
+    if report.faults:
+        raise CommandError(f"{len(report.faults)} fault(s), {recorded}")
+    print(f"hqq-oft: {recorded}", file=sys.stderr)
 
 
 def _directories(options: argparse.Namespace) -> tuple[Path, Path]:
@@ -226,6 +248,19 @@ def _parser() -> argparse.ArgumentParser:
         "print versions, devices, and which backend serves each operation",
         "examples:\n  hqq-oft env",
     )
+
+    check = _add(
+        commands,
+        "check",
+        _check,
+        "compare every operation on a device with float64, and time it",
+        """examples:
+  hqq-oft check
+  hqq-oft check --device cuda
+
+Prints a report in Markdown and records it in the user's cache folder. Exit status: 0 no faults, 1 faults.""",
+    )
+    check.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the first GPU, or the CPU without one)")
     return parser
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -15,21 +14,14 @@ from ._config import cpu_instruction_set, keep_pristine_from_environment
 from .ops import native as _native
 from .ops.backends import Unsupported, registry, selected_backend
 from .ops.table import OPERATIONS
+from .ops.verified import device_name, version
 from .ops.weight import QuantizedWeight
 
 _PACKAGES = ("torch", "peft", "hqq", "transformers", "accelerate", "triton", "numpy", "safetensors")
 
 
-def version(package: str) -> str:
-    """Version of a package, or `not installed`."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _devices() -> list[str]:
-    processor, threads = platform.processor() or platform.machine(), torch.get_num_threads()
+    processor, threads = device_name(torch.device("cpu")), torch.get_num_threads()
     instructions = torch.backends.cpu.get_cpu_capability()
     lines = [f"cpu: {processor}, {os.cpu_count()} cores, {threads} torch threads, {instructions}"]
     if not torch.cuda.is_available():
@@ -63,20 +55,25 @@ def _small_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
 
 
 def serving(operation: str, device: torch.device) -> tuple[str, dict[str, str]]:
-    """Which backend serves a small bfloat16 call under the current selection, and why the ones tried before it did not.
+    """`serving_call` of a small bfloat16 call on a device."""
+    return serving_call(operation, _small_calls(device)[operation])
+
+
+def serving_call(operation: str, args: tuple[Any, ...]) -> tuple[str, dict[str, str]]:
+    """Which backend serves a call under the current selection, and why the ones tried before it did not.
 
     Args:
-        operation: name of an operator.
-        device: device of the call.
+        operation: name of an operation.
+        args: its arguments.
 
     Returns:
         The backend's name, or `none` if no selected backend supports the call; and the reasons by backend name.
     """
-    selected, args = selected_backend(), _small_calls(device)[operation]
+    selected = selected_backend()
     reasons: dict[str, str] = {}
     for backend in registry().values() if selected == "auto" else (registry()[selected],):
         try:
-            backend.plan(operation, selected != "auto", args)(*args)
+            backend.plan(operation, selected != "auto", args)
             return backend.name, reasons
         except Unsupported as refusal:
             reasons[backend.name] = str(refusal)

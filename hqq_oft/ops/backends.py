@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 from .._config import BackendName, backend_from_environment
+from .verified import warn_if_unverified
 
 logger = logging.getLogger("hqq_oft")
 
@@ -160,10 +161,14 @@ def plan(operation: str, selected: str, args: tuple[Any, ...]) -> Callable[..., 
             ) from refusal
     for candidate in registry().values():
         try:
-            return candidate.plan(operation, False, args)
+            planned = candidate.plan(operation, False, args)
         except Unsupported as refusal:
             key = (candidate.name, operation, str(refusal))
             if key not in _logged:
                 _logged.add(key)
                 logger.info("%s is not supported by the %s backend: %s", operation, candidate.name, refusal)
+            continue
+        if candidate.name != "reference":
+            warn_if_unverified(args[0].device)
+        return planned
     raise AssertionError(f"the reference backend does not support {operation}")  # it supports every call

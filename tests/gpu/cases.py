@@ -10,8 +10,8 @@ from calls import widened
 from helpers import TOLERANCE, relative_error
 from torch import Tensor
 
-from bench.problem import quantized_weight, skew_parameters
 from hqq_oft import backend
+from hqq_oft.check.cases import quantized_weight, skew_parameters
 from hqq_oft.ops import reference
 from hqq_oft.ops import table as ops
 
