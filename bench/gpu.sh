@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every GPU measurement in order of value within SECONDS: tests, suites, tables. `make gpu` calls it.
+# Every GPU measurement in order of value within SECONDS: `hqq-oft check`, tests, suites, tables. `make gpu` calls it.
 #
 # Each part is a process with a share of the time left and writes as it goes, so that nothing is lost if this script is
 # killed; the same command resumes. Results are in bench/results/<device>, and with OUT in an archive there.
@@ -20,7 +20,7 @@ part() { # name, seconds, command: interrupted at the limit so that it writes wh
     timeout --signal=INT --kill-after=10 "$seconds" env --default-signal=INT "$@" > "$logs/$name.log" 2>&1 &
     wait $! || status=$?
     kill -KILL -- -$! 2> /dev/null # a worker left behind would disturb what is timed next
-    tail -n 15 "$logs/$name.log"
+    tail -n 40 "$logs/$name.log"
     echo "$name: $([ $status = 0 ] && echo ok || echo "failed with $status")"
     [ $status = 0 ] || failed=1
     if [ -n "${OUT:-}" ]; then # one file, as a machine that returns results may return only a few
@@ -31,6 +31,7 @@ part() { # name, seconds, command: interrupted at the limit so that it writes wh
 }
 
 if [ -z "${SKIP_TESTS:-}" ]; then
+    part check 120 "${python[@]}" -m hqq_oft.cli check --device cuda
     rm -f "$junit"
     part tests 150 "${python[@]}" -m pytest -q -n 8 -p no:cacheprovider --junitxml=$junit tests/gpu/test_operations.py
 fi

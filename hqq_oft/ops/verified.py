@@ -68,9 +68,10 @@ def record_path(device: torch.device, selected: str = "auto") -> Path:
 def _record(device: torch.device) -> dict[str, Any] | None:
     """The record of `auto` on a device; None if there is none that can be read."""
     try:
-        return dict(json.loads(record_path(device).read_text("utf-8")))
+        record = json.loads(record_path(device).read_text("utf-8"))
     except (OSError, ValueError):
         return None
+    return record if isinstance(record, dict) and "faults" in record else None
 
 
 def warn_if_unverified(device: torch.device) -> None:
@@ -79,7 +80,7 @@ def warn_if_unverified(device: torch.device) -> None:
         return
     _warned.add(device)
     record, name = _record(device), device_name(device)
-    if record is not None and record.get("faults"):
+    if record is not None and record["faults"]:
         warnings.warn(
             f"`hqq-oft check` found {len(record['faults'])} fault(s) in the kernels on this {name}: results may be "
             f"wrong. HQQ_OFT_BACKEND=reference avoids the kernels; {record_path(device)} lists the faults.",

@@ -31,6 +31,7 @@ def test_parts_run_within_their_time_and_results_are_archived(tmp_path):
     assert done.returncode == 1
     states = [line for line in done.stdout.splitlines() if ": ok" in line or ": failed" in line]
     assert states == [
+        "check: ok",
         "tests: ok",
         "layer: failed with 124",
         "ops: ok",
@@ -39,6 +40,7 @@ def test_parts_run_within_their_time_and_results_are_archived(tmp_path):
         "report: ok",
     ]
     assert all("--match x" in line for line in calls.read_text().splitlines() if "bench.run" in line)
+    assert "check --device cuda" in calls.read_text().splitlines()[0]
     status = Path(f"/proc/{child.read_text().strip()}/status")  # what a stopped part has started is stopped as well
     end = time.monotonic() + 10
     while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < end:
@@ -46,4 +48,4 @@ def test_parts_run_within_their_time_and_results_are_archived(tmp_path):
     assert time.monotonic() < end
     with tarfile.open(tmp_path / "out" / "gpu.tar.gz") as tar:
         names = {Path(name).name for name in tar.getnames()}
-    assert {"raw.jsonl", "layer.log", "report.log"} <= names
+    assert {"raw.jsonl", "check.log", "layer.log", "report.log"} <= names
