@@ -45,7 +45,7 @@ class Case:
     group: int = 64
     axis: int = 1
     n: int = 384
-    k: int = 512
+    k: int = 1024
 
     @property
     def label(self) -> str:
