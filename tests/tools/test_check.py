@@ -21,7 +21,7 @@ import torch
 import hqq_oft
 from hqq_oft import check, cli
 from hqq_oft.check.cases import Case, all_cases
-from hqq_oft.check.measure import Outcome, compile_kernels
+from hqq_oft.check.measure import Outcome, compile_kernels, worst
 from hqq_oft.ops import backends, reference, verified
 from hqq_oft.ops.table import OPERATIONS
 
@@ -122,6 +122,11 @@ def test_an_exception_is_a_fault_and_does_not_stop_the_rest(small, capsys):
     assert "- rotate bf16 b=32 M=2: IndexError: off by one\n" in capsys.readouterr().out
     outcomes = {outcome["case"]["operation"]: outcome for outcome in records()[0]["outcomes"]}
     assert [name for name, outcome in outcomes.items() if outcome["error"] is None] == ["rotate"]
+
+
+def test_nan_is_the_largest_error_whichever_result_has_it():
+    assert str(worst([0.1, float("nan")])) == str(worst([float("nan"), 0.1])) == "nan"
+    assert worst([0.1, 0.2]) == 0.2
 
 
 def test_times_that_cannot_be_taken_are_a_fault():
