@@ -1,4 +1,4 @@
-// The operator `linear` of `hqq_oft_native` for CUDA tensors: check, allocate, get the stream, launch.
+// The operator `decode` of `hqq_oft_native`, `linear` for CUDA tensors: check, allocate, launch.
 //
 // Uses only PyTorch's stable ABI. hqq_oft/ops/native/cuda.py rejects unsupported calls with messages for users; the checks
 // here prevent out-of-bounds access by invalid calls.
@@ -15,21 +15,11 @@
 
 #include "launch.h"
 
-// Weak, because this library must also load with a PyTorch without CUDA, which lacks this function.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
-
 namespace {
 
 using namespace hqq_oft::cuda;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-void* current_stream(int device) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this PyTorch has no CUDA");
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "no current CUDA stream");
-  return stream;
-}
 
 void check(int error) {
   STD_TORCH_CHECK(error == 0, "the CUDA decode kernel could not be launched: ", error_text(error));
@@ -59,9 +49,11 @@ void check_group(const char* name, const Tensor& t, const Tensor& x, int64_t num
                   " elements, from an address that 4 divides");
 }
 
-Tensor linear(const Tensor& x_in, const std::optional<Tensor>& d_in, const Tensor& packed, const Tensor& scale_in,
+// `stream_address` is a cudaStream_t of the device of x. Only libtorch_cuda knows the current one, and this library must
+// not need libtorch_cuda: it also loads with a PyTorch without CUDA.
+Tensor decode(const Tensor& x_in, const std::optional<Tensor>& d_in, const Tensor& packed, const Tensor& scale_in,
               const Tensor& zero_in, int64_t N, int64_t K, int64_t bits, int64_t group_size, int64_t axis,
-              const std::optional<Tensor>& bias_in, const std::optional<Tensor>& index_in) {
+              const std::optional<Tensor>& bias_in, const std::optional<Tensor>& index_in, int64_t stream_address) {
   const int64_t M = x_in.size(0);
   const bool half = x_in.scalar_type() == ScalarType::Half;
   STD_TORCH_CHECK(half || x_in.scalar_type() == ScalarType::BFloat16, "x must be float16 or bfloat16");
@@ -134,7 +126,7 @@ Tensor linear(const Tensor& x_in, const std::optional<Tensor>& d_in, const Tenso
   a.stamp = next_stamp();
   apply_plan(problem, plan, &a);
 
-  void* stream = current_stream(x.get_device_index());
+  void* stream = reinterpret_cast<void*>(stream_address);
   const Element element = half ? Element::HALF : Element::BFLOAT16;
   std::optional<Tensor> rotated;
   if (plan.chained) {
@@ -149,4 +141,10 @@ Tensor linear(const Tensor& x_in, const std::optional<Tensor>& d_in, const Tenso
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(hqq_oft_native, CUDA, m) { m.impl("linear", TORCH_BOX(&linear)); }
+STABLE_TORCH_LIBRARY_FRAGMENT(hqq_oft_native, m) {
+  m.def(
+      "decode(Tensor x, Tensor? d, Tensor packed, Tensor scale, Tensor zero, SymInt out_features, SymInt in_features, "
+      "int bits, SymInt group_size, int axis, Tensor? bias, Tensor? adapter_index, int stream) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hqq_oft_native, CUDA, m) { m.impl("decode", TORCH_BOX(&decode)); }

@@ -119,3 +119,12 @@ def test_old_devices_and_builds_without_cuda_are_refused(monkeypatch):
     monkeypatch.setattr(cuda, "has_kernels", lambda: False)
     with pytest.raises(Unsupported, match="has no CUDA kernels"):
         cuda.check_device(OnCuda(1), 4, by_name=True)
+
+
+def test_the_kernel_runs_on_the_callers_stream(monkeypatch):
+    passed = []
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 1234, raising=False)
+    monkeypatch.setattr(torch.ops.hqq_oft_native, "decode", lambda *args: passed.append(args), raising=False)
+    x, weight, d = call()
+    cuda.linear(x, weight, d, None, None)
+    assert [args[-1] for args in passed] == [1234]

@@ -44,7 +44,7 @@ def _device(index: int) -> tuple[str, tuple[int, int]]:
 @functools.lru_cache
 def has_kernels() -> bool:
     """Whether the library was built with its CUDA part."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("hqq_oft_native::linear", "CUDA")
+    return hasattr(torch.ops.hqq_oft_native, "decode")
 
 
 def check_device(x: Tensor, bits: int, by_name: bool) -> None:
@@ -109,4 +109,5 @@ def linear(
     """The decode kernel."""
     bias = None if bias is None else bias.to(x.dtype)
     index = adapter_index if d is not None else None
-    return torch.ops.hqq_oft_native.linear(x, d, *weight.arguments(), bias, index)
+    stream = torch._C._cuda_getCurrentRawStream(x.device.index)
+    return torch.ops.hqq_oft_native.decode(x, d, *weight.arguments(), bias, index, stream)
