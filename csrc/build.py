@@ -1,10 +1,10 @@
-"""Compiles csrc/ into one shared object: the CPU kernels, and the CUDA kernels if nvcc is available.
+"""Compiles csrc/ into one shared object: the CPU kernels, and the CUDA kernels if a working nvcc is available.
 
 The object uses PyTorch's stable ABI and not Python's, so one build supports every Python and every PyTorch >= 2.10.
 `setup.py` calls `build`; run `python csrc/build.py OUT [--sanitize]` to build manually.
 
-HQQ_OFT_BUILD selects the parts: `auto` (what the available compilers allow), `cpu`, `cuda` (both), `0` (none). CXX and
-CUDA_HOME select the compilers.
+HQQ_OFT_BUILD selects the parts: `auto` (what the available compilers allow), `cpu`, `cuda` (both), `0` (none). CXX
+selects the C++ compiler, also that of nvcc; CUDA_HOME, before PATH, selects nvcc.
 """
 
 from __future__ import annotations
@@ -13,16 +13,27 @@ import argparse
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
 CHOICES = ("auto", "0", "cpu", "cuda")
 OLDEST_TORCH = "0x020A000000000000"  # 2.10
-CUDA_ARCHITECTURES = ("80", "89", "90a", "100")
+OLDEST_NVCC = (12, 0)
+CUDA_ARCHITECTURES = ("80", "89", "90", "100", "120")
+# Later devices, and those between the architectures above, compile this PTX: the newest that the code makes use of.
+PTX_ARCHITECTURE = "90"
+COMPILER_LAUNCHERS = ("ccache", "distcc", "sccache")
+TRIAL = """#include <cuda_runtime.h>
+#include <optional>
+__global__ void kernel(int* out) { *out = 1; }
+void launch(std::optional<int*> out) { kernel<<<1, 1>>>(*out); }
+"""
 
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -50,18 +61,60 @@ def cxx() -> list[str] | None:
 
 
 def nvcc() -> str | None:
-    """The CUDA compiler's path."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+    """The CUDA compiler's path: that of CUDA_HOME, else of PATH, else of /usr/local/cuda."""
+    homes = [os.environ.get("CUDA_HOME"), None, "/usr/local/cuda"]
+    if not homes[0]:
+        homes = homes[1:]
+    found = (shutil.which("nvcc", path=None if home is None else os.path.join(home, "bin")) for home in homes)
+    return next((path for path in found if path), None)
+
+
+def nvcc_command() -> list[str]:
+    """nvcc with the options of every compilation and link; its C++ compiler is the one of CXX, if that is set."""
+    path = nvcc()
+    assert path is not None
+    host = next((word for word in shlex.split(os.environ.get("CXX", "")) if word not in COMPILER_LAUNCHERS), None)
+    return [path, *(["-ccbin", host] if host else []), "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+
+
+def _output(command: list[str]) -> str:
+    """What a command prints, the empty string if it cannot be run."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:
+        return ""
 
 
 def cuda_architectures() -> list[str]:
     """Those of `CUDA_ARCHITECTURES` that the installed nvcc supports; older versions support fewer."""
     path = nvcc()
+    known = _output([path, "--list-gpu-code"]).split() if path else []
+    return [each for each in CUDA_ARCHITECTURES if f"sm_{each}" in known]
+
+
+def cuda_missing() -> str | None:
+    """Why the CUDA kernels cannot be built here, and what to do; None if they can."""
+    path = nvcc()
     if path is None:
-        return []
-    known = subprocess.run([path, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-    return [each for each in CUDA_ARCHITECTURES if f"sm_{each}" in known or f"sm_{each.removesuffix('a')}" in known]
+        return "nvcc was not found: install the CUDA toolkit, or set CUDA_HOME"
+    release = re.search(r"release (\d+)\.(\d+)", _output([path, "--version"]))
+    if release is None:
+        return f"{path} --version does not print a CUDA release: repair that CUDA toolkit, or set CUDA_HOME to another"
+    oldest = ".".join(map(str, OLDEST_NVCC))
+    if tuple(map(int, release.groups())) < OLDEST_NVCC:
+        return f"{path} is of CUDA {release[1]}.{release[2]}: install CUDA {oldest} or later, or set CUDA_HOME to one"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "trial.cu")
+        source.write_text(TRIAL)
+        command = [*nvcc_command(), "-cudart=static", "-shared", str(source), "-o", f"{folder}/trial.so"]
+        trial = subprocess.run(command, capture_output=True, text=True)
+    if trial.returncode:
+        said = (trial.stderr or trial.stdout).strip().splitlines()
+        return (
+            f"{path} does not compile a trial ({said[0] if said else f'exit status {trial.returncode}'}): repair that "
+            "CUDA toolkit, set CUDA_HOME to another, or CXX to a C++ compiler that it supports"
+        )
+    return None
 
 
 def torch_folder() -> Path | None:
@@ -89,23 +142,16 @@ def parts() -> tuple[str, ...]:
         cpu_missing = "no C++ compiler was found: install g++ or clang++, or set CXX"
     elif torch_folder() is None:
         cpu_missing = "PyTorch is not installed: install it, then install hqq-oft with --no-build-isolation"
-    has_cuda_sources = any((CSRC / "cuda").glob("*.cu"))
-    cuda_missing = None
-    if not has_cuda_sources:
-        cuda_missing = "this version has no CUDA kernels"
-    elif nvcc() is None:
-        cuda_missing = "nvcc was not found: install the CUDA toolkit, or set CUDA_HOME"
-    elif not cuda_architectures():
-        cuda_missing = f"{nvcc()} supports none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}: install a newer CUDA toolkit"
-    if choice == "auto":
-        if cpu_missing:
-            print(f"hqq_oft: native kernels are not built: {cpu_missing}.", file=sys.stderr)
-            return ()
-        return ("cpu",) if cuda_missing else ("cpu", "cuda")
-    missing = cpu_missing or (cuda_missing if choice == "cuda" else None)
+    if choice == "auto" and cpu_missing:
+        print(f"hqq_oft: native kernels are not built: {cpu_missing}.", file=sys.stderr)
+        return ()
+    missing = cpu_missing or (cuda_missing() if choice != "cpu" else None)
+    if choice == "auto" and missing:
+        print(f"hqq_oft: native kernels are built for the CPU only: {missing}.", file=sys.stderr)
+        return ("cpu",)
     if missing:
         raise BuildError(f"HQQ_OFT_BUILD={choice}, but {missing}. Unset it to build what the compilers allow.")
-    return ("cpu", "cuda") if choice == "cuda" else ("cpu",)
+    return ("cpu",) if choice == "cpu" else ("cpu", "cuda")
 
 
 def compile_commands(parts: tuple[str, ...], objects: Path, sanitize: bool = False) -> dict[Path, list[str]]:
@@ -134,17 +180,12 @@ def compile_commands(parts: tuple[str, ...], objects: Path, sanitize: bool = Fal
     for source in sorted(CSRC.glob("*.cpp")):
         add(source, [*compiler, *flags, *binding])
     if "cuda" in parts:
-        path = nvcc()
-        assert path is not None
         for source in sorted((CSRC / "cuda").glob("*.cpp")):
             add(source, [*compiler, *flags, *binding])
-        architectures = cuda_architectures()
-        targets = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in architectures]
-        # Also PTX for later architectures; code for an "a" architecture runs on no other.
-        newest = next((each for each in reversed(architectures) if each.isdigit()), None)
-        targets += [f"-gencode=arch=compute_{newest},code=compute_{newest}"] if newest else []
+        targets = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in cuda_architectures()]
+        targets += [f"-gencode=arch=compute_{PTX_ARCHITECTURE},code=compute_{PTX_ARCHITECTURE}"]
         for source in sorted((CSRC / "cuda").glob("*.cu")):
-            add(source, [path, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{CSRC}", *targets])
+            add(source, [*nvcc_command(), f"-I{CSRC}", *targets])
     return commands
 
 
@@ -154,7 +195,7 @@ def link_command(parts: tuple[str, ...], objects: list[Path], out: Path, sanitiz
     assert torch is not None
     assert compiler is not None
     # nvcc links the CUDA runtime statically; PyTorch does not necessarily provide it.
-    driver = [nvcc() or "", "-cudart=static", "-Xcompiler", "-fPIC"] if "cuda" in parts else compiler
+    driver = [*nvcc_command(), "-cudart=static"] if "cuda" in parts else compiler
     command = [*driver, "-shared", *map(str, objects), "-o", str(out), f"-L{torch / 'lib'}", "-ltorch_cpu"]
     if sanitize:
         command += [*(["-Xcompiler"] if "cuda" in parts else []), "-fsanitize=address,undefined"]

@@ -112,8 +112,7 @@ Tensor decode(const Tensor& x_in, const std::optional<Tensor>& d_in, const Tenso
   }
 
   Device device{};
-  int capability_major = 0;
-  check(describe_device(x.get_device_index(), &device, &capability_major));
+  check(describe_device(x.get_device_index(), &device));
   const Plan plan = choose_plan(problem, device);
   const Tensor partial = torch::stable::new_empty(x, {partial_elements(problem, plan)}, ScalarType::Float);
   const Tensor tickets = torch::stable::new_empty(x, {ticket_count(plan)}, ScalarType::Long);
@@ -135,7 +134,7 @@ Tensor decode(const Tensor& x_in, const std::optional<Tensor>& d_in, const Tenso
     check(launch_rotate(element, a.rotation, out, stream));
     a.rotation = {out, K, nullptr, nullptr, problem.tokens, problem.in_features, 0, 1};
   }
-  check(launch_decode(element, problem, plan, a, device, capability_major, stream));
+  check(launch_decode(element, problem, plan, a, device, stream));
   return y;
 }
 

@@ -36,7 +36,7 @@ Kernel by_bits(int bits, const Plan& plan) {
 
 }  // namespace
 
-int describe_device(int index, Device* device, int* capability_major) {
+int describe_device(int index, Device* device) {
   const struct {
     cudaDeviceAttr attribute;
     int* value;
@@ -44,7 +44,6 @@ int describe_device(int index, Device* device, int* capability_major) {
       {cudaDevAttrMultiProcessorCount, &device->multiprocessors},
       {cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_per_block},
       {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &device->shared_per_multiprocessor},
-      {cudaDevAttrComputeCapabilityMajor, capability_major},
   };
   for (const auto& [attribute, value] : wanted) {
     if (const cudaError_t error = cudaDeviceGetAttribute(value, attribute, index); error != cudaSuccess) return error;
@@ -60,7 +59,7 @@ int launch_rotate(Element element, const RotationArguments& a, uint16_t* rotated
 }
 
 int launch_decode(Element element, const Problem& problem, const Plan& plan, const DecodeArguments& a,
-                  const Device& device, int capability_major, void* stream) {
+                  const Device& device, void* stream) {
   const Kernel kernel =
       element == Element::HALF ? by_bits<Half>(problem.bits, plan) : by_bits<BFloat16>(problem.bits, plan);
   const int shared = shared_layout(packing_facts(problem.bits), plan).total;
@@ -71,6 +70,17 @@ int launch_decode(Element element, const Problem& problem, const Plan& plan, con
       error != cudaSuccess) {
     return error;
   }
+  bool overlaps = false;
+  if (plan.chained) {
+    // The code that runs, not the device, must have the instructions that wait for the launch before this one: a newer
+    // device may run code that the driver compiled from PTX of an older architecture.
+    cudaFuncAttributes code{};
+    if (const cudaError_t error = cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(kernel));
+        error != cudaSuccess) {
+      return error;
+    }
+    overlaps = code.ptxVersion >= 90;
+  }
   cudaLaunchAttribute chain{};
   chain.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   chain.val.programmaticStreamSerializationAllowed = 1;
@@ -80,7 +90,7 @@ int launch_decode(Element element, const Problem& problem, const Plan& plan, con
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &chain;
-  config.numAttrs = plan.chained && capability_major >= 9 ? 1 : 0;
+  config.numAttrs = overlaps ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, a);
 }
 

@@ -52,7 +52,7 @@ def check_device(x: Tensor, bits: int, by_name: bool) -> None:
     if not x.is_cuda or torch.version.hip is not None:
         raise Unsupported(f"the native decode kernel runs on CUDA devices, and the tensor is on {x.device}")
     if not has_kernels():
-        raise Unsupported("this build of hqq_oft has no CUDA kernels: install it with `nvcc` available")
+        raise Unsupported("this build of hqq_oft has no CUDA kernels: install it with `nvcc` 12.0 or later")
     name, capability = _device(x.device.index)
     if capability < (8, 0):
         raise Unsupported("the native decode kernel requires compute capability 8.0 (Ampere) or later")
