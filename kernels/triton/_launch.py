@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import subprocess
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from hqq_oft.ops.backends import Unsupported
 from hqq_oft.ops.device_tables import table_name
+
+logger = logging.getLogger("hqq_oft")
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Assumed under the interpreter, which has no multiprocessors, so that it splits sums as a GPU would.
@@ -31,6 +35,9 @@ def check_device(tensor: Tensor, by_name: bool) -> None:
             raise Unsupported("the Triton kernels need compute capability 8.0 (Ampere) or later")
         if tensor.dtype == torch.float64:
             raise Unsupported("the Triton kernels compute in float32 on a GPU, but the input is float64")
+        failure = None if INTERPRETED else launcher_failure()
+        if failure is not None:
+            raise Unsupported(failure)
         return
     if kind != "cpu":
         raise Unsupported(f"the Triton kernels run on CUDA and ROCm devices, but the tensor is on {tensor.device}")
@@ -40,6 +47,21 @@ def check_device(tensor: Tensor, by_name: bool) -> None:
         )
     if not by_name:
         raise Unsupported("on the CPU Triton only interprets its kernels, for tests: select it explicitly")
+
+
+@functools.lru_cache
+def launcher_failure() -> str | None:
+    """Why Triton cannot launch anything in this process; None if it can.
+
+    Triton compiles the C code that talks to the driver at its first use, or finds it in its cache.
+    """
+    try:
+        _ = triton.runtime.driver.active.utils
+    except (RuntimeError, OSError, AssertionError, subprocess.SubprocessError) as error:
+        reason = f"Triton cannot build its launcher ({error}): install gcc and Python's headers, or set CC"
+        logger.warning("hqq_oft runs without its Triton kernels: %s", reason)
+        return reason
+    return None
 
 
 class Launch:
