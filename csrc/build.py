@@ -74,7 +74,8 @@ def nvcc_command() -> list[str]:
     path = nvcc()
     assert path is not None
     host = next((word for word in shlex.split(os.environ.get("CXX", "")) if word not in COMPILER_LAUNCHERS), None)
-    return [path, *(["-ccbin", host] if host else []), "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    options = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    return [path, *(["-ccbin", host] if host else []), *options]
 
 
 def _output(command: list[str]) -> str:
@@ -185,7 +186,7 @@ def compile_commands(parts: tuple[str, ...], objects: Path, sanitize: bool = Fal
         targets = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in cuda_architectures()]
         targets += [f"-gencode=arch=compute_{PTX_ARCHITECTURE},code=compute_{PTX_ARCHITECTURE}"]
         for source in sorted((CSRC / "cuda").glob("*.cu")):
-            add(source, [*nvcc_command(), f"-I{CSRC}", *targets])
+            add(source, [*nvcc_command(), "--threads=0", f"-I{CSRC}", *targets])  # architectures in parallel
     return commands
 
 
