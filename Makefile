@@ -9,7 +9,8 @@ DEMO ?=
 BENCH ?=
 GPU_ARGS ?=
 
-.PHONY: help venv native check format docs test test-asan test-matrix test-triton-3.6 coverage offline demo clean
+.PHONY: help venv native check format docs test test-asan test-matrix test-triton-3.6 test-cuda-wheel coverage offline
+.PHONY: demo clean
 .PHONY: bench-cpu bench-host bench-model gpu gpu-pack gpu-test gpu-tune
 
 help: ## list the commands
@@ -102,6 +103,31 @@ $(OLD_TRITON)/.installed: $(STAMP)
 	$(@D)/bin/python -m pip install --quiet triton==3.6.0 'numpy<2.3'
 	touch $@
 
+# The environment of a GPU user: a CUDA build of PyTorch, which brings Triton. The CUDA runtime and the driver are stubs.
+CUDA_VENV ?= .venv-cuda
+CUDA_TORCH := torch==2.14.1
+STUBS := $(CURDIR)/build/cuda_wheel
+
+test-cuda-wheel: $(CUDA_VENV)/.installed ## install with a CUDA build of torch, as GPU users do, and test it without a GPU
+	rm -rf build/lib*
+	$(CUDA_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
+	mkdir -p $(STUBS)
+	$${CC:-cc} -O2 -shared -fPIC -I$$(echo $(CUDA_VENV)/lib/python3*/site-packages/nvidia/cu*/include) \
+		-o $(STUBS)/libcudart_stub.so tests/cuda_wheel/libcudart_stub.c
+	$${CC:-cc} -O2 -shared -fPIC -Wl,-soname,libcuda.so.1 -o $(STUBS)/libcuda.so.1 tests/libcuda_stub.c
+	LD_PRELOAD=$(STUBS)/libcudart_stub.so LD_LIBRARY_PATH=$(STUBS) TRITON_LIBCUDA_PATH=$(STUBS) TRITON_INTERPRET=0 \
+		$(CUDA_VENV)/bin/pytest tests/cuda_wheel $(PYTEST_ARGS)
+
+$(CUDA_VENV)/.installed: constraints.txt pyproject.toml
+	@echo "setting up $(CUDA_VENV): two minutes, about 6 GB"
+	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	grep -v -E '^(torch|triton|setuptools)==' constraints.txt > $(CUDA_VENV)/constraints.txt
+	$(CUDA_VENV)/bin/python -m pip install --quiet $(CUDA_TORCH) 'cuda-toolkit[crt]' 'setuptools>=77' ninja pytest \
+		-c $(CUDA_VENV)/constraints.txt
+	HQQ_OFT_BUILD=0 $(CUDA_VENV)/bin/python -m pip install --quiet --no-build-isolation $(CUDA_TORCH) . \
+		-c $(CUDA_VENV)/constraints.txt
+	touch $@
+
 offline: $(STAMP) ## compile every kernel without a GPU and write bench/results/offline.md
 	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m tests.offline --out bench/results/offline.md
 
@@ -168,4 +194,4 @@ demo: $(STAMP) ## run the demo: train, quantize, fine-tune, save, load, merge, u
 	$(BIN)/python -m examples.demo $(DEMO)
 
 clean: ## remove everything that the other commands created
-	rm -rf $(VENV) .venv-matrix build *.egg-info .coverage .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-matrix .venv-cuda build *.egg-info .coverage .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -34,6 +34,7 @@ CUresult cuCtxPopCurrent_v2(void** context) { return *context = &object, 0; }
 CUresult cuCtxGetLimit(size_t* value, int limit) { return *value = 1 << 20, 0; }
 CUresult cuCtxSetLimit(int limit, size_t value) { return 0; }
 CUresult cuDevicePrimaryCtxRetain(void** context, int device) { return *context = &object, 0; }
+CUresult cuDevicePrimaryCtxGetState(int device, unsigned* flags, int* active) { return *flags = *active = 0, 0; }
 
 CUresult cuModuleLoadData(void** module, const void* image) { return *module = &object, 0; }
 CUresult cuModuleUnload(void* module) { return 0; }
