@@ -112,7 +112,7 @@ test-cuda-wheel: $(CUDA_VENV)/.installed ## install with a CUDA build of torch, 
 	rm -rf build/lib*
 	$(CUDA_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
 	mkdir -p $(STUBS)
-	$${CC:-cc} -O2 -shared -fPIC -I$$(echo $(CUDA_VENV)/lib/python3*/site-packages/nvidia/cu*/include) \
+	$${CC:-cc} -O2 -shared -fPIC -I$$(echo $(CUDA_VENV)/lib/python3*/site-packages/nvidia/cu[0-9]*/include) \
 		-o $(STUBS)/libcudart_stub.so tests/cuda_wheel/libcudart_stub.c
 	$${CC:-cc} -O2 -shared -fPIC -Wl,-soname,libcuda.so.1 -o $(STUBS)/libcuda.so.1 tests/libcuda_stub.c
 	LD_PRELOAD=$(STUBS)/libcudart_stub.so LD_LIBRARY_PATH=$(STUBS) TRITON_LIBCUDA_PATH=$(STUBS) TRITON_INTERPRET=0 \

@@ -28,7 +28,8 @@ from hqq_oft import backend
 from hqq_oft.ops import native, table
 assert native.cuda.has_kernels()
 launches = ctypes.CDLL(None).stub_runtime_launches
-for bits, m, b, adapters in ((8, 1, 32, 0), (4, 1, 32, 0), (4, 16, 128, 0), (4, 4, 32, 2), (3, 8, 16, 0), (2, 16, 0, 0), (1, 5, 64, 2)):
+for call in sys.argv[2:]:
+    bits, m, b, adapters = map(int, call.split(","))
     weight = calls.quantized_weight(1120, 1024, bits=bits, group_size=64, dtype=torch.bfloat16, optimize=False)
     weight = type(weight)(*(part.cuda() if isinstance(part, torch.Tensor) else part for part in weight.arguments()))
     many = (adapters,) if adapters else ()
@@ -38,8 +39,10 @@ for bits, m, b, adapters in ((8, 1, 32, 0), (4, 1, 32, 0), (4, 16, 128, 0), (4, 
     with backend("native"):
         before = launches()
         y = table.linear(x, weight, d, x.new_empty(1120), index)
-        print(bits, m, tuple(y.shape), y.dtype, y.device, launches() - before)
+        print(tuple(y.shape), y.dtype, y.device, launches() - before)
 """
+# bits, tokens, block size (0: no rotation), adapters (0: no index)
+CALLS = [(8, 1, 32, 0), (4, 1, 32, 0), (4, 16, 128, 0), (4, 4, 32, 2), (3, 8, 16, 0), (2, 16, 0, 0), (1, 5, 64, 2)]
 
 
 @pytest.mark.skipif(native.REASON != "" or not native.cuda.has_kernels(), reason="built without nvcc")
@@ -47,11 +50,11 @@ def test_every_packing_is_launched_on_cuda_tensors(tmp_path):
     library = tmp_path / "hqq_oft_native.so"
     objects = sorted(OBJECTS.rglob("*.o"))
     subprocess.run(native_build.load().link_command(("cpu",), objects, library), check=True)
-    command = [sys.executable, "-c", PROGRAM, str(library)]
+    command = [sys.executable, "-c", PROGRAM, str(library), *(",".join(map(str, call)) for call in CALLS)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests")
     assert done.returncode == 0, done.stderr
-    calls = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
-    assert [(int(bits), int(m)) for bits, m, _ in calls] == [(8, 1), (4, 1), (4, 16), (4, 4), (3, 8), (2, 16), (1, 5)]
-    for _, m, result in calls:
+    results = done.stdout.splitlines()
+    assert len(results) == len(CALLS)
+    for (_, m, _, _), result in zip(CALLS, results, strict=True):
         assert result.startswith(f"({m}, 1120) torch.bfloat16 cuda:0 ")
         assert int(result.split()[-1]) in (1, 2)  # the rotation may have a launch of its own
