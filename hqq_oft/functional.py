@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from .ops import checks
 from .ops import table as ops
-from .ops.autograd import Cayley, DequantizeRotate, Linear, OFTLinear, OFTRotate, Rotate
+from .ops.autograd import Cayley, DequantizeRotate, Linear, OFTLinear, OFTRotate, Rotate, apply, rotation_of
 from .ops.weight import QuantizedWeight
 
 
@@ -77,7 +77,7 @@ def cayley(
     if dtype is None:
         dtype = torch.promote_types(v.dtype, torch.float32)
     if _recorded(v):
-        return Cayley.apply(v, keep, block_size, terms, max_norm, dtype)
+        return apply(Cayley, v, keep, block_size, terms, max_norm, dtype)
     return ops.cayley(v, block_size, terms, keep, max_norm, dtype)
 
 
@@ -136,7 +136,7 @@ def rotate(x: Tensor, d: Tensor, *, transpose: bool = False, adapter_index: Tens
     _check_rotatable(x)
     flat = _flatten(x)
     if _recorded(x, d):
-        return Rotate.apply(flat, d, adapter_index, transpose).view(x.shape)
+        return apply(Rotate, flat, d, adapter_index, transpose).view(x.shape)
     return ops.rotate(flat, d, adapter_index, transpose).view(x.shape)
 
 
@@ -168,7 +168,7 @@ def dequantize_rotate(weight: QuantizedWeight, d: Tensor, dtype: torch.dtype | N
         TypeError: `d` is not floating point.
         ValueError: `d` does not match the weight's in-features, or is on another device.
     """
-    return DequantizeRotate.apply(weight, d, dtype or weight.scale.dtype)
+    return apply(DequantizeRotate, weight, d, dtype or weight.scale.dtype)
 
 
 def linear(
@@ -198,7 +198,7 @@ def linear(
     checks.features(x, weight.in_features)
     flat = _flatten(x)
     if _recorded(x, d, bias):
-        y = Linear.apply(flat, weight, d, bias, adapter_index)
+        y = apply(Linear, flat, weight, d, bias, adapter_index)
     else:
         y = ops.linear(flat, weight, d, bias, adapter_index)
     return y if flat is x else y.view(*x.shape[:-1], weight.out_features)
@@ -239,7 +239,10 @@ def oft_rotate(
     _check_rotatable(x)
     _check_oft(v, x.shape[-1], block_size, terms, keep, d)
     checks.same_device(x=x, v=v, keep=keep, d=d)
-    return OFTRotate.apply(_flatten(x), v, keep, d, block_size, terms, max_norm).reshape(x.shape)
+    flat, kept = _flatten(x), d is not None
+    if d is None:
+        d, _ = rotation_of(v, flat, block_size, terms, keep, max_norm)
+    return apply(OFTRotate, flat, v, keep, d, kept, block_size, terms, max_norm).reshape(x.shape)
 
 
 def oft_linear(
@@ -261,6 +264,8 @@ def oft_linear(
     checks.features(x, weight.in_features)
     _check_oft(v, weight.in_features, block_size, terms, keep, d)
     checks.same_device(x=x, v=v, weight=weight.packed, bias=bias, keep=keep, d=d)
-    flat = _flatten(x)
-    y = OFTLinear.apply(flat, weight, v, bias, keep, d, block_size, terms, max_norm)
+    flat, kept = _flatten(x), d is not None
+    if d is None:
+        d, kept = rotation_of(v, flat, block_size, terms, keep, max_norm)
+    y = apply(OFTLinear, flat, weight, v, bias, keep, d, kept, block_size, terms, max_norm)
     return y if flat is x else y.view(*x.shape[:-1], weight.out_features)

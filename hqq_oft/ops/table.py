@@ -119,8 +119,13 @@ def _key(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if kind is Tensor or kind is nn.Parameter:
             if value.is_meta:
                 return None
-            # Triton compiles for pointers that 16 divides, and for others
-            facts += (value.dtype, value.device, value.shape, value.stride(), value.data_ptr() % 16)
+            try:
+                # Triton compiles for pointers that 16 divides, and for others
+                facts += (value.dtype, value.device, value.shape, value.stride(), value.data_ptr() % 16)
+            except (
+                RuntimeError
+            ):  # a wrapper of a transform that has ended, as in the function that torch.func.vjp returns
+                return None
         elif kind is QuantizedWeight:
             if value.layout is None:
                 return None

@@ -43,7 +43,8 @@ class MergeableLayer(AdaptedLayer):
             return Snapshot.of(self.base_layer, self.get_base_layer(), self._merge, plain)
         snapshot, outer = self._snapshot, self._modules["base_layer"]
         if snapshot is None or not snapshot.is_current(outer, self._merge):
-            with self._lock:  # another thread may be publishing
+            # Another thread may be publishing; and inside a transform of torch.func, views would be its wrappers.
+            with self._lock, torch._C._DisableFuncTorch():
                 snapshot, outer = self._snapshot, self._modules["base_layer"]
                 if snapshot is None or not snapshot.is_current(outer, self._merge):
                     snapshot = self._snapshot = Snapshot.of(outer, self.get_base_layer(), self._merge)

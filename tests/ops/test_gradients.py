@@ -171,3 +171,42 @@ def test_second_derivatives_are_refused():
     (grad,) = torch.autograd.grad(functional.cayley(v, 4).square().sum(), v, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def _calls():
+    """Every differentiable function with all its differentiable arguments."""
+    weight, bias = quantized_weight(), torch.randn(24)
+    x, v, d, keep = (
+        torch.randn(5, 32),
+        skew_parameters(4, 8),
+        torch.randn(4, 8, 8) * 0.1,
+        torch.tensor([True] * 3 + [False]),
+    )
+    stacked, index = torch.randn(2, 4, 8, 8) * 0.1, torch.tensor([0, 1, -1, 1, 0])
+    return {
+        "cayley": (lambda v: functional.cayley(v, 8, 5, keep=keep), (v,)),
+        "rotate": (functional.rotate, (x, d)),
+        "rotate mixed": (lambda x, d: functional.rotate(x, d, adapter_index=index), (x, stacked)),
+        "oft_rotate": (lambda x, v: functional.oft_rotate(x, v, block_size=8), (x, v)),
+        "dequantize_rotate": (lambda d: functional.dequantize_rotate(weight, d), (d,)),
+        "linear": (lambda x, bias, d: functional.linear(x, weight, bias, d=d), (x, bias, d)),
+        "oft_linear": (
+            lambda x, bias, v: functional.oft_linear(x, weight, bias, v=v, block_size=8, terms=5),
+            (x, bias, v),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", _calls())
+def test_gradients_by_torch_func(name):
+    function, args = _calls()[name]
+
+    def loss(*args):
+        return function(*args).square().sum()
+
+    leaves = [arg.clone().requires_grad_() for arg in args]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    gradients = torch.func.grad(loss, tuple(range(len(args))))(*args)
+    _, pull_back = torch.func.vjp(loss, *args)
+    for got in (gradients, pull_back(torch.ones(()))):
+        assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
