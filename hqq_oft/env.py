@@ -45,6 +45,7 @@ def _small_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
     return {
         "cayley": (v, 16, 5, None, None, half),
         "cayley_backward": (d, v, 16, 5, None, None),
+        "project_": (v, 0.1),
         "rotate": (x, d, None, False),
         "rotate_backward": (x, x, d, None, False, True, True),
         "dequantize": (weight, half),

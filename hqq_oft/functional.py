@@ -124,6 +124,7 @@ def rotate(x: Tensor, d: Tensor, *, transpose: bool = False, adapter_index: Tens
         d: `[B, b, b]`, or `[1, b, b]` shared by all positions; with `adapter_index` `[A, B or 1, b, b]`.
         transpose: rotate by the transposed blocks.
         adapter_index: int64 `[M]` with M the product of the leading dimensions of `x`: the adapter of each row, -1 for
+            none. Any other value is a ValueError on the CPU; on a GPU, where checking would synchronize, the row gets
             none.
 
     Returns:
@@ -186,7 +187,7 @@ def linear(
         weight: the quantized weight, `[N, K]`.
         bias: `[N]` or None.
         d: `[B, b, b]` or `[1, b, b]`; with `adapter_index` `[A, B or 1, b, b]`; None for no rotation.
-        adapter_index: int64 `[M]`, the adapter of each row of the flattened `x`, -1 for none.
+        adapter_index: int64 `[M]`, the adapter of each row of the flattened `x`, -1 for none; as for `rotate`.
 
     Returns:
         `[..., N]` in the dtype of `x`.

@@ -119,4 +119,5 @@ def examples() -> list[tuple[str, tuple[Any, ...]]]:
         ("linear_backward", linear_backward(torch.randn(16, 5).T, x, weight, stacked, index)),
         ("linear_backward", linear_backward(grad, x, weight, d, need_x=False)),
         ("linear_backward", linear_backward(grad, x, weight, need_d=False)),
+        ("project_", (v.clone(), 0.1)),
     ]

@@ -172,6 +172,7 @@ def _cases(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], 
     grad = tensor(k // 32, 32, 32, dtype=f32)
     yield "b=32 coft dropout", _planned(cayley.plan_cayley, v, 32, 5, keep, 0.1, dtype)
     yield "b=32 coft dropout", _planned(cayley.plan_cayley_backward, grad, v, 32, 5, keep, 0.1)
+    yield "b=32 coft", _planned(cayley.plan_project_, v, 0.1)
     yield "b=32 8 terms", _planned(cayley.plan_cayley, v, 32, 8, None, None, dtype)
     yield "b=32 8 terms", _planned(cayley.plan_cayley_backward, grad, v, 32, 8, None, None)
 

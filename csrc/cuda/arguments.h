@@ -14,6 +14,7 @@ struct RotationArguments {
   int in_features;
   int block_size;
   int stored_blocks;  // in_features / block_size, or 1 if all blocks share it
+  int64_t adapters;   // that d has; any other index is one for none
 };
 
 struct DecodeArguments {

@@ -82,7 +82,7 @@ Tensor decode(const Tensor& x_in, const std::optional<Tensor>& d_in, const Tenso
   Problem problem{static_cast<int>(M), static_cast<int>(N), static_cast<int>(K), static_cast<int>(bits),
                   static_cast<int>(group_size), 0, 1};
   DecodeArguments a{};
-  a.rotation = {elements(x), x.stride(0), nullptr, nullptr, problem.tokens, problem.in_features, 0, 1};
+  a.rotation = {elements(x), x.stride(0), nullptr, nullptr, problem.tokens, problem.in_features, 0, 1, 0};
   std::optional<Tensor> d, index, bias;
   if (d_in.has_value()) {
     d = compact(*d_in);
@@ -100,6 +100,7 @@ Tensor decode(const Tensor& x_in, const std::optional<Tensor>& d_in, const Tenso
                           index->get_device_index() == x.get_device_index(),
                       "adapter_index must be int64 with an entry per row of x");
       a.rotation.adapter_index = static_cast<const int64_t*>(index->const_data_ptr());
+      a.rotation.adapters = d->size(0);
       problem.adapters = static_cast<int>(std::min(d->size(0), M));
     }
   }
@@ -132,7 +133,7 @@ Tensor decode(const Tensor& x_in, const std::optional<Tensor>& d_in, const Tenso
     rotated = torch::stable::new_empty(x, {M, K});
     auto* out = static_cast<uint16_t*>(rotated->mutable_data_ptr());
     check(launch_rotate(element, a.rotation, out, stream));
-    a.rotation = {out, K, nullptr, nullptr, problem.tokens, problem.in_features, 0, 1};
+    a.rotation = {out, K, nullptr, nullptr, problem.tokens, problem.in_features, 0, 1, 0};
   }
   check(launch_decode(element, problem, plan, a, device, stream));
   return y;

@@ -85,7 +85,7 @@ __device__ __forceinline__ void rotated_columns(const RotationArguments& a, int 
                               group + 8 < a.tokens ? a.adapter_index[group + 8] : -1};
       for (int token = 0; token < a.tokens; ++token) {
         const int64_t adapter = a.adapter_index[token];
-        bool seen = adapter < 0;
+        bool seen = adapter < 0 || adapter >= a.adapters;
         for (int before = 0; before < token; ++before) seen |= a.adapter_index[before] == adapter;
         if (seen) continue;
         const int64_t size = static_cast<int64_t>(a.stored_blocks) * a.block_size * a.block_size;

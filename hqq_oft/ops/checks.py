@@ -25,6 +25,13 @@ def cayley(
     same_device(v=v, keep=keep)
 
 
+def project_(v: Tensor, max_norm: float) -> None:
+    """Of `project_`."""
+    floating("v", v)
+    if v.dim() != 2 or not max_norm > 0:
+        raise ValueError(f"v must have two dimensions and max_norm be positive, got {tuple(v.shape)} and {max_norm}.")
+
+
 def rotate(x: Tensor, d: Tensor, adapter_index: Tensor | None, transpose: bool) -> None:
     """Of `rotate`."""
     rotation(x.shape[-1], d, adapter_index, x.shape[0])
@@ -92,6 +99,18 @@ def rotation(features: int, d: Tensor, adapter_index: Tensor | None, rows: int) 
         raise ValueError(
             f"adapter_index must be an int64 tensor of shape ({rows},), one entry per row of x; got "
             f"{adapter_index.dtype} {tuple(adapter_index.shape)}."
+        )
+
+
+def index(d: Tensor | None, adapter_index: Tensor | None) -> None:
+    """The index of adapters is within -1 ... A - 1; on a GPU, where a look at it would synchronize, it is not checked."""
+    if d is None or adapter_index is None or not adapter_index.is_cpu or adapter_index.numel() == 0:
+        return
+    least, most = torch.aminmax(adapter_index)
+    if least < -1 or most >= d.shape[0]:
+        raise ValueError(
+            f"adapter_index must be between -1, for no adapter, and {d.shape[0] - 1}, as d stacks {d.shape[0]} adapters; "
+            f"got {int(least)} to {int(most)}."
         )
 
 

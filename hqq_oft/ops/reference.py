@@ -42,6 +42,11 @@ def project(v: Tensor, max_norm: float) -> Tensor:
     return torch.where(inside, v, (wide * (max_norm / norm)).to(v.dtype))
 
 
+def project_(v: Tensor, max_norm: float) -> None:
+    """`project` in place, as constrained OFT does with its parameter `v` `[S, b(b-1)/2]` before a training forward."""
+    v.copy_(project(v, max_norm))
+
+
 def series_coefficients(terms: int) -> list[int]:
     """Coefficients of Q, Q^2, ... in `D = R - I` for PEFT's Cayley-Neumann series of `terms` terms.
 
@@ -231,7 +236,17 @@ def linear_backward(
     return rotate_backward(g, x, d, adapter_index, False, need_x, need_d)
 
 
-_ALL = (cayley, cayley_backward, rotate, rotate_backward, dequantize, dequantize_rotate, linear, linear_backward)
+_ALL = (
+    cayley,
+    cayley_backward,
+    project_,
+    rotate,
+    rotate_backward,
+    dequantize,
+    dequantize_rotate,
+    linear,
+    linear_backward,
+)
 OPERATIONS: dict[str, Planner] = {
     function.__name__: lambda by_name, *args, function=function: function for function in _ALL
 }

@@ -40,15 +40,22 @@ class Operation:
         returns: the schema's result.
         fake: a function with the operation's arguments that allocates what the operation returns.
         check: a function with the operation's arguments that raises TypeError or ValueError for invalid ones.
+        check_values: one that raises ValueError for invalid values of tensors, at every call that computes.
     """
 
     def __init__(
-        self, name: str, parameters: str, returns: str, fake: Callable[..., Any], check: Callable[..., None]
+        self,
+        name: str,
+        parameters: str,
+        returns: str,
+        fake: Callable[..., Any],
+        check: Callable[..., None],
+        check_values: Callable[..., None] | None = None,
     ) -> None:
         self.name, self.schema = name, f"({parameters.replace(_WEIGHT, _PARTS)}) -> {returns}"
         names = parameters.split(", ")
         self._weight_at = names.index(_WEIGHT) if _WEIGHT in names else None
-        self._check = check
+        self._check, self._check_values = check, check_values
         self._plans = backends.plans_of(name)
         operator = f"hqq_oft::{name}"
         torch.library.define(operator, self.schema)
@@ -82,6 +89,8 @@ class Operation:
                 if len(self._plans) >= _MOST_PLANS:
                     self._plans.clear()
                 self._plans[key] = plan
+        if self._check_values is not None:
+            self._check_values(*args)
         with without_autocast(args[0].device):
             return plan(*args)
 
@@ -162,12 +171,20 @@ cayley_backward = Operation(
     fake=lambda grad, v, block_size, terms, keep, max_norm: v.new_empty(v.shape),
     check=checks.nothing,
 )
+project_ = Operation(
+    "project_",
+    "Tensor(a!) v, float max_norm",
+    "()",
+    fake=lambda v, max_norm: None,
+    check=checks.project_,
+)
 rotate = Operation(
     "rotate",
     "Tensor x, Tensor d, Tensor? adapter_index, bool transpose",
     "Tensor",
     fake=lambda x, d, adapter_index, transpose: x.new_empty(x.shape),
     check=checks.rotate,
+    check_values=lambda x, d, adapter_index, transpose: checks.index(d, adapter_index),
 )
 rotate_backward = Operation(
     "rotate_backward",
@@ -199,6 +216,7 @@ linear = Operation(
     "Tensor",
     fake=lambda x, weight, d, bias, adapter_index: x.new_empty(x.shape[0], weight.out_features),
     check=checks.linear,
+    check_values=lambda x, weight, d, bias, adapter_index: checks.index(d, adapter_index),
 )
 linear_backward = Operation(
     "linear_backward",
@@ -208,5 +226,15 @@ linear_backward = Operation(
     check=checks.nothing,
 )
 
-_ALL = (cayley, cayley_backward, rotate, rotate_backward, dequantize, dequantize_rotate, linear, linear_backward)
+_ALL = (
+    cayley,
+    cayley_backward,
+    project_,
+    rotate,
+    rotate_backward,
+    dequantize,
+    dequantize_rotate,
+    linear,
+    linear_backward,
+)
 OPERATIONS = {operation.name: operation for operation in _ALL}

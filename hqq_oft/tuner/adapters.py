@@ -13,7 +13,7 @@ from peft.tuners.oft.layer import MultiplicativeDropoutLayer, OFTRotationModule
 from torch import Tensor, nn
 
 from .. import functional
-from ..ops.reference import project
+from ..ops import table as ops
 from ..ops.weight import require_whole
 from . import rotation_batch
 from .settings import AdapterSettings
@@ -125,7 +125,7 @@ class AdaptedLayer:
             if arguments["max_norm"] is not None and v.requires_grad:
                 # Through `.data`: projecting twice changes nothing, so the graph of an earlier forward that holds the
                 # parameter (accumulation, checkpointing) stays valid, and autograd need not know.
-                v.data.copy_(project(v.detach(), arguments["max_norm"]))
+                ops.project_(v.data, arguments["max_norm"])
             arguments["keep"] = self._dropout_keep(name, module)
         return v, arguments
 

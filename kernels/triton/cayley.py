@@ -11,6 +11,7 @@ PyTorch's batched products and batched solve. The linear term, which dominates D
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -41,22 +42,41 @@ def skew_tile(p_v, o_i, o_j, factor, B: tl.constexpr, ACC: tl.constexpr, BOUNDED
 
 
 @triton.jit
-def bound_factor(p_v, max_norm, B: tl.constexpr, ACC: tl.constexpr):
-    """Factor that scales a block to Frobenius norm `max_norm`, 1 if within; float64, as the reference's `project`.
+def bound_factor(p_v, norm_bits, DTYPE: tl.constexpr, SIZE: tl.constexpr):
+    """Factor that scales SIZE skew parameters to the bound on a block's norm, 1 if within; as the reference's `project`.
 
-    The norm may exceed the bound by the rounding error of ACC, so that the projection is idempotent.
+    Computed in float64, of which `norm_bits` is the bound's bit pattern: Triton passes Python's floats as float32. The
+    norm may exceed the bound by the rounding error of DTYPE, so that the projection is idempotent.
     """
-    SIZE: tl.constexpr = B * (B - 1) // 2
-    EPSILON: tl.constexpr = 2.220446049250313e-16 if tl.float64 == ACC else 1.1920928955078125e-07
+    EPSILON: tl.constexpr = (
+        2.220446049250313e-16 if tl.float64 == DTYPE
+        else 0.0078125 if tl.bfloat16 == DTYPE
+        else 0.0009765625 if tl.float16 == DTYPE
+        else 1.1920928955078125e-07
+    )  # fmt: skip
     total = tl.zeros((256,), tl.float64)
     for start in range(0, SIZE, 256):
         o_v = start + tl.arange(0, 256)
-        v = tl.load(p_v + o_v, mask=o_v < SIZE, other=0.0).to(ACC).to(tl.float64)
-        total += v * v
+        v = tl.load(p_v + o_v, mask=o_v < SIZE, other=0.0).to(tl.float32 if tl.float64 != DTYPE else DTYPE)
+        total += v.to(tl.float64) * v.to(tl.float64)
     norm = tl.sqrt(2.0 * tl.sum(total))
-    bound = tl.load(max_norm)
+    bound = norm_bits.to(tl.float64, bitcast=True)
     within = norm <= bound * (1.0 + EPSILON)
     return tl.where(within, 1.0, bound / tl.where(within, 1.0, norm))
+
+
+@triton.jit(do_not_specialize=["norm_bits"])
+def project_kernel(v_ptr, norm_bits, SIZE: tl.constexpr):
+    """Scales one row of `v` [stored blocks, SIZE] to the bound, in place. Grid: (stored blocks,)."""
+    p_v = v_ptr + tl.program_id(0).to(tl.int64) * SIZE
+    DTYPE: tl.constexpr = v_ptr.dtype.element_ty
+    factor = bound_factor(p_v, norm_bits, DTYPE, SIZE)
+    if factor != 1.0:
+        for start in range(0, SIZE, 256):
+            o_v = start + tl.arange(0, 256)
+            v = tl.load(p_v + o_v, mask=o_v < SIZE, other=0.0).to(tl.float32 if tl.float64 != DTYPE else DTYPE)
+            v = (v.to(tl.float64) * factor).to(v.dtype)
+            tl.store(p_v + o_v, narrow(v, DTYPE), mask=o_v < SIZE)
 
 
 @triton.jit
@@ -85,9 +105,9 @@ def skew_times(
     return acc * SIGN
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["norm_bits"])
 def cayley_fwd_kernel(
-    v_ptr, d_ptr, keep_ptr, norm_ptr, scratch_ptr,
+    v_ptr, d_ptr, keep_ptr, norm_bits, scratch_ptr,
     B: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, TERMS: tl.constexpr, LAST: tl.constexpr,
     ONE_STORED: tl.constexpr, DROPPED: tl.constexpr, BOUNDED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -101,7 +121,7 @@ def cayley_fwd_kernel(
     o_j = i_c * BN + o_s
     p_v = v_ptr if ONE_STORED else v_ptr + i_b * SIZE
     p_scratch = scratch_ptr + (i_b * tl.num_programs(1) + i_c) * (BP * BN)
-    factor = bound_factor(p_v, norm_ptr, B, ACC) if BOUNDED else 1.0
+    factor = bound_factor(p_v, norm_bits, ACC, B * (B - 1) // 2) if BOUNDED else 1.0
     q = skew_tile(p_v, o_i, o_j, factor, B, ACC, BOUNDED)
     d = q * LAST
     for _ in range(TERMS - 1):
@@ -143,9 +163,9 @@ def gradient_times(
         return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["norm_bits"])
 def cayley_bwd_kernel(
-    g_ptr, v_ptr, dv_ptr, keep_ptr, norm_ptr, scratch_ptr,
+    g_ptr, v_ptr, dv_ptr, keep_ptr, norm_bits, scratch_ptr,
     B: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, TERMS: tl.constexpr, LAST: tl.constexpr,
     DROPPED: tl.constexpr, BOUNDED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -161,7 +181,7 @@ def cayley_bwd_kernel(
     o_j = i_c * BN + o_s
     p_v, p_g = v_ptr + i_b * SIZE, g_ptr + i_b * (B * B)
     p_scratch = scratch_ptr + (i_b * tl.num_programs(1) + i_c) * (BP * BN)
-    factor = bound_factor(p_v, norm_ptr, B, ACC) if BOUNDED else 1.0
+    factor = bound_factor(p_v, norm_bits, ACC, B * (B - 1) // 2) if BOUNDED else 1.0
     # For i = TERMS - 1 one of the two is LAST * I and the other is 0, so no matrix product is needed.
     ODD_LAST: tl.constexpr = (TERMS - 1) % 2
     identity = (o_i[:, None] == o_j[None, :]).to(ACC)
@@ -184,15 +204,15 @@ def cayley_bwd_kernel(
     tl.store(p_dv, narrow(dq, dv_ptr.dtype.element_ty), mask=(low < high) & (high < B))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["norm_bits"])
 def skew_kernel(
-    v_ptr, q_ptr, norm_ptr, B: tl.constexpr, BT: tl.constexpr, ACC: tl.constexpr, BOUNDED: tl.constexpr
+    v_ptr, q_ptr, norm_bits, B: tl.constexpr, BT: tl.constexpr, ACC: tl.constexpr, BOUNDED: tl.constexpr
 ):  # fmt: skip
     """Dense `Q` [stored blocks, B, B] from `v`. Grid: (stored blocks, tiles of rows, tiles of columns)."""
     i_b = tl.program_id(0).to(tl.int64)
     o_i, o_j = tl.program_id(1) * BT + tl.arange(0, BT), tl.program_id(2) * BT + tl.arange(0, BT)
     p_v = v_ptr + i_b * (B * (B - 1) // 2)
-    factor = bound_factor(p_v, norm_ptr, B, ACC) if BOUNDED else 1.0
+    factor = bound_factor(p_v, norm_bits, ACC, B * (B - 1) // 2) if BOUNDED else 1.0
     q = skew_tile(p_v, o_i, o_j, factor, B, ACC, BOUNDED)
     tl.store(q_ptr + i_b * B * B + o_i[:, None] * B + o_j[None, :], q, mask=(o_i < B)[:, None] & (o_j < B)[None, :])
 
@@ -223,9 +243,9 @@ def _precision(v: Tensor) -> str:
     return "ieee" if v.dtype == torch.float64 else float32_precision()
 
 
-def _norm(max_norm: float | None, v: Tensor) -> Tensor:
-    """The bound as a tensor: float64, because Triton passes Python floats as float32."""
-    return v if max_norm is None else torch.full((1,), max_norm, dtype=torch.float64, device=v.device)
+def _norm_bits(max_norm: float | None) -> int:
+    """The bit pattern of the bound as float64; 0 for none."""
+    return 0 if max_norm is None else int(struct.unpack("<q", struct.pack("<d", max_norm))[0])
 
 
 def _scratch(v: Tensor, blocks: int, panels: dict[str, int]) -> Tensor:
@@ -279,7 +299,7 @@ def plan_cayley(
         v: Tensor, block_size: int, terms: int, keep: Tensor | None, max_norm: float | None, dtype: Any
     ) -> Tensor:
         d, v = empty(v, shape, dtype), v.contiguous()
-        launch(v, d, optional(keep, v), _norm(max_norm, v), _scratch(v, blocks, panels))
+        launch(v, d, optional(keep, v), _norm_bits(max_norm), _scratch(v, blocks, panels))
         return d
 
     return cayley
@@ -325,7 +345,7 @@ def plan_cayley_backward(
         grad: Tensor, v: Tensor, block_size: int, terms: int, keep: Tensor | None, max_norm: float | None
     ) -> Tensor:
         dv, v = empty(v, tuple(v.shape)), v.contiguous()
-        launch(grad.contiguous(), v, dv, optional(keep, v), _norm(max_norm, v), _scratch(v, stored, panels))
+        launch(grad.contiguous(), v, dv, optional(keep, v), _norm_bits(max_norm), _scratch(v, stored, panels))
         return dv
 
     return cayley_backward
@@ -345,7 +365,7 @@ def _dense_skew(v: Tensor, block_size: int, max_norm: float | None) -> Tensor:
     launch = Launch(
         skew_kernel, (v.shape[0], tiles, tiles), B=block_size, BT=tile, ACC=wide(v.dtype), BOUNDED=max_norm is not None
     )
-    launch(v.contiguous(), q, _norm(max_norm, v))
+    launch(v.contiguous(), q, _norm_bits(max_norm))
     return q
 
 
@@ -403,4 +423,24 @@ def _series_gradient(grad: Tensor, q: Tensor, powers: int, last: int) -> Tensor:
     return dq
 
 
-OPERATIONS: dict[str, Planner] = {"cayley": plan_cayley, "cayley_backward": plan_cayley_backward}
+def plan_project_(by_name: bool, v: Tensor, max_norm: float) -> Callable[[Tensor, float], None]:
+    """Of `hqq_oft.ops.reference.project_`."""
+    check_device(v, by_name)
+    if v.numel() == 0:
+        return lambda v, max_norm: None
+    launch, norm_bits = Launch(project_kernel, (v.shape[0],), SIZE=v.shape[1]), _norm_bits(max_norm)
+
+    def project_(v: Tensor, max_norm: float) -> None:
+        dense = v.contiguous()
+        launch(dense, norm_bits)
+        if dense is not v:
+            v.copy_(dense)
+
+    return project_
+
+
+OPERATIONS: dict[str, Planner] = {
+    "cayley": plan_cayley,
+    "cayley_backward": plan_cayley_backward,
+    "project_": plan_project_,
+}

@@ -84,7 +84,7 @@ bool emulate(const Problem* problem, const Plan* plan, int bfloat16, const uint1
   previous_launch.awaited = false;
   DecodeArguments a{};
   a.rotation = {x,  x_stride, d, adapter_index, problem->tokens, problem->in_features, problem->block_size,
-                stored_blocks};
+                stored_blocks, problem->adapters};
   a.packed = packed;
   a.scale = scale;
   a.zero = zero;

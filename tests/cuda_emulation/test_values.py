@@ -72,6 +72,13 @@ def test_an_adapter_for_each_row(dtype, stored, chained):
         check(args, dtype, cut=(8, 1), chained=chained)
 
 
+@pytest.mark.parametrize("chained", [False, True], ids=["fused", "chained"])
+def test_an_index_that_is_no_adapter_reads_no_rotation(chained):
+    x, weight, d, bias, _ = arguments(5, 64, 192, 48, torch.bfloat16, adapters=2)
+    index = torch.tensor([0, 2, 1, 2**40, -5])  # the reference leaves such rows as they are
+    check((x, weight, d, bias, index), torch.bfloat16, cut=(8, 1), chained=chained)
+
+
 @pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
 @pytest.mark.parametrize(("n", "k", "group"), [(400, 32, 32), (1120, 96, 32), (720, 160, 160), (40, 1120, 32)], ids=str)
 def test_rows_and_columns_that_fill_no_tile(bits, n, k, group):

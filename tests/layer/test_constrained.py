@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import (
+    around_operations,
     oft_layer,
     relative_error,
     truth,
@@ -43,3 +44,15 @@ def test_coft_allows_two_forwards_before_one_backward():
     x = torch.randn(3, 96)
     (layer(x).sum() + layer(2 * x).sum()).backward()
     assert torch.isfinite(layer.oft_R["default"].weight.grad).all()
+
+
+def test_coft_projects_by_one_operation_a_forward():
+    layer, called = oft_layer(coft=True, eps=0.2, std=0.5), []
+
+    def counted(name, function, args):
+        called.append(name)
+        return function(*args)
+
+    with around_operations(counted):
+        layer(torch.randn(3, 96))
+    assert called == ["project_", "cayley", "linear"]

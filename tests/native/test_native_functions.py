@@ -19,7 +19,7 @@ from hqq_oft import BackendError, Unsupported, backend, functional
 from hqq_oft.ops import native as _native
 
 
-@pytest.mark.parametrize("case", range(20))
+@pytest.mark.parametrize("case", range(21))
 def test_opcheck(case):
     name, args = calls.examples()[case]
     if any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float64 for arg in calls.parts(args)):

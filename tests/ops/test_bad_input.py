@@ -8,7 +8,8 @@ from helpers import hqq_layer
 from torch.autograd import forward_ad
 
 import hqq_oft.ops.table  # noqa: F401  (registers the operators)
-from hqq_oft import QuantizedWeight, functional
+from hqq_oft import QuantizedWeight, backend, functional
+from hqq_oft.ops import backends
 
 
 def quantized_weight(out_features=24, in_features=32, **settings):
@@ -55,6 +56,26 @@ def test_bad_input_says_what_is_wrong(case):
     call, error, message = BAD[case]
     with pytest.raises(error, match=message):
         call(quantized_weight())
+
+
+@pytest.mark.parametrize("index", [[0, 2], [-2, 0]], ids=str)
+@pytest.mark.parametrize("name", ["auto", "native", "triton", "reference"])
+def test_an_adapter_index_out_of_range_is_refused_by_every_backend(name, index):
+    if backends.registry()[name if name != "auto" else "reference"].why_not("linear"):
+        pytest.skip(f"{name} has no kernels here")
+    w, d, index = quantized_weight(), torch.stack([D, D]), torch.tensor(index)
+    calls = (
+        lambda x, index: functional.rotate(x, d, adapter_index=index),
+        lambda x, index: functional.linear(x, w, d=d, adapter_index=index),
+        torch.compile(lambda x, index: functional.linear(x, w, d=d, adapter_index=index), backend="eager"),
+    )
+    with backend(name):
+        for call in calls:
+            call(X, torch.tensor([1, -1]))  # the same kind of call, valid
+            with pytest.raises(ValueError, match=f"between -1, .* and 1, .*got {min(index)} to {max(index)}"):
+                call(X, index)
+            with pytest.raises(ValueError, match="between -1"):
+                call(X.clone().requires_grad_(), index)
 
 
 @pytest.mark.parametrize("how", ["func", "dual"])

@@ -20,7 +20,7 @@ def quantized_weight(out_features=24, in_features=32, **settings):
     return QuantizedWeight.from_hqq(hqq_layer(out_features, in_features, **settings))
 
 
-@pytest.mark.parametrize("case", range(20))
+@pytest.mark.parametrize("case", range(21))
 def test_opcheck(case):
     name, args = calls.examples()[case]
     torch.library.opcheck(getattr(torch.ops.hqq_oft, name).default, calls.parts(args))

@@ -56,7 +56,7 @@ def test_gradcheck_products(nbits):
     assert gradcheck(lambda x, v: functional.oft_rotate(x, v, block_size=4, terms=5), (double(3, 24), double(6, 6)))
 
 
-@pytest.mark.parametrize("case", range(20))
+@pytest.mark.parametrize("case", range(21))
 def test_opcheck(case):
     name, args = calls.examples()[case]
     torch.library.opcheck(getattr(torch.ops.hqq_oft, name).default, calls.parts(args))

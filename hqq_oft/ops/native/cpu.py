@@ -20,6 +20,7 @@ from torch import Tensor
 from hqq_oft._config import cpu_instruction_set, scratch_bytes
 from hqq_oft.ops.backends import Planner, Unsupported, forget_plans
 from hqq_oft.ops.native import cuda
+from hqq_oft.ops.reference import project_
 from hqq_oft.ops.weight import QuantizedWeight
 
 _lib: Any = torch.ops.hqq_oft_native
@@ -111,6 +112,12 @@ def _planner(name: str, tensors: int) -> Planner:
         return getattr(_lib, name)
 
     return plan
+
+
+def plan_project_(by_name: bool, v: Tensor, max_norm: float) -> Any:
+    """Of `hqq_oft.ops.reference.project_`, whose few operations need no kernel on a CPU."""
+    _check(v)
+    return project_
 
 
 def plan_dequantize(by_name: bool, weight: QuantizedWeight, dtype: torch.dtype) -> Any:
@@ -261,6 +268,7 @@ def linear_backward(
 OPERATIONS: dict[str, Planner] = {
     "cayley": plan_cayley,
     "cayley_backward": _planner("cayley_backward", 2),
+    "project_": plan_project_,
     "rotate": _planner("rotate", 2),
     "rotate_backward": _planner("rotate_backward", 3),
     "dequantize": plan_dequantize,
