@@ -103,13 +103,13 @@ def rotation(features: int, d: Tensor, adapter_index: Tensor | None, rows: int) 
 
 
 def index(d: Tensor | None, adapter_index: Tensor | None) -> None:
-    """The index of adapters is within -1 ... A - 1; on a GPU, where a look at it would synchronize, it is not checked."""
+    """The index of adapters is within -1 ... A - 1; not checked on a GPU, where reading it would synchronize."""
     if d is None or adapter_index is None or not adapter_index.is_cpu or adapter_index.numel() == 0:
         return
     least, most = torch.aminmax(adapter_index)
     if least < -1 or most >= d.shape[0]:
         raise ValueError(
-            f"adapter_index must be between -1, for no adapter, and {d.shape[0] - 1}, as d stacks {d.shape[0]} adapters; "
+            f"adapter_index must be between -1, for no adapter, and {d.shape[0] - 1}, as d stacks {d.shape[0]} of them; "
             f"got {int(least)} to {int(most)}."
         )
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from peft.tuners.oft.layer import MultiplicativeDropoutLayer, OFTRotationModule
@@ -18,6 +19,10 @@ from ..ops.weight import require_whole
 from . import rotation_batch
 from .settings import AdapterSettings
 from .snapshot import MergeState
+
+
+# The index of a batch that mixes adapters, by what it is made of, while any layer caches it: one for all layers.
+_indices: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()
 
 
 class AdaptedLayer:
@@ -165,13 +170,15 @@ class AdaptedLayer:
                 begin = partial(self._begin_forward, name, module)
                 yield rotation_batch.Member(v, self._cayley_arguments(module), dtype, begin)
 
-    def _keeps_rotation(self, module: OFTRotationModule, x: Tensor) -> bool:
-        """Whether `D` can be cached: in evaluation, when no gradient is recorded."""
-        if self.training or torch.compiler.is_compiling():
+    def _keeps_rotation(self, name: str, module: OFTRotationModule, x: Tensor) -> bool:
+        """Whether `D` can be cached: in evaluation, when no gradient is recorded; in a compiled graph if it is frozen."""
+        if self.training or (torch.compiler.is_compiling() and self._rotations.frozen_rotation(name, x.dtype) is None):
             return False
         return not (torch.is_grad_enabled() and (x.requires_grad or module._parameters["weight"].requires_grad))
 
     def _kept_rotation(self, name: str, module: OFTRotationModule, dtype: torch.dtype) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._rotations.frozen_rotation(name, dtype)
         settings = (
             dtype,
             module.block_share,
@@ -186,6 +193,14 @@ class AdaptedLayer:
             name, v, settings, lambda: functional.cayley(v, dtype=dtype, **self._cayley_arguments(module))
         )
 
+    def _keep_active_rotations(self) -> None:
+        """Compute and cache `D` of the active adapters, where a forward in evaluation would."""
+        if self.disable_adapters or self.merged:
+            return
+        for name, module in self._active():
+            if rotation_batch.can_share(module.weight):
+                self._kept_rotation(name, module, self.get_base_layer().compute_dtype)
+
     def _index(
         self, names: list[str], block_size: int, adapter_names: list[str], rows_per_sample: int, device: torch.device
     ) -> Tensor:
@@ -197,14 +212,21 @@ class AdaptedLayer:
 
         if torch.compiler.is_compiling():
             return make()
-        key = (("index", block_size), tuple(names), tuple(adapter_names), rows_per_sample, device)
-        return self._rotations.derived(key, (), make)
+        batch = (tuple(names), tuple(adapter_names), rows_per_sample, device)
+
+        def shared() -> Tensor:
+            index = _indices.get(batch)
+            if index is None:
+                index = _indices[batch] = make()
+            return index
+
+        return self._rotations.derived((("index", block_size), *batch), (), shared)
 
     def _stacked_rotations(self, modules: dict[str, OFTRotationModule], x: Tensor) -> Tensor:
         """`D` of several adapters of one block size, `[A, B or 1, b, b]`, in the dtype of `x`."""
         rotations, kept = [], not torch.compiler.is_compiling()
         for name, module in modules.items():
-            if self._keeps_rotation(module, x):
+            if self._keeps_rotation(name, module, x):
                 rotations.append(self._kept_rotation(name, module, x.dtype))
             else:
                 kept = False

@@ -227,7 +227,7 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         steps = self._active()
         fused = steps.pop() if steps and plain and not (args or kwargs) else None
         for name, module in steps:
-            if self._keeps_rotation(module, x):
+            if self._keeps_rotation(name, module, x):
                 x = functional.rotate(x, self._kept_rotation(name, module, x.dtype))
             else:
                 v, arguments = self._begin_forward(name, module)
@@ -235,7 +235,7 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         if fused is None:
             return snapshot.product(x, *args, **kwargs)
         name, module = fused
-        if self._keeps_rotation(module, x):
+        if self._keeps_rotation(name, module, x):
             d = self._kept_rotation(name, module, x.dtype)
             return functional.linear(x, snapshot.weight, snapshot.bias, d=d)
         v, arguments = self._begin_forward(name, module)

@@ -67,6 +67,11 @@ class RotationCache:
         self._entries[adapter] = (v, key, d)
         return d
 
+    def frozen_rotation(self, adapter: str, dtype: torch.dtype) -> Tensor | None:
+        """The adapter's `D` for a compiled graph, which has no other way to know that it is still valid."""
+        kept = self._entries.get(adapter)
+        return kept[2] if self.frozen and kept is not None and kept[2].dtype is dtype else None
+
     def derived(self, key: Any, parts: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
         """A cached tensor computed from `parts`, which are compared by identity; one per kind, unless frozen.
 

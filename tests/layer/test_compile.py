@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hqq_oft import frozen_rotations
 from helpers import (
+    around_operations,
     COMPILE_BACKEND,
     add_adapter,
     oft_layer,
@@ -60,3 +62,30 @@ def test_compile_without_graph_breaks():
         grads.append([x.grad, layer.oft_R["a"].weight.grad.clone(), layer.oft_R["b"].weight.grad.clone()])
     for eager, compiled in zip(*grads, strict=True):
         assert relative_error(compiled, eager) <= 1e-6
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_a_compiled_layer_reads_its_frozen_rotations():
+    layer, x, called = oft_layer(adapter="a").eval(), torch.randn(4, 96), []
+    add_adapter(layer, "b", oft_block_size=3)
+    layer.set_adapter(["a", "b"])
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+
+    def counted(name, function, args):
+        called.append(name)
+        return function(*args)
+
+    def calls_of_a_forward():
+        called.clear()
+        with torch.no_grad(), around_operations(counted):
+            out = compiled(x)
+        with torch.no_grad():
+            assert relative_error(out, layer(x)) <= 1e-5
+        return [*called]
+
+    assert calls_of_a_forward().count("cayley") == 2
+    for _ in range(2):  # with other rotations the second time
+        with frozen_rotations(layer):
+            assert calls_of_a_forward() == calls_of_a_forward() == ["rotate", "linear"]
+        torch.nn.init.normal_(layer.oft_R["a"].weight, std=0.1)
+        assert calls_of_a_forward().count("cayley") == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import adapted, layers, logits, randomize, relative_error
+from helpers import adapted, around_operations, layers, logits, randomize, relative_error
 from peft import OFTConfig
 
 
@@ -74,3 +74,20 @@ def test_errors_of_adapter_names(tokens):
     with pytest.raises(ValueError, match="when there are merged adapters"):
         logits(model, tokens, adapter_names=["default"] * 3)
     assert not any(layer._forward_pre_hooks for layer in layers(model))
+
+
+def test_all_layers_of_a_model_share_the_index_of_a_batch(tokens):
+    model, indices = two_tasks(), {}
+
+    def seen(name, function, args):
+        if name in ("linear", "rotate") and args[-1 if name == "linear" else 2] is not None:
+            index = args[-1 if name == "linear" else 2]
+            indices.setdefault(tuple(index.unique().tolist()), set()).add(index.data_ptr())
+        return function(*args)
+
+    with around_operations(seen):
+        for names in (["second", "__base__", "default"], ["default", "second", "second"]):
+            indices.clear()
+            logits(model, tokens, adapter_names=names)
+            # one for each of the two block sizes
+            assert sum(map(len, indices.values())) == 2
