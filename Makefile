@@ -128,8 +128,8 @@ $(CUDA_VENV)/.installed: constraints.txt pyproject.toml
 		-c $(CUDA_VENV)/constraints.txt
 	touch $@
 
-offline: $(STAMP) ## compile every kernel without a GPU and write bench/results/offline.md
-	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m tests.offline --out bench/results/offline.md
+offline: $(STAMP) ## compile every kernel without a GPU: rooflines and estimates, into bench/results
+	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m tests.offline --out bench/results
 
 # Installs nothing; if the package is missing, run `pip install --no-deps --no-build-isolation -e .` first. Writes the
 # summary to build/gpu-test.txt; copies it and the logs to $(OUT) if given. ONLY=tests or ONLY=sanitizers runs one half.

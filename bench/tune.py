@@ -61,8 +61,12 @@ class Range:
         return list(dict.fromkeys([first, *(Tile(*sizes) for sizes in grid)]))
 
 
-PRODUCTS = ("linear_rotated", "linear", "linear_backward")
+PRODUCTS = ("linear_general", "linear_backward")
 RANGES = (
+    *(Range(name, 8, (8,), (64, 128), (128,), (1, 2, 4), (2, 3, 4)) for name in ("linear", "linear_rotated")),
+    *(Range(name, 16, (16,), (128, 256), (128,), (2, 4), (2, 3, 4)) for name in ("linear", "linear_rotated")),
+    Range("linear", 32, (16, 32), (64, 128), (128,), (2, 4), (2, 3)),
+    Range("linear", 256, (32, 64), (128, 256), (128,), (4, 8), (2, 3)),
     *(Range(name, 16, (16,), (64, 128, 256)) for name in PRODUCTS),
     *(Range(name, 64, (32, 64), (64, 128)) for name in PRODUCTS),
     *(Range(name, 256, (64, 128), (64, 128), (64,)) for name in PRODUCTS),
@@ -75,6 +79,10 @@ RANGES = (
 CALLS: dict[str, Callable[[Problem, Tensor, Tensor, Any], Tensor]] = {
     "linear_rotated": lambda p, x, dy, weight: ops.linear(x, weight, p.d, None, None),
     "linear": lambda p, x, dy, weight: ops.linear(x, weight, None, None, None),
+    # other kernels take 16-bit scales only
+    "linear_general": lambda p, x, dy, weight: ops.linear(
+        x, replace(weight, scale=weight.scale.float(), zero=weight.zero.float()), None, None, None
+    ),
     "linear_backward": lambda p, x, dy, weight: ops.linear_backward(dy, x, weight, None, None, True, False)[0],
     "rotate": lambda p, x, dy, weight: ops.rotate(x, p.d, None, False),
     "rotate_backward": lambda p, x, dy, weight: ops.rotate_backward(x, x, p.d, None, False, True, True)[0],

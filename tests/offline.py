@@ -1,64 +1,40 @@
-"""Compile every kernel, as its launcher would launch it, for GPUs that are not here, and read the resources it takes.
+"""Compile every kernel, as its launcher would launch it, for GPUs that are not here: resources, rooflines, estimates.
 
-`python -m tests.offline` prints a table and writes it to `bench/results/offline.md`. Launchers are called with tensors
-that have shapes and no memory; what they would launch is compiled for each target by Triton's own tool chain, and the
-bundled `cuobjdump` reads the result. Needs no GPU and no interpreter (TRITON_INTERPRET unset).
+`make offline` writes `bench/results/offline.md` and `modelled.md`. Launchers are called with tensors that have shapes
+and no memory (`tests/launches.py`); what they would launch is compiled for each target by Triton's own tool chain, and
+the tools that come with it read the result. `tests/hot_kernels.py` holds the hot kernels to limits of their rooflines
+(`tests/sass.py`), `tests/modelled.py` estimates whole launches. While working on a kernel, in seconds:
+
+    python -m tests.offline --kernel "linear M=16" --targets sm_90
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import resources
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import triton
 from hqq_oft.triton_kernels import _launch, _tiles, cayley, dequantize, linear, linear_backward, rotate
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from hqq_oft import QuantizedWeight
-from hqq_oft.ops.backends import registry
 from hqq_oft.ops.device_tables import CONFIGS
-from hqq_oft.ops.packing import LEVELS_PER_ELEMENT
+from tests import hot_kernels, modelled
+from tests.hot_kernels import header, line
+from tests.launches import TARGETS, Launch, compile_for, describe, packed, planned, recording, resources, tensor
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_89": GPUTarget("cuda", 89, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 SHARED_LIMIT = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227}  # KiB per block
-MULTIPROCESSORS = 132
-GEMMS = ("linear_fwd_kernel", "linear_bwd_kernel")
 ROTATIONS = ("rotate_fwd_kernel", "rotate_bwd_kernel")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel with the types and constants of a launch."""
-
-    name: str
-    label: str
-    module: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    divisible: tuple[str, ...]
-    options: tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -77,43 +53,11 @@ class Compiled:
 # --- What would be launched ------------------------------------------------------------------------------------------
 
 
-def _describe(kernel: JITFunction, label: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    """The specialization that Triton would make of these arguments."""
-    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in kwargs}
-    values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-    signature, constants, divisible = {}, {}, []
-    for parameter in kernel.params:
-        name, value = parameter.name, values[parameter.name]
-        if isinstance(value, Tensor):
-            signature[name] = "*" + {"torch.bool": "i1"}.get(str(value.dtype), _type_name(value.dtype))
-            divisible.append(name)
-        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
-            signature[name], constants[name] = "constexpr", value
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
-            if not parameter.do_not_specialize and value % 16 == 0:
-                divisible.append(name)
-    return Launch(
-        kernel.fn.__name__,
-        label,
-        kernel.fn.__module__,
-        tuple(signature.items()),
-        tuple(constants.items()),
-        tuple(divisible),
-        tuple(options.items()),
-    )
-
-
-def _type_name(dtype: torch.dtype) -> str:
-    names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-    return names.get(dtype) or str(dtype).removeprefix("torch.").replace("uint", "u").replace("int", "i")
-
-
 def _repeated(launch: Launch) -> bool:
     """Whether to compile it for every dtype: every tile that multiplies, on one storage of the weight."""
     constants = dict(launch.constants)
-    four_bits = (constants.get("BITS"), constants.get("AXIS")) == (4, 1)
-    return launch.name in ROTATIONS or (launch.name in GEMMS and four_bits)
+    four_bits = (constants.get("BITS"), constants.get("AXIS", 1)) == (4, 1)
+    return launch.name in ROTATIONS or (launch.name.startswith("linear") and four_bits)
 
 
 def launches(device: str, dtypes: tuple[torch.dtype, ...]) -> list[Launch]:
@@ -122,16 +66,11 @@ def launches(device: str, dtypes: tuple[torch.dtype, ...]) -> list[Launch]:
     label = ""
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launch = _describe(kernel, label, args, kwargs)
+        launch = describe(kernel, label, args, kwargs)
         if dtype == dtypes[0] or _repeated(launch):
             found[launch] = None
 
-    with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(JITFunction, "run", run))
-        patches.enter_context(mock.patch.object(_launch, "multiprocessors", return_value=MULTIPROCESSORS))
-        patches.enter_context(mock.patch.object(_tiles, "device_name", return_value=device))
-        for module in (cayley, dequantize, linear, linear_backward, rotate):
-            patches.enter_context(mock.patch.object(module, "check_device", return_value=None))
+    with recording(device, run):
         for dtype in dtypes:
             for label, call in _cases(device, dtype):  # noqa: B007 (`run` reads it)
                 call()
@@ -142,23 +81,10 @@ def launches(device: str, dtypes: tuple[torch.dtype, ...]) -> list[Launch]:
     return list(unique.values())
 
 
-def _planned(planner: Callable[..., Any], *args: Any) -> Callable[[], object]:
-    """What computes a call, and the call; the planners of operations, called `plan_<operation>`, are told `by_name`."""
-    operations = registry()["triton"].operations.values()
-    return lambda: planner(*((True,) if planner in operations else ()), *args)(*args)
-
-
 def _cases(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Label and call: every kernel, at every tile of the device's table, on the layers of an 8B Llama."""
 
-    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def packed(n: int, k: int, bits: int, axis: int, group: int = 64) -> QuantizedWeight:
-        levels = (n * k // group, group) if axis == 1 else (group, n * k // group)
-        storage = torch.int32 if bits == 3 else torch.uint8
-        w = tensor(-(-levels[0] // LEVELS_PER_ELEMENT[bits]), levels[1], dtype=storage)
-        return QuantizedWeight(w, tensor(n * k // group), tensor(n * k // group), n, k, bits, group, axis)
+    halves = functools.partial(tensor, dtype=dtype)
 
     def rows(operation: str) -> list[int]:
         return [tile.m for tile in _tiles.tiles(device, operation)]
@@ -166,51 +92,55 @@ def _cases(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], 
     n, k, f32 = 14336, 4096, torch.float32
     for b in (16, 32, 64, 96, 128, 256):
         v, grad = tensor(k // b, b * (b - 1) // 2, dtype=f32), tensor(k // b, b, b, dtype=f32)
-        yield f"b={b}", _planned(cayley.plan_cayley, v, b, 5, None, None, dtype)
-        yield f"b={b}", _planned(cayley.plan_cayley_backward, grad, v, b, 5, None, None)
+        yield f"b={b}", planned(cayley.plan_cayley, v, b, 5, None, None, dtype)
+        yield f"b={b}", planned(cayley.plan_cayley_backward, grad, v, b, 5, None, None)
     v, keep = tensor(k // 32, 496, dtype=f32), tensor(k // 32, dtype=torch.bool)
     grad = tensor(k // 32, 32, 32, dtype=f32)
-    yield "b=32 coft dropout", _planned(cayley.plan_cayley, v, 32, 5, keep, 0.1, dtype)
-    yield "b=32 coft dropout", _planned(cayley.plan_cayley_backward, grad, v, 32, 5, keep, 0.1)
-    yield "b=32 coft", _planned(cayley.plan_project_, v, 0.1)
-    yield "b=32 8 terms", _planned(cayley.plan_cayley, v, 32, 8, None, None, dtype)
-    yield "b=32 8 terms", _planned(cayley.plan_cayley_backward, grad, v, 32, 8, None, None)
+    yield "b=32 coft dropout", planned(cayley.plan_cayley, v, 32, 5, keep, 0.1, dtype)
+    yield "b=32 coft dropout", planned(cayley.plan_cayley_backward, grad, v, 32, 5, keep, 0.1)
+    yield "b=32 coft", planned(cayley.plan_project_, v, 0.1)
+    yield "b=32 8 terms", planned(cayley.plan_cayley, v, 32, 8, None, None, dtype)
+    yield "b=32 8 terms", planned(cayley.plan_cayley_backward, grad, v, 32, 8, None, None)
 
     index = tensor(16, dtype=torch.int64)
     for b in (32, 96, 256):
-        d = tensor(k // b, b, b)
+        d = halves(k // b, b, b)
         for m in [*rows("rotate"), 4096]:
-            yield f"M={m} b={b}", _planned(rotate.plan_rotate, tensor(m, k), d, None, False)
+            yield f"M={m} b={b}", planned(rotate.plan_rotate, halves(m, k), d, None, False)
         for m in [*rows("rotate_backward"), 4096]:
-            back = (tensor(m, k), tensor(m, k), d, None, False, True, True)
-            yield f"M={m} b={b}", _planned(rotate.plan_rotate_backward, *back)
-    yield "M=16 b=32 mixed", _planned(rotate.plan_rotate, tensor(16, k), tensor(8, k // 32, 32, 32), index, False)
+            back = (halves(m, k), halves(m, k), d, None, False, True, True)
+            yield f"M={m} b={b}", planned(rotate.plan_rotate_backward, *back)
+    yield "M=16 b=32 mixed", planned(rotate.plan_rotate, halves(16, k), halves(8, k // 32, 32, 32), index, False)
 
     # Rotations in float32: float32 layers, and every merge.
-    four = packed(n, k, 4, 1)
+    four = packed(n, k, 4, 1, 64, dtype)
     for b in (32, 96, 128):
         d, x = tensor(k // b, b, b, dtype=f32), tensor(4096, k, dtype=f32)
-        yield f"float32 b={b}", _planned(rotate.plan_rotate, x, d, None, False)
-        yield f"float32 b={b}", _planned(rotate.plan_rotate_backward, x, x, d, None, False, True, True)
-        yield f"float32 b={b}", _planned(dequantize.plan_dequantize_rotate, four, d, f32)
-    d32 = tensor(k // 32, 32, 32)
+        yield f"float32 b={b}", planned(rotate.plan_rotate, x, d, None, False)
+        yield f"float32 b={b}", planned(rotate.plan_rotate_backward, x, x, d, None, False, True, True)
+        yield f"float32 b={b}", planned(dequantize.plan_dequantize_rotate, four, d, f32)
+    d32 = halves(k // 32, 32, 32)
     product, gradient = linear.plan_fused_linear, linear_backward.plan_fused_input_gradient
     for bits, axis in ((4, 1), (4, 0), (8, 1), (3, 1), (2, 1), (1, 1)):
-        weight, label, main = packed(n, k, bits, axis), f"{bits} bits axis {axis}", (bits, axis) == (4, 1)
-        yield label, _planned(dequantize.plan_dequantize, weight, dtype)
-        yield f"{label} b=32", _planned(dequantize.plan_dequantize_rotate, weight, d32, dtype)
-        for m in rows("linear_rotated") if main else [16]:
-            yield f"{label} M={m} b=32", _planned(product, tensor(m, k), weight, d32, tensor(n), None)
+        weight, label, main = packed(n, k, bits, axis, 64, dtype), f"{bits} bits axis {axis}", (bits, axis) == (4, 1)
+        yield label, planned(dequantize.plan_dequantize, weight, dtype)
+        yield f"{label} b=32", planned(dequantize.plan_dequantize_rotate, weight, d32, dtype)
+        for m in (8, 16):
+            yield f"{label} M={m} b=32", planned(product, halves(m, k), weight, d32, halves(n), None)
+        for m in (rows("linear"), rows("linear_general"))[axis == 0 or bits == 3]:
+            yield f"{label} M={m}", planned(product, halves(m, k), weight, None, None, None)
         for m in rows("linear_backward") if main else [16]:
-            yield f"{label} M={m}", _planned(gradient, tensor(m, n), weight)
+            yield f"{label} M={m}", planned(gradient, halves(m, n), weight)
     for b in (64, 96, 128):
-        yield f"4 bits axis 1 b={b}", _planned(dequantize.plan_dequantize_rotate, four, tensor(k // b, b, b), dtype)
-    yield "4 bits axis 1 M=16 b=64", _planned(product, tensor(16, k), four, tensor(64, 64, 64), None, None)
-    for m in rows("linear"):
-        yield f"4 bits axis 1 M={m}", _planned(product, tensor(m, k), four, None, None, None)
-    mixed, small = tensor(8, k // 32, 32, 32), packed(1024, k, 4, 1)
-    yield "4 bits axis 1 M=16 b=32 mixed", _planned(product, tensor(16, k), four, mixed, None, index)
-    yield "4 bits axis 1 N=1024 M=16 b=32", _planned(product, tensor(16, k), small, d32, None, None)
+        yield f"4 bits axis 1 b={b}", planned(dequantize.plan_dequantize_rotate, four, halves(k // b, b, b), dtype)
+    for m, b in itertools.product((8, 16), (16, 64)):
+        yield f"4 bits axis 1 M={m} b={b}", planned(product, halves(m, k), four, halves(k // b, b, b), None, None)
+    for m, group in itertools.product(rows("linear"), (32, 128)):
+        weight = packed(n, k, 4, 1, group, dtype)
+        yield f"4 bits group {group} M={m}", planned(product, halves(m, k), weight, None, None, None)
+    mixed, small = halves(8, k // 32, 32, 32), packed(1024, k, 4, 1, 64, dtype)
+    yield "4 bits axis 1 M=16 b=32 mixed", planned(product, halves(16, k), four, mixed, None, index)
+    yield "4 bits axis 1 N=1024 M=16 b=32", planned(product, halves(16, k), small, d32, None, None)
 
 
 # --- What it takes ---------------------------------------------------------------------------------------------------
@@ -218,37 +148,14 @@ def _cases(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], 
 
 def compile_launch(launch: Launch, target: str) -> Compiled:
     """Compile one launch for one target and read its resources."""
-    kernel = getattr(sys.modules[launch.module], launch.name)
-    constants = dict(launch.constants)
-    if target.startswith("gfx") and constants.get("PRECISION") == "tf32x3":
-        constants["PRECISION"] = "ieee"
-    position = {name: i for i, name in enumerate(kernel.arg_names)}
-    source = ASTSource(
-        fn=kernel,
-        signature=dict(launch.signature),
-        constexprs={(position[name],): value for name, value in constants.items()},
-        attrs={(position[name],): [["tt.divisibility", 16]] for name in launch.divisible},
-    )
-    compiled = triton.compile(source, target=TARGETS[target], options=dict(launch.options))
+    compiled = compile_for(launch, target)
     if target.startswith("gfx"):
         return Compiled(launch, target, shared=compiled.metadata.shared, matrix=_amd_matrix(compiled.asm["amdgcn"]))
     ptx = compiled.asm["ptx"]
-    registers, spills = _resources(compiled.asm["cubin"])
+    registers, spills = resources(compiled.asm["cubin"])
     return Compiled(
         launch, target, registers, spills, compiled.metadata.shared, _nvidia_matrix(ptx), _global_loads(ptx)
     )
-
-
-def _resources(cubin: bytes) -> tuple[int, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", out)
-    if found is None:
-        raise RuntimeError(f"cuobjdump printed no resources:\n{out}")
-    return int(found[1]), int(found[2])
 
 
 def _nvidia_matrix(ptx: str) -> str:
@@ -287,7 +194,7 @@ def compile_all(jobs: list[tuple[Launch, str]], processes: int) -> list[Compiled
 
 def devices() -> list[str]:
     """Every shipped table."""
-    folder = resources.files(CONFIGS)
+    folder = files(CONFIGS)
     return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
@@ -301,14 +208,15 @@ def faults(compiled: Compiled) -> list[str]:
         found.append(f"{compiled.spills} bytes spilled")
     if compiled.shared > SHARED_LIMIT[compiled.target] * 1024:
         found.append(f"{compiled.shared} bytes of shared memory, the limit is {SHARED_LIMIT[compiled.target]} KiB")
-    gemm = compiled.launch.name in GEMMS
+    gemm = compiled.launch.name.startswith("linear")
     if gemm and not compiled.matrix:
         found.append("no matrix instruction")
     if gemm and compiled.target == "sm_90" and constants["BM"] >= 64 and compiled.matrix != "wgmma":
         found.append(f"{compiled.matrix} in place of wgmma")
     # Three-bit words are fetched level by level.
-    decode = gemm and constants["BM"] <= 32 and constants["BANDED"]
-    packed = decode or (compiled.launch.name == "dequantize_kernel" and constants["BANDED"] and constants["BITS"] > 1)
+    decode = gemm and constants["BM"] <= 32 and constants.get("BANDED", True)
+    dequantizes = compiled.launch.name.startswith("dequantize") and constants.get("BANDED", True)
+    packed = decode or (dequantizes and constants["BITS"] > 1)
     if decode and not re.search(r"cp\.async 16\b|ld 16\b", compiled.loads):
         found.append(f"no 16-byte loads, but {compiled.loads}")
     if packed and re.search(r"ld (?:\d+/)*1\b", compiled.loads):
@@ -317,27 +225,70 @@ def faults(compiled: Compiled) -> list[str]:
 
 
 def table(results: list[Compiled]) -> str:
-    """All results as Markdown."""
-    lines = [
-        "| kernel | case | tile | warps | target | registers | spills | shared, KiB | matrix | global loads, bytes |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        constants = dict(result.launch.constants)
-        sizes = "x".join(str(constants[name]) for name in ("BM", "BN", "BK") if name in constants)
-        types = next((t for n, t in result.launch.signature if n in ("x_ptr", "g_ptr", "out_ptr")), "")
-        case = f"{result.launch.label}{' ' + types.lstrip('*') if types else ''}"
-        warps = dict(result.launch.options).get("num_warps", 4)
-        lines.append(
-            f"| {result.launch.name.removesuffix('_kernel')} | {case} | {sizes} | {warps} | {result.target} | "
-            f"{result.registers or ''} | {result.spills} | {result.shared / 1024:.0f} | {result.matrix} | "
-            f"{result.loads} |"
+    """What the launches of every kernel take at most, as Markdown."""
+    targets = [target for target in TARGETS if any(result.target == target for result in results)]
+    lines = [header(("kernel", "launches", "dtypes", *targets))]
+    for name in dict.fromkeys(result.launch.name for result in results):
+        of_kernel = [result for result in results if result.launch.name == name]
+        launched = {result.launch for result in of_kernel}
+        types = sorted(
+            {t[1:] for launch in launched for n, t in launch.signature if n in ("x_ptr", "g_ptr", "out_ptr")}
         )
+        row = [name.removesuffix("_kernel"), len(launched), " ".join(types)]
+        lines.append(line((*row, *(_most([r for r in of_kernel if r.target == target]) for target in targets))))
     return "\n".join(lines)
 
 
+def _most(results: list[Compiled]) -> str:
+    """`168 / 96 mma.sync`: registers, KiB of shared memory, matrix instructions."""
+    registers = max(result.registers for result in results)
+    shared = max(result.shared for result in results) / 1024
+    matrix = sorted({result.matrix for result in results} - {""})
+    return " ".join([*([f"{registers} /"] if registers else []), f"{shared:.0f}", *matrix])
+
+
+def report(results: list[Compiled], rows: list[hot_kernels.Row], wrong: list[str]) -> str:
+    """The page `bench/results/offline.md`, with the faults that are not allowed."""
+    cuda = any(row.name.startswith(hot_kernels.CUDA) for row in rows)
+    missing = "" if cuda else "\nThe CUDA kernel is left out: nvcc is not installed.\n"
+    listed = "\n".join(f"- {fault}" for fault in wrong)
+    return f"""# Kernels compiled without a GPU
+
+Written by `make offline` with Triton {triton.__version__}. Everything is counted or modelled; nothing ran on a GPU.
+
+## Rooflines of the hot kernels
+
+Cycles that one iteration of the hot loop keeps each pipe of a multiprocessor busy, per block, the busiest in bold;
+*bytes*: what it streams; *blocks*: resident on a multiprocessor; *ratio*: the memory's rate over the bound, so that
+above 1 instructions limit the kernel and not the memory; *limit*: of the ratio, with the target in parentheses where a
+row may be above it. Rates and their sources: `tests/sass.py`; calls, limits and reasons: `tests/hot_kernels.py`. 4
+bits, group 64, axis 1, bfloat16 where nothing else is said.
+
+{hot_kernels.table(rows)}
+{missing}
+## Other formats and blocks, on sm_90
+
+{hot_kernels.table_of_formats(rows)}
+
+## Above the target, and why
+
+{hot_kernels.reasons(rows)}
+
+## Resources of all kernels
+
+Every kernel at every tile of the shipped tables: registers of a thread / KiB of shared memory of a block, at most, and
+matrix instructions.
+
+{table(results)}
+
+## Faults
+
+{listed or "None: no launch spills registers or exceeds what its target offers."}
+"""
+
+
 def main() -> None:
-    """Compile everything, print the table, exit with 1 where something is not as it must be."""
+    """Compile everything, print the page, exit with 1 where something is not as it must be."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument(
@@ -347,26 +298,39 @@ def main() -> None:
         default=["bf16", "fp16"],
         help="everything in the first, the 4-bit products and the rotations in the others too",
     )
+    parser.add_argument(
+        "--kernel", nargs="+", metavar="WORD", help="only rooflines of hot kernels with one of these in their names"
+    )
+    parser.add_argument("--sass", type=Path, metavar="FOLDER", help="with --kernel: write the listings there")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, help="write the table there too")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write offline.md and modelled.md there")
     options = parser.parse_args()
     if _launch.INTERPRETED:
         raise SystemExit("TRITON_INTERPRET is set: kernels are interpreted, not compiled. Unset it.")
+    if options.kernel:
+        if options.sass is not None:
+            options.sass.mkdir(parents=True, exist_ok=True)
+        print(hot_kernels.HEADER)
+        for row in hot_kernels.rows(options.targets, options.kernel, keep=options.sass):
+            print(line(hot_kernels.cells(row)), flush=True)
+        return
     dtypes = tuple({"fp16": torch.float16, "bf16": torch.bfloat16}[name] for name in options.dtypes)
     jobs = [(launch, t) for device in devices() for launch in launches(device, dtypes) for t in options.targets]
     results = compile_all(jobs, options.processes)
-    text = table(results)
+    rows = list(hot_kernels.rows(options.targets, processes=options.processes))
+    wrong = [f"{r.launch.name} ({r.launch.label}) on {r.target}: {fault}" for r in results for fault in faults(r)]
+    if hot_kernels.HELD:
+        wrong += [f"{row.name} on {row.roofline.target}: {fault}" for row in rows for fault in row.faults()]
+    text = report(results, rows, wrong)
     print(text)
-    wrong = [(result, fault) for result in results for fault in faults(result)]
-    for result, fault in wrong:
-        print(f"FAULT {result.launch.name} ({result.launch.label}) on {result.target}: {fault}", file=sys.stderr)
+    for fault in wrong:
+        print(f"FAULT {fault}", file=sys.stderr)
+    for entry in hot_kernels.loose(rows):
+        print(f"LOOSE {entry}", file=sys.stderr)
     print(f"{len(results)} compiled with Triton {triton.__version__}, {len(wrong)} faults")
     if options.out is not None:
-        options.out.write_text(
-            "# Kernels compiled without a GPU\n\n"
-            f"Written by `make offline` with Triton {triton.__version__}: what each kernel takes at every shipped tile "
-            "choice. No time is measured here. Spills are bytes of stack.\n\n" + text + "\n"
-        )
+        (options.out / "offline.md").write_text(text)
+        (options.out / "modelled.md").write_text(modelled.report(f"Triton {triton.__version__}"))
     sys.exit(1 if wrong else 0)
 
 

@@ -20,7 +20,6 @@ from . import rotation_batch
 from .settings import AdapterSettings
 from .snapshot import MergeState
 
-
 # The index of a batch that mixes adapters, by what it is made of, while any layer caches it: one for all layers.
 _indices: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()
 

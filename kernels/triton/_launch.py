@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import secrets
 import subprocess
 from typing import Any
 
@@ -18,6 +19,10 @@ from hqq_oft.ops.device_tables import table_name
 logger = logging.getLogger("hqq_oft")
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+# Whether kernels may contain inline assembly.
+PTX = not INTERPRETED and torch.version.hip is None
+# Of this process's arrivals at tiles (`split_buffers`): 48 bits that memory holds by chance only, then 16 zeros.
+_STAMP = (secrets.randbits(46) | 1 << 46) << 16
 # Assumed under the interpreter, which has no multiprocessors, so that it splits sums as a GPU would.
 _INTERPRETED_MULTIPROCESSORS = 8
 
@@ -172,12 +177,21 @@ def device_name(tensor: Tensor) -> str:
     return table_name(_properties(tensor.device.index).name if tensor.is_cuda else "interpreter")
 
 
-def split_buffers(like: Tensor, splits: int, shape: tuple[int, int], tiles: int) -> tuple[Tensor, Tensor]:
-    """Buffers for `_pieces.sum_splits`: partial sums, and a zeroed counter per tile. Not allocated for one split."""
+def has_wgmma(tensor: Tensor) -> bool:
+    """Whether the tensor's device multiplies by warp groups (Hopper), which fixes how operands lie in registers."""
+    return tensor.is_cuda and torch.version.hip is None and _properties(tensor.device.index).major == 9
+
+
+def split_buffers(like: Tensor, splits: int, shape: tuple[int, int], tiles: int) -> tuple[Tensor, int]:
+    """A buffer of partial sums followed by a ticket per tile, and the stamp of arrivals, for `_pieces.sum_splits`.
+
+    The buffer belongs to one launch and need not be initialized (`_pieces.arrive_last`): no launch clears counters, and
+    launches on other streams or replays of CUDA graphs share nothing. One split needs no buffer.
+    """
     if splits == 1:
-        return like, like
-    part = empty(like, (splits, *shape), torch.promote_types(like.dtype, torch.float32))
-    return part, torch.zeros(tiles, dtype=torch.int32, device=like.device)
+        return like, _STAMP
+    size = splits * shape[0] * shape[1] + 2 * tiles
+    return empty(like, (size,), torch.promote_types(like.dtype, torch.float32)), _STAMP
 
 
 def splits_for(programs: int, steps: int, tensor: Tensor, most: int = 16) -> int:

@@ -143,23 +143,54 @@ def rotation_tile(
 
 
 @triton.jit
-def sum_splits(acc, part_ptr, count_ptr, i_tile, i_split, o_out, m_out, size, SPLITS: tl.constexpr):
+def arrive_last(end_ptr, stamp, i_tile, SPLITS: tl.constexpr):
+    """Whether this program is the last of a tile's SPLITS to arrive; their earlier stores are visible to that one.
+
+    A tile's ticket, 64 bits, holds the stamp of our process and, in its low 16 bits, how many have arrived. Any other
+    stamp counts as no arrivals, so that tickets need not be cleared before a launch; the last program clears its own.
+
+    Args:
+        end_ptr: end of the partial sums, where the tickets begin (`_launch.split_buffers`).
+        stamp: a number whose low 16 bits are 0.
+    """
+    p_ticket = end_ptr.to(tl.pointer_type(tl.int64)) + i_tile
+    tl.debug_barrier()  # all threads' partial sums are written before the arrival is counted
+    seen = stamp.to(tl.int64)
+    found = tl.atomic_cas(p_ticket, seen, seen + 1, sem="acq_rel")
+    while found != seen:
+        seen = found
+        arrived = tl.where(seen >> 16 == stamp >> 16, seen, stamp) + 1
+        found = tl.atomic_cas(p_ticket, seen, arrived, sem="acq_rel")
+    last = tl.where(seen >> 16 == stamp >> 16, seen & 0xFFFF, 0) == SPLITS - 1
+    if last:
+        tl.store(p_ticket, 0)
+    return last
+
+
+@triton.jit
+def add_parts(part_ptr, size, o_out, m_out, SPLITS: tl.constexpr):
+    """The sum of SPLITS partial sums, in order."""
+    acc = tl.load(part_ptr + o_out, mask=m_out, other=0.0, cache_modifier=".cg")
+    for i in range(1, SPLITS):
+        # .cg bypasses the L1 cache, which is not coherent with the other programs' stores
+        acc += tl.load(part_ptr + i * size + o_out, mask=m_out, other=0.0, cache_modifier=".cg")
+    return acc
+
+
+@triton.jit
+def sum_splits(acc, part_ptr, stamp, i_tile, i_split, o_out, m_out, size, SPLITS: tl.constexpr):
     """Sum `acc` over the SPLITS programs, in split order, in the last program to arrive.
 
     Args:
-        part_ptr: [SPLITS, size] partial sums.
-        count_ptr: one arrival counter per tile, initially 0.
+        part_ptr, stamp: see `_launch.split_buffers`.
         o_out: offsets of `acc` within `size`, int64.
 
     Returns:
         The sum and `m_out` in the last program to arrive; an all-false mask in the others.
     """
     tl.store(part_ptr + i_split.to(tl.int64) * size + o_out, acc, mask=m_out)
-    tl.debug_barrier()  # all threads' partial sums are written before the arrival is counted
-    arrived = tl.atomic_add(count_ptr + i_tile, 1, sem="acq_rel")
-    if arrived == SPLITS - 1:
-        acc = tl.zeros_like(acc)
-        for i in range(SPLITS):
-            # .cg bypasses the L1 cache, which is not coherent with the other programs' stores
-            acc += tl.load(part_ptr + i * size + o_out, mask=m_out, other=0.0, cache_modifier=".cg")
-    return acc, m_out & (tl.zeros_like(acc).to(tl.int32) + arrived == SPLITS - 1)
+    last = arrive_last(part_ptr + SPLITS * size, stamp, i_tile, SPLITS)
+    m_out = tl.where(last, m_out, False)
+    if last:
+        acc = add_parts(part_ptr, size, o_out, m_out, SPLITS)
+    return acc, m_out

@@ -96,6 +96,11 @@ def choose(tensor: Tensor, operation: str, m: int) -> Tile:
     return _choose(device_name(tensor), operation, m)
 
 
+def largest(tensor: Tensor, operation: str) -> int:
+    """The number of rows that the operation's last tile on the tensor's device is for."""
+    return tiles(device_name(tensor), operation)[-1].m
+
+
 def regime(tensor: Tensor, boundary: str) -> int:
     """A threshold between two implementations of an operation on the tensor's device."""
     return int(table(device_name(tensor))["regimes"][boundary])

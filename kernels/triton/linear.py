@@ -2,19 +2,19 @@
 
 M selects one of two paths (`regimes` of the tile tables):
 
-- Small M (decoding): one fused launch. A program rotates a slice of x and multiplies it by a wide tile of dequantized
-  rows of W. If the grid is too small to fill the device, K is split, and the last program to arrive adds the partial
-  sums in split order. Every tile of outputs rotates x again and so reads D `N / BN` times; hence the wide tiles. Bytes:
-  the packed weight once, bits / 8 + 4 / group per weight with 16-bit scales.
+- Small M (decoding): one fused launch. A program rotates a slice of x and multiplies it by a tile of rows of W. If the
+  grid is too small to fill the device, K is split, and the last program to arrive adds the partial sums in split order.
+  Every tile of outputs rotates x again and so reads D once; hence the tiles are wide. Bytes: the packed weight once,
+  bits / 8 + 4 / group per weight with 16-bit scales. `linear_groups` has the kernel for most weights in 16 bits; the
+  one below takes every weight and dtype.
 - Large M (training, prefill): `W * R^T` is dequantized and rotated in one pass into bounded scratch, chunk by chunk;
   the vendor's GEMM multiplies each chunk. Rotating W is free in a memory-bound pass; rotating x would add a pass.
 
-Rotations that do not fit a tile (blocks over 64, or that do not divide it) are applied to x by a separate launch.
+Other rotations are applied to x by a launch of their own: for M over 16, where every tile would repeat them, for blocks
+over 64 or that do not divide a tile, and for rows of several adapters.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import triton
@@ -28,7 +28,6 @@ from hqq_oft.ops.weight import QuantizedWeight
 from . import _tiles
 from ._launch import (
     Launch,
-    adapters,
     check_device,
     empty,
     operand,
@@ -40,17 +39,16 @@ from ._launch import (
 )
 from ._pieces import dot, narrow, rotation_tile, sum_splits, tile_rows, weight_tile
 from .dequantize import Packing, dequantize_into, tensors
+from .linear_groups import Linear, plan_groups_linear, rotates, serves
 from .rotate import holds_slices, plan_rotate, rotate
-
-Linear = Callable[[Tensor, QuantizedWeight, Tensor | None, Tensor | None, Tensor | None], Tensor]
 
 
 @triton.jit(do_not_specialize=["M"])
 def linear_fwd_kernel(
-    x_ptr, d_ptr, index_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr, part_ptr, count_ptr,
-    M, N, K, band_rows, band_elements, groups, stride_xm, stride_da, adapters,
+    x_ptr, d_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr, part_ptr, stamp,
+    M, N, K, band_rows, band_elements, groups, stride_xm,
     BITS: tl.constexpr, FIELDS: tl.constexpr, GROUP: tl.constexpr, AXIS: tl.constexpr, BANDED: tl.constexpr,
-    ALIGNED: tl.constexpr, GROUPS: tl.constexpr, EVEN: tl.constexpr, ROTATED: tl.constexpr, INDEXED: tl.constexpr,
+    ALIGNED: tl.constexpr, GROUPS: tl.constexpr, EVEN: tl.constexpr, ROTATED: tl.constexpr,
     SHARED: tl.constexpr, BIASED: tl.constexpr, B: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -65,8 +63,6 @@ def linear_fwd_kernel(
     o_n, m_n = tile_rows(i_n * TILE_ROWS, band_rows, band_rows, FIELDS, BANDED, BN)
     o_s = tl.arange(0, BK)
     p_x = x_ptr + o_m[:, None].to(tl.int64) * stride_xm
-    if INDEXED:
-        adapter = tl.load(index_ptr + o_m, mask=m_m, other=-1).to(tl.int32)
     steps = tl.cdiv(K, BK)
     steps_per_split = tl.cdiv(steps, SPLITS)
     acc = tl.zeros((BM, BN), ACC)
@@ -76,19 +72,8 @@ def linear_fwd_kernel(
         m_k = tl.full((BK,), True, tl.int1) if EVEN else o_k < K
         x = tl.load(p_x + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
         if ROTATED:
-            rotated = x.to(ACC)
-            if INDEXED:
-                p_d = d_ptr
-                for a in range(adapters):
-                    if tl.max((adapter == a).to(tl.int32), 0) > 0:
-                        d = rotation_tile(p_d, i_k, o_s, o_s, K, B, BK, SHARED, False).to(OPERAND)
-                        x_a = tl.where((adapter == a)[:, None], x, 0.0).to(OPERAND)
-                        rotated = dot(x_a, d, rotated, PRECISION)
-                    p_d += stride_da
-            else:
-                d = rotation_tile(d_ptr, i_k, o_s, o_s, K, B, BK, SHARED, False).to(OPERAND)
-                rotated = dot(x.to(OPERAND), d, rotated, PRECISION)
-            x = narrow(rotated, x.dtype)
+            d = rotation_tile(d_ptr, i_k, o_s, o_s, K, B, BK, SHARED, False).to(OPERAND)
+            x = narrow(dot(x.to(OPERAND), d, x.to(ACC), PRECISION), x.dtype)
         w = weight_tile(
             w_ptr, s_ptr, z_ptr, i_n * TILE_ROWS, band_rows, o_n, m_n, o_k, m_k, k0, N, K, band_rows, band_elements,
             groups, BITS, FIELDS, GROUP, AXIS, BANDED, ALIGNED, GROUPS, BN, BK, ACC,
@@ -99,7 +84,7 @@ def linear_fwd_kernel(
     if SPLITS > 1:
         i_tile = i_m * tl.num_programs(1) + i_n
         size = M.to(tl.int64) * N
-        acc, m_out = sum_splits(acc, part_ptr, count_ptr, i_tile, i_split, o_out, m_out, size, SPLITS)
+        acc, m_out = sum_splits(acc, part_ptr, stamp, i_tile, i_split, o_out, m_out, size, SPLITS)
     if BIASED:
         acc += tl.load(bias_ptr + o_n, mask=m_n, other=0.0).to(ACC)[None, :]
     tl.store(y_ptr + o_out, narrow(acc, y_ptr.dtype.element_ty), mask=m_out)
@@ -111,25 +96,29 @@ def linear_fwd_kernel(
 _ROWS = 128  # scratch chunks start at multiples of this if possible: the vendor's GEMM prefers aligned outputs
 
 
-def rotates_in_tile(d: Tensor, bk: int) -> bool:
-    """Whether the tile's columns are a whole number of blocks."""
-    return bk % d.shape[-1] == 0
-
-
 def plan_fused_linear(
     x: Tensor, weight: QuantizedWeight, d: Tensor | None, bias: Tensor | None, adapter_index: Tensor | None
 ) -> Linear:
-    """Of the product in one launch, two where the rotation does not fit in a tile."""
-    M, K = x.shape
-    tile = _tiles.choose(x, "linear_rotated", M)
-    if d is not None and not rotates_in_tile(d, tile.bk):
-        rotate_first = plan_rotate(True, x, d, adapter_index, False)
-        product = plan_fused_linear(empty(x, (M, K)), weight, None, bias, None)
-        return lambda x, weight, d, bias, adapter_index: product(
-            rotate_first(x, d, adapter_index, False), weight, None, bias, None
-        )
-    if d is None:
-        tile = _tiles.choose(x, "linear", M)
+    """Of the product in one launch, two where the rotation needs its own."""
+    grouped = serves(x, weight)
+    if d is not None:
+        fits = rotates(x, weight, d) if grouped else _general_tile(x).bk % d.shape[-1] == 0
+        if adapter_index is not None or not fits:
+            rotate_first = plan_rotate(True, x, d, adapter_index, False)
+            product = plan_fused_linear(empty(x, tuple(x.shape)), weight, None, bias, None)
+            return lambda x, weight, d, bias, adapter_index: product(
+                rotate_first(x, d, adapter_index, False), weight, None, bias, None
+            )
+    return (plan_groups_linear if grouped else plan_general_linear)(x, weight, d, bias)
+
+
+def _general_tile(x: Tensor) -> _tiles.Tile:
+    return _tiles.choose(x, "linear_general", x.shape[0])
+
+
+def plan_general_linear(x: Tensor, weight: QuantizedWeight, d: Tensor | None, bias: Tensor | None) -> Linear:
+    """Of the product of every weight in one launch; a tile holds whole blocks of `d`."""
+    (M, K), tile = x.shape, _general_tile(x)
     packing = Packing.of(weight)
     constants, sizes = packing.constants(tile.bk), packing.sizes()
     bn = packing.fit_rows(tile.bn, constants["GROUPS"])
@@ -144,7 +133,6 @@ def plan_fused_linear(
         **constants,
         EVEN=K % tile.bk == 0,
         ROTATED=d is not None,
-        INDEXED=d is not None and adapter_index is not None,
         SHARED=d is not None and d.shape[-3] == 1,
         BIASED=bias is not None,
         B=1 if d is None else d.shape[-1],
@@ -158,29 +146,27 @@ def plan_fused_linear(
         num_stages=tile.stages,
     )
 
-    def fused_linear(
+    def general_linear(
         x: Tensor, weight: QuantizedWeight, d: Tensor | None, bias: Tensor | None, adapter_index: Tensor | None
     ) -> Tensor:
         x, d = rows_contiguous(x), None if d is None else d.contiguous()
         y = empty(x, (M, packing.N))
-        part, count = split_buffers(x, splits, (M, packing.N), m_tiles * n_tiles)
+        part, stamp = split_buffers(x, splits, (M, packing.N), m_tiles * n_tiles)
         launch(
             x,
             optional(d, x),
-            optional(adapter_index, x),
             *tensors(weight),
             optional(bias, x),
             y,
             part,
-            count,
+            stamp,
             M,
             *sizes,
             x.stride(0),
-            *adapters(d, adapter_index),
         )
         return y
 
-    return fused_linear
+    return general_linear
 
 
 @torch.no_grad()

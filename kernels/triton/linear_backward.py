@@ -32,7 +32,7 @@ _COLUMNS = 128  # scratch chunks start at multiples of this
 
 @triton.jit(do_not_specialize=["M"])
 def linear_bwd_kernel(
-    g_ptr, w_ptr, s_ptr, z_ptr, out_ptr, part_ptr, count_ptr, M, N, K, band_rows, band_elements, groups, stride_gm,
+    g_ptr, w_ptr, s_ptr, z_ptr, out_ptr, part_ptr, stamp, M, N, K, band_rows, band_elements, groups, stride_gm,
     BITS: tl.constexpr, FIELDS: tl.constexpr, GROUP: tl.constexpr, AXIS: tl.constexpr, BANDED: tl.constexpr,
     ALIGNED: tl.constexpr, GROUPS: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -63,7 +63,7 @@ def linear_bwd_kernel(
     if SPLITS > 1:
         i_tile = i_m * tl.num_programs(1) + i_k
         size = M.to(tl.int64) * K
-        acc, m_out = sum_splits(acc, part_ptr, count_ptr, i_tile, i_split, o_out, m_out, size, SPLITS)
+        acc, m_out = sum_splits(acc, part_ptr, stamp, i_tile, i_split, o_out, m_out, size, SPLITS)
     tl.store(out_ptr + o_out, narrow(acc, out_ptr.dtype.element_ty), mask=m_out)
 
 
@@ -97,8 +97,8 @@ def plan_fused_input_gradient(grad: Tensor, weight: QuantizedWeight) -> Product:
     def fused_input_gradient(grad: Tensor, weight: QuantizedWeight) -> Tensor:
         grad = rows_contiguous(grad)
         g = empty(grad, (M, K))
-        part, count = split_buffers(grad, splits, (M, K), m_tiles * k_tiles)
-        launch(grad, *tensors(weight), g, part, count, M, *sizes, grad.stride(0))
+        part, stamp = split_buffers(grad, splits, (M, K), m_tiles * k_tiles)
+        launch(grad, *tensors(weight), g, part, stamp, M, *sizes, grad.stride(0))
         return g
 
     return fused_input_gradient

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hqq_oft import frozen_rotations
 from helpers import (
-    around_operations,
     COMPILE_BACKEND,
     add_adapter,
+    around_operations,
     oft_layer,
     relative_error,
 )
+
+from hqq_oft import frozen_rotations
 
 
 @pytest.mark.usefixtures("_fresh_compiler")

@@ -49,7 +49,8 @@ def test_a_malformed_entry_is_refused(tables):
 
 
 def test_the_shipped_tables_serve_every_operation():
-    for operation in ("linear", "linear_rotated", "linear_backward", "rotate", "rotate_backward", "dequantize"):
+    products = ("linear", "linear_rotated", "linear_general", "linear_backward")
+    for operation in (*products, "rotate", "rotate_backward", "dequantize"):
         assert _tiles.tiles("default", operation)
 
 
