@@ -38,7 +38,9 @@ from .problem import Problem, Setting, buffer_sets
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 MARGIN = 0.98  # of the shipped tile's time: what is not faster by this much is noise
-BOUNDARIES = (64, 128, 192, 256, 384, 512, 768, 1024)
+# The threshold to the scratch in the tile tables, and the operation that it is measured on.
+THRESHOLDS = {"scratch_from_m": "linear_rotated", "backward_scratch_from_m": "linear_backward"}
+BOUNDARIES = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
 
 
 @dataclass(frozen=True)
@@ -61,19 +63,22 @@ class Range:
         return list(dict.fromkeys([first, *(Tile(*sizes) for sizes in grid)]))
 
 
-PRODUCTS = ("linear_general", "linear_backward")
 RANGES = (
     *(Range(name, 8, (8,), (64, 128), (128,), (1, 2, 4), (2, 3, 4)) for name in ("linear", "linear_rotated")),
     *(Range(name, 16, (16,), (128, 256), (128,), (2, 4), (2, 3, 4)) for name in ("linear", "linear_rotated")),
     Range("linear", 32, (16, 32), (64, 128), (128,), (2, 4), (2, 3)),
     Range("linear", 256, (32, 64), (128, 256), (128,), (4, 8), (2, 3)),
-    *(Range(name, 16, (16,), (64, 128, 256)) for name in PRODUCTS),
-    *(Range(name, 64, (32, 64), (64, 128)) for name in PRODUCTS),
-    *(Range(name, 256, (64, 128), (64, 128), (64,)) for name in PRODUCTS),
+    Range("linear_general", 16, (16,), (64, 128, 256)),
+    Range("linear_general", 64, (32, 64), (64, 128)),
+    Range("linear_general", 256, (64, 128), (64, 128), (64,)),
+    Range("linear_backward", 8, (8,), (64, 128), (128,), (1, 2, 4)),
+    Range("linear_backward", 16, (16,), (64, 128), (128,), (1, 2, 4)),
+    Range("linear_backward", 64, (16, 32), (64, 128), (128,), (1, 2, 4)),
     Range("rotate", 16, (16,), (64,), (64, 128), (2, 4), (2,)),
     Range("rotate", 4096, (32, 64, 128), (64,), (64, 128), (4, 8), (2,)),
     Range("rotate_backward", 4096, (32, 64, 128), (64,), (64, 128), (4, 8), (2, 3)),
     Range("dequantize", 4096, (1,), (32, 64, 128), (64, 128), (4, 8), (1,)),
+    Range("dequantize_rotate", 4096, (1,), (64, 128, 256), (32, 64), (4, 8), (1, 2)),
 )
 # Of an operation: problem, x, dy and one of the weights.
 CALLS: dict[str, Callable[[Problem, Tensor, Tensor, Any], Tensor]] = {
@@ -86,7 +91,8 @@ CALLS: dict[str, Callable[[Problem, Tensor, Tensor, Any], Tensor]] = {
     "linear_backward": lambda p, x, dy, weight: ops.linear_backward(dy, x, weight, None, None, True, False)[0],
     "rotate": lambda p, x, dy, weight: ops.rotate(x, p.d, None, False),
     "rotate_backward": lambda p, x, dy, weight: ops.rotate_backward(x, x, p.d, None, False, True, True)[0],
-    "dequantize": lambda p, x, dy, weight: ops.dequantize_rotate(weight, p.d, x.dtype),
+    "dequantize": lambda p, x, dy, weight: ops.dequantize(weight, x.dtype),
+    "dequantize_rotate": lambda p, x, dy, weight: ops.dequantize_rotate(weight, p.d, x.dtype),
 }
 
 
@@ -113,8 +119,9 @@ def _truth(operation: str, *place: Any) -> Tensor:
 
 @contextmanager
 def _tiles_of(table: dict[str, Any], scratch_from_m: int = 1 << 30) -> Iterator[None]:
-    """Run the Triton kernels with these tiles, fused up to some number of rows."""
-    with _tiles.using({**table, "regimes": {"scratch_from_m": scratch_from_m}}), hqq_oft.backend("triton"):
+    """Run the Triton kernels with these tiles, fused up to some number of rows, forward and backward."""
+    regimes = dict.fromkeys(THRESHOLDS, scratch_from_m)
+    with _tiles.using({**table, "regimes": regimes}), hqq_oft.backend("triton"):
         yield
 
 
@@ -177,14 +184,14 @@ class Tuner:
                 chosen, least = tile, found
         return chosen
 
-    def boundary(self, table: dict[str, Any], tried: tuple[int, ...]) -> int:
+    def boundary(self, operation: str, table: dict[str, Any], tried: tuple[int, ...]) -> int:
         """Rows from which decoding into a scratch for the vendor's product always beats the fused one."""
         limit = tried[-1] * 2
         for m in reversed(tried):
             with _tiles_of(table):
-                fused = self._mean("linear_rotated", m)
+                fused = self._mean(operation, m)
             with _tiles_of(table, 0):
-                if fused <= self._mean("linear_rotated", m):
+                if fused <= self._mean(operation, m):
                     break
             limit = m
         return limit
@@ -207,12 +214,13 @@ def compile_ahead(plan: dict[Range, list[Tile]], device: str, dtype: str, proces
 
 
 def tuned(tuner: Tuner, plan: dict[Range, list[Tile]], boundaries: tuple[int, ...] = BOUNDARIES) -> dict[str, Any]:
-    """The table of a device: of each range the best of its tiles, and the boundary."""
+    """The table of a device: of each range the best of its tiles, and the thresholds."""
     table: dict[str, Any] = {"regimes": dict(_tiles.table(tuner.identity[0])["regimes"])}
     for target, tiles in plan.items():
         table.setdefault(target.operation, []).append(asdict(tuner.best(target, tiles)))
-    if time.monotonic() < tuner.until:
-        table["regimes"]["scratch_from_m"] = tuner.boundary(table, boundaries)
+    for threshold, operation in THRESHOLDS.items():
+        if time.monotonic() < tuner.until:
+            table["regimes"][threshold] = tuner.boundary(operation, table, boundaries)
     return table
 
 

@@ -260,6 +260,8 @@ def roofline(
     )
     # Twice at 8 bits, whose levels have two digits, and with a rotation that every warp computes for itself.
     most = 2 + (constants.get("BITS") == 8) + (constants.get("B", 1) > 1)
+    if launch.name == "linear_bwd_bands_kernel":  # sixteen rows, in two parts
+        most = 2 * most * max(16, constants["BM"]) // constants["BM"]
     times = code.fmas(warps) / products if operation in PRODUCTS else 1
     if times and not 1 <= times < most:
         found = replace(found, faults=(*found.faults, f"{times:.2g} times the products of its tile"))

@@ -109,7 +109,7 @@ def index(d: Tensor | None, adapter_index: Tensor | None) -> None:
     least, most = torch.aminmax(adapter_index)
     if least < -1 or most >= d.shape[0]:
         raise ValueError(
-            f"adapter_index must be between -1, for no adapter, and {d.shape[0] - 1}, as d stacks {d.shape[0]} of them; "
+            f"adapter_index must be from -1, for no adapter, to {d.shape[0] - 1}, as d stacks {d.shape[0]} of them; "
             f"got {int(least)} to {int(most)}."
         )
 

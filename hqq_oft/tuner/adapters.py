@@ -170,7 +170,7 @@ class AdaptedLayer:
                 yield rotation_batch.Member(v, self._cayley_arguments(module), dtype, begin)
 
     def _keeps_rotation(self, name: str, module: OFTRotationModule, x: Tensor) -> bool:
-        """Whether `D` can be cached: in evaluation, when no gradient is recorded; in a compiled graph if it is frozen."""
+        """Whether `D` can be cached: in evaluation without a gradient; in a compiled graph if it is frozen."""
         if self.training or (torch.compiler.is_compiling() and self._rotations.frozen_rotation(name, x.dtype) is None):
             return False
         return not (torch.is_grad_enabled() and (x.requires_grad or module._parameters["weight"].requires_grad))

@@ -79,10 +79,11 @@ def frozen_rotations(model: nn.Module) -> Iterator[None]:
     """Keep the cached rotations at fixed addresses, for CUDA graphs captured inside the block.
 
     Without it a captured graph recomputes each rotation at every replay, and a batch that mixes adapters cannot be
-    captured. A graph of `torch.compile` computes the rotations at every call, too, except inside the block, where it reads
-    those of the active adapters; it does not notice a changed adapter. Inside the block, run each kind of batch once, capture it, then replay it; do not replay after the block,
-    when the rotations may be freed. Adapters must not change inside the block: a forward with a changed adapter, and
-    removing or replacing one, raises. Use one stream, or synchronize: streams share the cached rotations.
+    captured. A graph of `torch.compile` computes the rotations at every call, too, except inside the block, where it
+    reads those of the active adapters; it does not notice a changed adapter. Inside the block, run each kind of batch
+    once, capture it, then replay it; do not replay after the block, when the rotations may be freed. Adapters must not
+    change inside the block: a forward with a changed adapter, and removing or replacing one, raises. Use one stream, or
+    synchronize: streams share the cached rotations.
 
     Args:
         model: the model whose `HqqOFTLinear` layers to freeze, in evaluation mode.

@@ -23,6 +23,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 PTX = not INTERPRETED and torch.version.hip is None
 # Of this process's arrivals at tiles (`split_buffers`): 48 bits that memory holds by chance only, then 16 zeros.
 _STAMP = (secrets.randbits(46) | 1 << 46) << 16
+_LARGEST_GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)
 # Assumed under the interpreter, which has no multiprocessors, so that it splits sums as a GPU would.
 _INTERPRETED_MULTIPROCESSORS = 8
 
@@ -79,10 +80,15 @@ class Launch:
         grid: number of programs in up to three dimensions.
         operands: dtype of the operands of its products, whose precision the user may change at any time.
         **constants: its `tl.constexpr` parameters, and Triton's options.
+
+    Raises:
+        Unsupported: the grid is larger than a GPU accepts.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], operands: Any = None, **constants: Any) -> None:
         self._kernel, self._grid, self._operands = kernel, grid + (1,) * (3 - len(grid)), operands
+        if any(size > limit for size, limit in zip(self._grid, _LARGEST_GRID, strict=True)):
+            raise Unsupported(f"a grid of {self._grid} programs is too large: a GPU accepts {_LARGEST_GRID}")
         self._constants = {"enable_fp_fusion": True, **constants}
         # Precision, compiled kernel and the constants that it takes as arguments: replaced as one, for other threads.
         self._ready: tuple[str | None, Any, tuple[Any, ...]] | None = None

@@ -80,6 +80,51 @@ def digit(packed, FIELD: tl.constexpr, DIGIT: tl.constexpr, BITS: tl.constexpr, 
 
 
 @triton.constexpr_function
+def _row_digit_ptx(FIELD, DIGIT, BITS, DTYPE):
+    shift, mask, bias, _ = _placement(FIELD, DIGIT, BITS, DTYPE)
+    shifts = f"shr.u32 a, a, {shift};" if shift else ""
+    lines = "".join(
+        f"prmt.b32 a, $4, $5, {selector}; {shifts} lop3.b32 ${i}, a, {mask * 0x10001:#x}, {bias * 0x10001:#x}, 0xEA;"
+        for i, selector in enumerate(("0x0400", "0x0501", "0x0602", "0x0703"))
+    )
+    return f"{{ .reg .b32 a; {lines} }}"
+
+
+@triton.jit
+def row_digit(
+    packed, FIELD: tl.constexpr, DIGIT: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr
+):  # fmt: skip
+    """As `digit`, of a tile [rows, columns] whose rows are summed over by a product: columns come out in another order.
+
+    A product takes pairs of neighbouring rows in one register. PRMT forms them from the bytes of two rows, and with
+    `original_columns` no level changes threads: decoding along the rows would move each one through shared memory.
+    """
+    R: tl.constexpr = packed.shape[0]
+    C: tl.constexpr = packed.shape[1]
+    even, odd = tl.split(tl.permute(tl.reshape(packed, (R // 2, 2, C)), (0, 2, 1)))
+    if PTX:
+        pair = tl.inline_asm_elementwise(
+            _row_digit_ptx(FIELD, DIGIT, BITS, DTYPE), "=r,=r,=r,=r,r,r", [even, odd], dtype=tl.int32, is_pure=True,
+            pack=4,
+        )  # fmt: skip
+        first = (pair & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
+        second = (pair >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
+    else:
+        first = digit(even, FIELD, DIGIT, BITS, DTYPE, PTX)
+        second = digit(odd, FIELD, DIGIT, BITS, DTYPE, PTX)
+    q = tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (R, C))
+    return tl.reshape(tl.permute(tl.reshape(q, (R, C // 4, 4)), (0, 2, 1)), (R, C))
+
+
+@triton.jit
+def original_columns(y):
+    """`y` with the columns that `row_digit` permuted in their order again: column C / 4 * j + g becomes 4 * g + j."""
+    R: tl.constexpr = y.shape[0]
+    C: tl.constexpr = y.shape[1]
+    return tl.reshape(tl.permute(tl.reshape(y, (R, 4, C // 4)), (0, 2, 1)), (R, C))
+
+
+@triton.constexpr_function
 def _float32_ptx(FIELD, BITS):
     shift = 8 - BITS * (FIELD + 1)
     mask = ((1 << BITS) - 1) * 0x01010101

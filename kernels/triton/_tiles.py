@@ -1,8 +1,8 @@
 """Tile selection from tables: `kernels/configs/<device>.json`, or `default.json` for a device without one.
 
 A table maps an operation to entries, each valid up to its `m`; the entry with the smallest `m >= M` is used, or the
-last one if M exceeds all. `regimes` holds the thresholds between implementations of an operation. There is no
-autotuning at run time.
+last one if M exceeds all. `regimes` holds the M from which W goes through scratch to the vendor's GEMM:
+`scratch_from_m` in the forward, `backward_scratch_from_m` in the backward. There is no autotuning at run time.
 """
 
 from __future__ import annotations

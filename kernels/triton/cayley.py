@@ -43,7 +43,7 @@ def skew_tile(p_v, o_i, o_j, factor, B: tl.constexpr, ACC: tl.constexpr, BOUNDED
 
 @triton.jit
 def bound_factor(p_v, norm_bits, DTYPE: tl.constexpr, SIZE: tl.constexpr):
-    """Factor that scales SIZE skew parameters to the bound on a block's norm, 1 if within; as the reference's `project`.
+    """Factor that scales SIZE skew parameters to the bound on a block's norm, 1 if within, as in `project`.
 
     Computed in float64, of which `norm_bits` is the bound's bit pattern: Triton passes Python's floats as float32. The
     norm may exceed the bound by the rounding error of DTYPE, so that the projection is idempotent.

@@ -20,11 +20,12 @@ from hqq_oft.ops.packing import LEVELS_PER_ELEMENT
 from hqq_oft.ops.weight import QuantizedWeight
 
 from . import _tiles
-from ._launch import Launch, check_device, empty, operand, optional, wide
+from ._launch import PTX, Launch, check_device, empty, operand, optional, wide
+from ._levels import digit, digits, float32_bias, level_bias, level_float32
 from ._pieces import dot, narrow, rotation_tile, tile_rows, weight_tile
 from .rotate import holds_slices, rotate, slice_width
 
-_TILES = 4  # tiles of rows per tile of D
+_TILES = 4  # tiles of rows per tile of D, of weights in an arbitrary layout
 
 
 @triton.jit(do_not_specialize=["first_row", "rows"])
@@ -42,9 +43,10 @@ def dequantize_kernel(
     In the banded layout the range counts packed rows, and `out` holds the rows of one band after another:
     [FIELDS * rows, columns]; otherwise it is [rows, columns].
 
-    Grid: (groups of TILES row tiles, slices of columns).
+    Grid: one program for each slice of columns of TILES row tiles, the slices of the same rows one after another.
     """
-    i_slice = tl.program_id(1)
+    slices = tl.cdiv(columns, WIDTH)
+    i_group, i_slice = tl.program_id(0) // slices, tl.program_id(0) % slices
     TILE_ROWS: tl.constexpr = BN // FIELDS if BANDED else BN
     limit = first_row + rows
     o_s = tl.arange(0, BK)
@@ -54,7 +56,7 @@ def dequantize_kernel(
     if ROTATED:
         d = rotation_tile(d_ptr, i_slice, o_s, o_s, K, B, WIDTH, SHARED, True).to(OPERAND)
     for i_tile in range(TILES):
-        start = first_row + (tl.program_id(0) * TILES + i_tile) * TILE_ROWS
+        start = first_row + (i_group * TILES + i_tile) * TILE_ROWS
         o_n, m_n = tile_rows(start, limit, band_rows, FIELDS, BANDED, BN)
         w = weight_tile(
             w_ptr, s_ptr, z_ptr, start, limit, o_n, m_n, o_k, m_k, k0, N, K, band_rows, band_elements, groups,
@@ -63,12 +65,82 @@ def dequantize_kernel(
         if ROTATED:
             # padding columns may decode to NaN; zero them before the dot, where 0 * NaN would be NaN
             w = dot(narrow(tl.where(m_k[None, :], w, 0.0), OPERAND), d, w, PRECISION)
-        if BANDED:
-            o_out = (o_n // band_rows) * rows + o_n % band_rows - first_row
-        else:
-            o_out = o_n - first_row
+        o_c = tl.arange(0, BN)
+        o_out = (o_c // TILE_ROWS).to(tl.int64) * rows + (start - first_row + o_c % TILE_ROWS)
         p_out = out_ptr + o_out[:, None] * columns + (i_slice * WIDTH + o_s)[None, :]
         tl.store(p_out, narrow(w, out_ptr.dtype.element_ty), mask=m_n[:, None] & m_k[None, :])
+
+
+@triton.jit
+def row_groups(ptr, o_n, m_n, k0, K, GROUP: tl.constexpr, GROUPS: tl.constexpr, BK: tl.constexpr):
+    """Scale or zero of rows `o_n` (int64) and columns k0 to k0 + BK, axis 1, float32: [rows, 1] or [rows, BK]."""
+    o_g = o_n * (K // GROUP) + k0 // GROUP
+    if GROUPS == 1:
+        return tl.load(ptr + o_g, mask=m_n, other=0.0).to(tl.float32)[:, None]
+    else:
+        o_c = tl.arange(0, GROUPS)
+        m_g = m_n[:, None] & (k0 // GROUP + o_c < K // GROUP)[None, :]
+        value = tl.load(ptr + o_g[:, None] + o_c[None, :], mask=m_g, other=0.0).to(tl.float32)
+        value = tl.broadcast_to(value[:, :, None], (value.shape[0], GROUPS, BK // GROUPS))
+        return tl.reshape(value, (value.shape[0], BK))
+
+
+@triton.jit(do_not_specialize=["first_row", "rows"])
+def dequantize_bands_kernel(
+    w_ptr, s_ptr, z_ptr, d_ptr, out_ptr, N, K, band_rows, first_row, rows, first_column, columns,
+    BITS: tl.constexpr, GROUP: tl.constexpr, AXIS: tl.constexpr, GROUPS: tl.constexpr, ROTATED: tl.constexpr,
+    EXACT: tl.constexpr, B: tl.constexpr, SHARED: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, PTX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As `dequantize_kernel`, for bands of whole rows: one tile [BN / FIELDS, BK] of bytes, then field by field.
+
+    EXACT: the scale is constant within a block, so the product takes the levels themselves, exact in 16 bits, and scale
+    and zero are applied to its result: with q a row of levels plus their bias,
+    `W R^T = s * (q * I + q * D^T - (z + bias) * (1 + sum of the columns of D^T))`. The products add up in float32; the
+    product with I brings the levels into the accumulator's layout without a second decoding.
+
+    Grid: one program for each slice of BK columns of TILES row tiles, the slices of the same rows one after another.
+    """
+    FIELDS: tl.constexpr = 8 // BITS
+    R: tl.constexpr = BN // FIELDS
+    slices = tl.cdiv(columns, BK)
+    i_group, i_slice = tl.program_id(0) // slices, tl.program_id(0) % slices
+    o_s = tl.arange(0, BK)
+    k0 = first_column + i_slice * BK
+    o_k = k0 + o_s
+    m_k = o_k < first_column + columns
+    if ROTATED:
+        d = rotation_tile(d_ptr, i_slice, o_s, o_s, K, B, BK, SHARED, True).to(OPERAND)
+    if EXACT:
+        total = 1.0 + tl.sum(d.to(tl.float32), 0)
+        identity = (o_s[:, None] == o_s[None, :]).to(tl.float32).to(OPERAND)
+    for i_tile in range(TILES):
+        o_r = first_row + (i_group * TILES + i_tile) * R + tl.arange(0, R)
+        m_r = o_r < first_row + rows
+        m = m_r[:, None] & m_k[None, :]
+        p_w = w_ptr + o_r[:, None].to(tl.int64) * K + o_k[None, :]
+        packed = tl.load(p_w, mask=m, other=0, eviction_policy="evict_first")
+        p_out = out_ptr + (o_r - first_row)[:, None].to(tl.int64) * columns + (i_slice * BK + o_s)[None, :]
+        if AXIS == 0:  # FIELDS divides GROUP, so the bands share scales and zeros
+            o_g = (o_r % (N // GROUP))[:, None].to(tl.int64) * K + o_k[None, :]
+            scale = tl.load(s_ptr + o_g, mask=m, other=0.0).to(tl.float32)
+            zero = tl.load(z_ptr + o_g, mask=m, other=0.0).to(tl.float32)
+        for i in tl.static_range(FIELDS):
+            if AXIS == 1:
+                o_n = i * band_rows.to(tl.int64) + o_r
+                scale = row_groups(s_ptr, o_n, m_r, k0, K, GROUP, GROUPS, BK)
+                zero = row_groups(z_ptr, o_n, m_r, k0, K, GROUP, GROUPS, BK)
+            if EXACT:
+                w = tl.zeros((R, BK), tl.float32)
+                for j in tl.static_range(digits(BITS, OPERAND)):
+                    q = digit(packed, i, j, BITS, OPERAND, PTX)
+                    w = dot(q, d, dot(q, identity, w, PRECISION), PRECISION)
+                w = (w - (zero + level_bias(i, BITS, OPERAND)) * total[None, :]) * scale
+            else:
+                w = (level_float32(packed, i, BITS, PTX) - float32_bias(BITS) - zero) * scale
+                if ROTATED:
+                    w = dot(narrow(w, OPERAND), d, w, PRECISION)
+            tl.store(p_out + i * rows.to(tl.int64) * columns, narrow(w, out_ptr.dtype.element_ty), mask=m)
 
 
 @dataclass(frozen=True)
@@ -118,6 +190,18 @@ class Packing:
     def tile_rows(self, bn: int) -> int:
         """Packed rows (rows if not banded) in a tile of `bn` rows of the weight."""
         return bn // self.fields if self.banded else bn
+
+    def whole_groups(self, groups: int) -> bool:
+        """Whether a tile can be decoded field by field, with `groups` of its columns (`constants`) sharing scales."""
+        if not self.banded:
+            return False
+        if self.axis == 1:
+            return groups > 0
+        return self.N % self.group == 0 and self.group % self.fields == 0
+
+    def scales_blocks(self, b: int) -> bool:
+        """Whether all columns of a block of b share a scale, in every row."""
+        return self.axis == 1 and self.K % self.group == 0 and self.group % b == 0
 
     def sizes(self) -> tuple[int, int, int, int, int]:
         """The kernels' N, K, band_rows, band_elements, groups."""
@@ -172,49 +256,77 @@ def dequantize_into(
     packing = Packing.of(weight)
     first_row, end_row = rows or (0, packing.band_rows)
     first_column, end_column = columns or (0, packing.K)
-    b = 1 if d is None else d.shape[-1]
-    tile = _tiles.choose(out, "dequantize", packing.N)
-    width = tile.bk if d is None else slice_width(b, packing.K)
-    if d is not None and width < tile.bk and tile.bk % width == 0 and tile.bk <= packing.K:
-        width = tile.bk
-    bk = max(16, triton.next_power_of_2(width))
-    accumulator = torch.promote_types(out.dtype, weight.scale.dtype)
     halves = d is not None and d.dtype == out.dtype and out.element_size() == 2
-    operands = operand(out.dtype) if halves else wide(accumulator)
+    accumulator = wide(out.dtype, weight.scale.dtype)
+    tile = _tiles.choose(out, "dequantize" if d is None else "dequantize_rotate", packing.N)
+    width = tile.bk if d is None else _columns_per_program(d.shape[-1], packing.K, tile.bk)
+    bk = max(16, triton.next_power_of_2(width))
     constants = packing.constants(bk)
     if width != bk:
         constants["GROUPS"] = 0  # a padded slice may start anywhere within a group
+    rotation = {
+        "ROTATED": d is not None,
+        "B": 1 if d is None else d.shape[-1],
+        "SHARED": d is not None and d.shape[0] == 1,
+        "BK": bk,
+        "OPERAND": operand(out.dtype) if halves else accumulator,
+    }
+    sizes = first_row, end_row - first_row, first_column, end_column - first_column
+    slices = triton.cdiv(end_column - first_column, width)
+    if width == bk <= 64 and accumulator == tl.float32 and packing.whole_groups(constants["GROUPS"]):
+        packed_rows = tile.bn // 2
+        if d is not None and (not halves or (bk > 32 and packing.fields > 2)):
+            packed_rows //= 2  # for registers: products in float32, a wide D beside the scales of many fields
+        n_tiles = triton.cdiv(end_row - first_row, packed_rows)
+        tiles = 1 if d is None else min(packing.bits, triton.next_power_of_2(n_tiles))
+        launch = Launch(
+            dequantize_bands_kernel,
+            (triton.cdiv(n_tiles, tiles) * slices,),
+            rotation["OPERAND"],
+            BITS=packing.bits,
+            GROUP=packing.group,
+            AXIS=packing.axis,
+            GROUPS=constants["GROUPS"],
+            **rotation,
+            EXACT=halves and packing.scales_blocks(d.shape[-1]) and packing.bits >= _fewest_exact_bits(out.dtype),
+            TILES=tiles,
+            BN=packed_rows * packing.fields,
+            PTX=PTX,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        launch(*tensors(weight), optional(d, out), out, packing.N, packing.K, packing.band_rows, *sizes)
+        return out
+    tile = _tiles.choose(out, "dequantize", packing.N)
     bn = packing.fit_rows(tile.bn if d is None or halves else tile.bn // 2, constants["GROUPS"])
     n_tiles = triton.cdiv(end_row - first_row, packing.tile_rows(bn))
     tiles = 1 if d is None else min(_TILES, triton.next_power_of_2(n_tiles))
     launch = Launch(
         dequantize_kernel,
-        (triton.cdiv(n_tiles, tiles), triton.cdiv(end_column - first_column, width)),
-        operands,
+        (triton.cdiv(n_tiles, tiles) * slices,),
+        rotation["OPERAND"],
         **constants,
-        ROTATED=d is not None,
-        B=b,
+        **rotation,
         WIDTH=width,
-        SHARED=d is not None and d.shape[0] == 1,
         TILES=tiles,
         BN=bn,
-        BK=bk,
-        ACC=wide(accumulator),
-        OPERAND=operands,
+        ACC=accumulator,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    launch(
-        *tensors(weight),
-        optional(d, out),
-        out,
-        *packing.sizes(),
-        first_row,
-        end_row - first_row,
-        first_column,
-        end_column - first_column,
-    )
+    launch(*tensors(weight), optional(d, out), out, *packing.sizes(), *sizes)
     return out
+
+
+def _columns_per_program(b: int, K: int, bk: int) -> int:
+    """Columns of whole blocks: `bk` if that many hold whole slices (`slice_width`), else one slice."""
+    width = slice_width(b, K)
+    return bk if width < bk <= K and bk % width == 0 else width
+
+
+def _fewest_exact_bits(dtype: torch.dtype) -> int:
+    """Least bits whose levels enter a product with their bias: float16's, up to 1024, costs small levels accuracy."""
+    return 4 if dtype == torch.float16 else 1
 
 
 def plan_dequantize(by_name: bool, weight: QuantizedWeight, dtype: torch.dtype) -> Callable[..., Tensor]:

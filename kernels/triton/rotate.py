@@ -74,9 +74,9 @@ def rotate_bwd_kernel(
     With TRANSPOSE the rotation was by D^T: `dD_i = g_i^T x_i`, `dx = g + g * D`. NEED_X requires a tile of the whole
     slice, so that the rows of `g` are read once; `dx` may alias `g`.
 
-    Grid: (splits, slices * TILES * TILES, adapters). `part_ptr`: [splits, adapters, K / B, B, B].
+    Grid: (slices * TILES * TILES, splits, adapters). `part_ptr`: [splits, adapters, K / B, B, B].
     """
-    i_split, i_tile, i_a = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_tile, i_split, i_a = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_slice = i_tile // (TILES * TILES)
     o_i = (i_tile // TILES % TILES) * BI + tl.arange(0, BI)
     o_j = (i_tile % TILES) * BJ + tl.arange(0, BJ)
@@ -224,7 +224,7 @@ def plan_rotation_gradient(
     operands = operand(x.dtype, grad.dtype, d.dtype) if need_x else operand(x.dtype, grad.dtype)
     launch = Launch(
         rotate_bwd_kernel,
-        (splits, programs, count),
+        (programs, splits, count),
         operands,
         B=b,
         WIDTH=width,

@@ -9,9 +9,9 @@ import pytest
 import torch
 import triton.language as tl
 from helpers import hqq_layer
-from hqq_oft.triton_kernels import _launch
+from hqq_oft.triton_kernels import _launch, rotate
 
-from hqq_oft import QuantizedWeight
+from hqq_oft import QuantizedWeight, Unsupported
 from hqq_oft.ops import table as ops
 
 
@@ -73,6 +73,20 @@ def kernel(monkeypatch):
         _launch, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=active)))
     )
     return Kernel()
+
+
+@pytest.mark.parametrize("grid", [(2**31,), (1, 2**16), (1, 1, 2**16)])
+def test_a_grid_that_no_gpu_accepts_is_refused(kernel, grid):
+    with pytest.raises(Unsupported, match=r"a grid of \(.*\) programs is too large: a GPU accepts \(2147483647, 65535"):
+        _launch.Launch(kernel, grid)
+    _launch.Launch(kernel, tuple(size - 1 for size in grid))
+
+
+def test_the_gradient_of_the_largest_blocks_fits_a_grid():
+    """A block of 16640 columns has 260 * 260 tiles, more than a grid's second dimension."""
+    b = 64 * 260
+    x, d = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in ((64, b), (1, b, b)))
+    rotate.plan_rotation_gradient(x, x, d, None, False, False)
 
 
 @pytest.fixture

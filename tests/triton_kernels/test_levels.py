@@ -118,6 +118,36 @@ def test_the_ptx_computes_the_same_bits(bits, field):
         assert torch.equal(floats - (128.0 if bits < 8 else 2.0**23), levels[first : first + 4].float())
 
 
+@triton.jit
+def rows_kernel(p, out, FIELD: tl.constexpr, BITS: tl.constexpr):
+    o = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    q = _levels.row_digit(tl.load(p + o), FIELD, 0, BITS, tl.float16, False)
+    tl.store(out + o, _levels.original_columns(q))
+
+
+@pytest.mark.parametrize(("bits", "field"), FIELDS)
+def test_levels_of_pairs_of_rows(bits, field):
+    out = torch.full((256,), float("nan"), dtype=torch.float16)
+    rows_kernel[(1,)](torch.arange(256, dtype=torch.uint8), out, field, bits)
+    bias = float(_levels.level_bias(field, bits, tl.float16))
+    assert torch.equal(out.double() - bias, expected(bits, field).double())
+
+
+@pytest.mark.parametrize(("bits", "field"), FIELDS)
+def test_the_ptx_pairs_the_rows(bits, field):
+    """Each output holds a column of both rows, the even one in its low half."""
+    for dtype, name in DTYPES.items():
+        count = int(_levels.digits(bits, name))
+        for first in range(0, 256, 8):
+            even, odd = (int.from_bytes(bytes(range(i, i + 4)), "little") for i in (first, first + 4))
+            total = torch.zeros(8, dtype=torch.float64)
+            for i in range(count):
+                source = _levels._row_digit_ptx(field, i, bits, name).replace("$5", hex(odd))
+                total += torch.tensor(run_ptx(source, even, 4), dtype=torch.uint32).view(dtype).double()
+            levels = torch.stack(expected(bits, field)[first : first + 8].split(4), 1).flatten()
+            assert torch.equal(total - float(_levels.level_bias(field, bits, name)), levels.double())
+
+
 COMPILE = """
 import sys
 sys.path.insert(0, {folder!r})

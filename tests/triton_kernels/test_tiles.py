@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import calls
 import pytest
 import torch
-from hqq_oft.triton_kernels import _launch, _tiles, rotate
+from hqq_oft.triton_kernels import _launch, _tiles, linear, linear_backward, rotate
 
 from hqq_oft import BackendError, Unsupported, backend, functional
 from hqq_oft.ops import backends, device_tables, reference
@@ -49,9 +49,18 @@ def test_a_malformed_entry_is_refused(tables):
 
 
 def test_the_shipped_tables_serve_every_operation():
-    products = ("linear", "linear_rotated", "linear_general", "linear_backward")
-    for operation in (*products, "rotate", "rotate_backward", "dequantize"):
+    products = ("linear", "linear_rotated", "linear_general", "linear_backward", "linear_backward_general")
+    for operation in (*products, "rotate", "rotate_backward", "dequantize", "dequantize_rotate"):
         assert _tiles.tiles("default", operation)
+
+
+def test_the_backward_takes_the_scratch_from_a_threshold_of_its_own():
+    regimes = {"scratch_from_m": 128, "backward_scratch_from_m": 64}
+    with _tiles.using({"regimes": regimes}):
+        for m in (63, 64, 127, 128):
+            x = torch.empty(m, 8)
+            assert linear.takes_one_launch(x) == (m < 128)
+            assert linear_backward.takes_one_launch(x) == (m < 64)
 
 
 @pytest.mark.parametrize(

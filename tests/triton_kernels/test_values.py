@@ -151,6 +151,10 @@ LAYOUTS = [
 ]
 
 
+# Besides groups of 64 along the rows: bits, axis and group of weights that are decoded field by field.
+FIELDWISE = [(4, 1, 128), (4, 1, 32), (4, 1, None), (2, 1, 8), (4, 0, 64), (8, 0, 64), (1, 0, 16), (2, 0, None)]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout.values())))
 def test_every_layout(layout):
     try:
@@ -187,6 +191,70 @@ def test_half_precision_weights(dtype, nbits):
     )
 
 
+@pytest.fixture
+def launched(monkeypatch):
+    """Name and constants of every kernel that is launched."""
+    found, interpreted = [], type(triton_kernels.linear.linear_fwd_kernel)
+    original = interpreted.run
+
+    def run(self, *args, **constants):
+        found.append((self.fn.__name__, constants))
+        return original(self, *args, **constants)
+
+    monkeypatch.setattr(interpreted, "run", run)
+    return found
+
+
+def launched_once(launched):
+    assert len(launched) == 1
+    return launched.pop()
+
+
+def no_further_than_reference(result, name, *arguments):
+    """A kernel that sums in float32 is as close to float64 as the reference in the same dtype, up to chance."""
+    truth = getattr(reference, name)(*widened(arguments))
+    assert relative_error(result, truth) <= 1.02 * relative_error(getattr(reference, name)(*arguments), truth) + 1e-7
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize(("nbits", "axis", "group"), [(8, 1, 64), (4, 1, 64), (2, 1, 64), (1, 1, 64), *FIELDWISE])
+def test_bands_are_decoded_field_by_field(dtype, nbits, axis, group, launched):
+    weight = quantized_weight(64, 256, nbits=nbits, axis=axis, group_size=group, dtype=dtype)
+    out = ops.dequantize(weight, dtype)
+    assert launched_once(launched)[0] == "dequantize_bands_kernel"
+    assert torch.equal(out, weight.dense(torch.float32).to(dtype))  # one rounding
+    for b in (16, 32, 64):
+        d = rotations(256 // b, b, dtype)
+        out = check("dequantize_rotate", weight, d, dtype)
+        no_further_than_reference(out, "dequantize_rotate", weight, d, dtype)
+        assert torch.equal(ops.dequantize_rotate(weight, d, dtype), out)
+        name, constants = launched.pop()
+        assert name == "dequantize_bands_kernel"
+        precise = dtype == torch.bfloat16 or (dtype == torch.float16 and nbits >= 4)
+        assert constants["EXACT"] == (precise and axis == 1 and (group or 256) >= b)
+
+
+def test_dropped_and_shared_blocks_in_the_exact_product():
+    weight = quantized_weight(64, 256, group_size=64, dtype=torch.bfloat16)
+    d = rotations(8, 32, torch.bfloat16)
+    d[3] = 0
+    out = check("dequantize_rotate", weight, d, torch.bfloat16)
+    assert torch.equal(out[:, 96:128], weight.dense(torch.float32)[:, 96:128].to(torch.bfloat16))
+    check("dequantize_rotate", weight, d[:1], torch.bfloat16)
+
+
+@pytest.mark.parametrize(("nbits", "axis", "group"), [(4, 1, 64), (2, 0, 64), (1, 1, 128), (4, 1, 24)])
+def test_ranges_of_rows_and_columns(nbits, axis, group):
+    """As the products take them into their scratch: band after band, in every dtype of the scratch."""
+    weight = quantized_weight(192, 384, nbits=nbits, axis=axis, group_size=group)
+    dense, fields = weight.dense(torch.float32), 8 // nbits
+    for (first, end), (left, right) in (((3, 17), (0, 384)), ((0, 192 // fields), (128, 300)), ((5, 6), (256, 384))):
+        out = torch.full((fields * (end - first), right - left), float("nan"))
+        triton_kernels.dequantize.dequantize_into(out, weight, rows=(first, end), columns=(left, right))
+        bands = dense.view(fields, 192 // fields, 384)[:, first:end, left:right]
+        assert torch.equal(out, bands.reshape(out.shape))
+
+
 def test_poisoned_padding_does_not_leak():
     """A slice of 22 columns is decoded in a tile of 32, whose last ten are padding: infinite scales here."""
     weight = quantized_weight(8, 88, group_size=8)
@@ -200,7 +268,7 @@ def test_poisoned_padding_does_not_leak():
 
 # --- Products --------------------------------------------------------------------------------------------------------
 
-MS = (1, 16, 17, 33, 70, 260)  # each tile of the table, and from 256 on the scratch
+MS = (1, 16, 17, 33, 70, 260)  # each tile of the table, and the scratch
 
 
 @pytest.mark.parametrize("m", MS)
@@ -220,6 +288,49 @@ def test_linear_in_half_precision(dtype, m):
     d, x, grad = rotations(6, 32, dtype), torch.randn(m, 192).to(dtype), torch.randn(m, 40).to(dtype)
     check("linear", *calls.linear(x, weight, d, torch.randn(40).to(dtype)))
     check("linear_backward", *calls.linear_backward(grad, x, weight, d))
+
+
+# Bits, group and columns of weights whose gradient multiplies exact levels; every group is half of a pair.
+PAIRED = [(8, 64, 128), (4, 64, 256), (2, 64, 128), (1, 64, 128), (4, 128, 256), (2, 256, 512)]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("nbits", "group", "k"), PAIRED)
+def test_the_gradient_multiplies_exact_levels(dtype, nbits, group, k, launched):
+    n = 8 // nbits * 70  # a step and a part of one
+    weight = quantized_weight(n, k, nbits=nbits, group_size=group, dtype=dtype)
+    for m in (3, 40):
+        grad = torch.randn(m, n).to(dtype)
+        arguments = calls.linear_backward(grad, torch.randn(m, k).to(dtype), weight, need_d=False)
+        dx, _ = check("linear_backward", *arguments)
+        assert launched_once(launched)[0] == "linear_bwd_bands_kernel"
+    truth, plain = reference.linear_backward(*widened(arguments))[0], reference.linear_backward(*arguments)[0]
+    assert relative_error(dx, truth) <= 1.05 * relative_error(plain, truth)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_gradient_by_exact_levels_splits_its_sums(dtype, launched):
+    weight = quantized_weight(1090, 128, group_size=64, dtype=dtype)
+    arguments = calls.linear_backward(
+        torch.randn(9, 1090).to(dtype), torch.randn(9, 128).to(dtype), weight, need_d=False
+    )
+    dx, _ = check("linear_backward", *arguments)
+    name, constants = launched_once(launched)
+    assert name == "linear_bwd_bands_kernel"
+    assert constants["SPLITS"] > 1
+    assert torch.equal(ops.linear_backward(*arguments)[0], dx)
+
+
+def test_small_float16_gradients_keep_their_precision():
+    """dy * scale would be below the normal numbers of float16."""
+    weight = quantized_weight(64, 128, group_size=64, dtype=torch.float16)
+    weight = replace(weight, scale=weight.scale / 64)
+    grad = (torch.randn(5, 64) / 16).half()
+    arguments = calls.linear_backward(grad, torch.randn(5, 128).half(), weight, need_d=False)
+    assert float((grad.abs() * weight.scale.max()).max()) < 6e-5
+    wide = weight.dense(torch.float64)
+    dx, _ = ops.linear_backward(*arguments)
+    assert relative_error(dx * 1024.0, (grad.double() @ wide).half() * 1024.0) <= 2e-3
 
 
 @pytest.mark.parametrize("steps", [4, 9, 33])
