@@ -163,8 +163,10 @@ def compile_commands(parts: tuple[str, ...], objects: Path, sanitize: bool = Fal
     assert compiler is not None
     optimise = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitize else ["-O3"]
     # GCC 12 warns about uninitialized values in its own AVX-512 intrinsics.
+    # Without -ffp-contract=off the bytes that the quantizer chooses would depend on the processor. The vectors that
+    # -Wpsabi warns about are only passed to functions that are inlined.
     flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-uninitialized",
-             "-Wno-maybe-uninitialized", *optimise]  # fmt: skip
+             "-Wno-maybe-uninitialized", "-Wno-psabi", "-ffp-contract=off", *optimise]  # fmt: skip
     binding = [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", f"-I{CSRC}", "-isystem", str(torch / "include")]
     x86 = platform.machine() in ("x86_64", "AMD64")
     commands: dict[Path, list[str]] = {}

@@ -11,3 +11,4 @@
 #include "decode.h"
 #include "product.h"
 #include "cayley.h"
+#include "quantize.h"

@@ -367,6 +367,50 @@ struct CayleyBackward {
   int64_t cost() const { return 3 * map.b * map.b * map.b * larger(map.terms, 2); }
 };
 
+// The solver of HQQ's quantizer. W is [groups, group_size] (axis 1) or [group_size, groups] (axis 0).
+struct Quantize {
+  Source w;
+  int64_t elements, group_size, axis;
+  float top;  // the largest level
+  bool round_zero;
+  int64_t iterations;
+  float* scale;    // [groups], by which W is multiplied
+  float* zeros;    // [iterations + 1, groups]
+  double* errors;  // [tasks, iterations], sums of absolute residuals
+
+  static constexpr int64_t kGroups = 16;  // in a task
+
+  int64_t groups() const { return elements / group_size; }
+  int64_t tasks() const { return ceil_div(groups(), kGroups); }
+  int64_t scratch() const { return (2 * kGroups + 1) * padded(group_size); }
+  int64_t cost() const { return kGroups * group_size * (4 + 2 * iterations); }
+};
+
+// Levels packed by rows of the same matrix: band by band, the first in the highest bits.
+struct PackLevels {
+  Source w;
+  int64_t elements, group_size, axis, bits;
+  float top;
+  const float *scale, *zero;                // [groups], the solver's, with which levels are made
+  const float *stored_scale, *stored_zero;  // [groups], with which they will be read; all four end with a vector's pad
+  void* packed;
+  double* errors;  // [tasks, 2], squared error and square of W
+
+  static constexpr int64_t kColumns = 1024;   // in a task, at most
+  static constexpr int64_t kElements = 8192;  // packed, about
+
+  int64_t groups() const { return elements / group_size; }
+  int64_t rows() const { return axis == 1 ? groups() : group_size; }
+  int64_t columns() const { return elements / rows(); }
+  int64_t fields() const { return bits == 3 ? 10 : 8 / bits; }
+  int64_t packed_rows() const { return ceil_div(rows(), fields()); }
+  int64_t column_chunks() const { return ceil_div(columns(), kColumns); }
+  int64_t rows_of_a_task() const { return larger(kElements / smaller(columns(), kColumns), 1); }
+  int64_t tasks() const { return column_chunks() * ceil_div(packed_rows(), rows_of_a_task()); }
+  int64_t scratch() const { return 2 * kColumns; }
+  int64_t cost() const { return kElements * fields() * 4; }
+};
+
 // Kernels of one instruction set. Each runs tasks begin ... end with `scratch()` floats of its own, 64-byte aligned.
 struct Kernels {
   const char* name;
@@ -377,7 +421,10 @@ struct Kernels {
   void (*product)(const Product&, int64_t begin, int64_t end, float* scratch);
   void (*cayley)(const CayleyForward&, int64_t begin, int64_t end, float* scratch);
   void (*cayley_backward)(const CayleyBackward&, int64_t begin, int64_t end, float* scratch);
+  void (*quantize)(const Quantize&, int64_t begin, int64_t end, float* scratch);
+  void (*pack_levels)(const PackLevels&, int64_t begin, int64_t end, float* scratch);
   void (*widen)(Source from, float* to, int64_t n);
+  void (*narrow)(const float* from, Sink to, int64_t n);
   // Null for instruction sets without a bfloat16 dot product.
   void (*prepare_bf16)(const PrepareBF16&, int64_t begin, int64_t end, float* scratch) = nullptr;
   void (*product_bf16)(const ProductBF16&, int64_t begin, int64_t end, float* scratch) = nullptr;

@@ -14,7 +14,10 @@ extern const Kernels avx2_kernels{
     avx2::product,
     avx2::cayley,
     avx2::cayley_backward,
+    avx2::quantize,
+    avx2::pack_levels,
     avx2::widen,
+    avx2::narrow,
 };
 
 }  // namespace hqq_oft::cpu

@@ -14,7 +14,10 @@ extern const Kernels avx512_kernels{
     avx512::product,
     avx512::cayley,
     avx512::cayley_backward,
+    avx512::quantize,
+    avx512::pack_levels,
     avx512::widen,
+    avx512::narrow,
 };
 
 }  // namespace hqq_oft::cpu

@@ -14,7 +14,10 @@ extern const Kernels portable_kernels{
     portable::product,
     portable::cayley,
     portable::cayley_backward,
+    portable::quantize,
+    portable::pack_levels,
     portable::widen,
+    portable::narrow,
 };
 
 }  // namespace hqq_oft::cpu
