@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .packing import LEVELS_PER_ELEMENT
 from .weight import QuantizedWeight
 
 
@@ -55,6 +56,29 @@ def linear(
     elif adapter_index is not None:
         raise ValueError("adapter_index requires d, the adapters' stacked rotations.")
     same_device(x=x, d=d, weight=weight.packed, bias=bias, adapter_index=adapter_index)
+
+
+def quantize(
+    w: Tensor, levels: int, bits: int, group_size: int, axis: int, round_zero: bool, iterations: int, dtype: torch.dtype
+) -> None:
+    """Of `quantize`."""
+    floating("w", w)
+    if w.dim() != 2 or w.numel() == 0:
+        raise ValueError(f"w must be a matrix that is not empty, got shape {tuple(w.shape)}.")
+    if bits not in LEVELS_PER_ELEMENT or not 2 <= levels <= 2**bits:
+        raise ValueError(
+            f"bits must be one of {sorted(LEVELS_PER_ELEMENT)} and levels from 2 to 2^bits; got bits={bits}, "
+            f"levels={levels}."
+        )
+    if axis not in (0, 1):
+        raise ValueError(f"axis must be 0 or 1, got {axis}.")
+    if group_size < 1 or w.numel() % group_size:
+        raise ValueError(f"group_size must divide the {w.shape[0]}x{w.shape[1]} weights, got {group_size}.")
+    rows, fields = w.numel() // group_size if axis == 1 else group_size, LEVELS_PER_ELEMENT[bits]
+    if bits != 3 and rows % fields:
+        raise ValueError(f"{rows} rows of levels cannot be packed {fields} per byte; choose another group_size.")
+    if iterations < 0 or not dtype.is_floating_point:
+        raise ValueError(f"iterations must be 0 or more and dtype floating, got {iterations} and {dtype}.")
 
 
 def floating(name: str, value: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""How HQQ packs levels: names and widths of its packings, and unpacking."""
+"""How HQQ packs levels: names and widths of its packings, packing and unpacking."""
 
 from __future__ import annotations
 
@@ -17,3 +17,14 @@ def unpack(packed: Tensor, bits: int, rows: int) -> Tensor:
     mask = 2**bits - 1
     bands = [(packed >> (bits * (fields - 1 - field))) & mask for field in range(fields)]
     return torch.cat(bands)[:rows]
+
+
+def pack(levels: Tensor, bits: int) -> Tensor:
+    """Packed elements from levels `[rows, columns]`: the inverse of `unpack`, rows past the last band's end are 0."""
+    fields = LEVELS_PER_ELEMENT[bits]
+    rows = -(-levels.shape[0] // fields)
+    packed = levels.new_zeros(rows, levels.shape[1], dtype=torch.int32 if bits == 3 else torch.uint8)
+    for band in levels.to(packed.dtype).split(rows):
+        packed <<= bits
+        packed[: band.shape[0]] |= band
+    return packed << bits * (fields - len(levels.split(rows)))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import backends, checks
 from .autocast import without_autocast
+from .packing import LEVELS_PER_ELEMENT
 from .reference import wide_dtype
 from .weight import QuantizedWeight
 
@@ -155,6 +156,21 @@ def _fake_linear_backward(
     return dx, d.new_empty(d.shape if need_d else 0, dtype=wide_dtype(x.dtype, d.dtype))
 
 
+def _fake_quantize(
+    w: Tensor, levels: int, bits: int, group_size: int, axis: int, round_zero: bool, iterations: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    groups = w.numel() // group_size
+    rows, columns = (groups, group_size) if axis == 1 else (group_size, groups)
+    elements = (-(-rows // LEVELS_PER_ELEMENT[bits]), columns)
+    per_group = (groups, 1) if axis == 1 else (1, groups)
+    return (
+        w.new_empty(elements, dtype=torch.int32 if bits == 3 else torch.uint8),
+        w.new_empty(per_group, dtype=dtype),
+        w.new_empty(per_group, dtype=dtype),
+        w.new_empty(2, dtype=torch.float64),
+    )
+
+
 cayley = Operation(
     "cayley",
     "Tensor v, int block_size, int? terms, Tensor? keep, float? max_norm, ScalarType dtype",
@@ -226,6 +242,14 @@ linear_backward = Operation(
     check=checks.nothing,
 )
 
+quantize = Operation(
+    "quantize",
+    "Tensor w, int levels, int bits, SymInt group_size, int axis, bool round_zero, int iterations, ScalarType dtype",
+    "(Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_quantize,
+    check=checks.quantize,
+)
+
 _ALL = (
     cayley,
     cayley_backward,
@@ -236,5 +260,6 @@ _ALL = (
     dequantize_rotate,
     linear,
     linear_backward,
+    quantize,
 )
 OPERATIONS = {operation.name: operation for operation in _ALL}

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hqq.core.quantize import HQQLinear
+from hqq.core.optimize import optimize_weights_proximal_legacy
+from hqq.core.quantize import HQQLinear, Quantizer
 from torch import Tensor, nn
 
+from ..ops import backends
+from ..ops import table as ops
+from ..ops.packing import PACKING_BITS
 from ..ops.weight import QuantizedWeight
 
 
@@ -169,26 +174,114 @@ def make_layer(state: PackedState, bias: Tensor | None, settings: dict[str, Any]
     return layer
 
 
-def requantize(base: HQQLinear, dense: Tensor, nbits: float | None = None) -> PackedState:
-    """Quantize `dense` `[N, K]` with HQQ's own quantizer and the settings of `base`, which is unchanged.
+def quantize(
+    dense: Tensor, settings: dict[str, Any], dtype: torch.dtype, device: torch.device | str
+) -> tuple[PackedState, float]:
+    """Quantize `dense` `[N, K]` as HQQ does; on x86 CPUs to the same bytes.
+
+    Computed by the operation `quantize`. Settings that it does not know (quantized scale and zero, one scale for the
+    whole weight, another solver), float64 and non-finite weights are left to HQQ's own quantizer; so is everything if a
+    backend without that operation is selected by name.
+
+    Args:
+        dense: the weight.
+        settings: as HQQ's `quant_config`, without `offload_meta`.
+        dtype: compute dtype, that of the stored scale and zero.
+        device: of the result.
+
+    Returns:
+        The state of an HQQ layer, and the relative error of its weight, |W_q - W| / |W|; NaN if `dense` is not finite.
+    """
+    weight = {"channel_wise": True, "optimize": True, "round_zero": False, "axis": 0, "view_as_float": False}
+    weight.update(settings["weight_quant_params"])
+    with torch.no_grad(), torch.inference_mode(False):  # the result outlives an enclosing inference mode
+        dense = dense.detach().to(device)
+        dense = dense.clone() if dense.is_inference() else dense
+        if not _operation_serves(settings, weight, dense):
+            return _quantize_by_hqq(dense, settings, dtype, device)
+        nbits, axis, group_size = weight["nbits"], weight["axis"], weight["group_size"]
+        packing = Quantizer.bit_to_packing[nbits]
+        packed, scale, zero, squares = ops.quantize(
+            dense,
+            round(2**nbits - 1) + 1,
+            PACKING_BITS[packing],
+            group_size or dense.shape[axis],
+            axis,
+            bool(weight["round_zero"]),
+            _HQQ_ITERATIONS if weight["optimize"] else 0,
+            dtype,
+        )
+        distance, size = squares.tolist()
+        if not math.isfinite(distance):
+            return _quantize_by_hqq(dense, settings, dtype, device)
+        if weight["view_as_float"]:
+            packed = packed.view(dtype)
+        meta = {
+            "nbits": nbits,
+            "group_size": group_size,
+            "shape": dense.shape,
+            "scale": scale,
+            "zero": zero,
+            "axis": axis,
+            "packing": packing,
+            "unpack_view_dtype": Quantizer.unpack_view_dtype[packing],
+            "view_as_float": weight["view_as_float"],
+            "quant_scale": False,
+            "quant_zero": False,
+            "compute_dtype": dtype,
+        }
+        error = math.sqrt(distance / max(size, torch.finfo(torch.float32).tiny))
+        return PackedState(nn.Parameter(packed, requires_grad=False), meta), error
+
+
+_HQQ_ITERATIONS = 20  # at most, of its default solver
+
+
+def _operation_serves(settings: dict[str, Any], weight: dict[str, Any], dense: Tensor) -> bool:
+    """Whether the operation `quantize` does what HQQ would do."""
+    known = {"nbits", "channel_wise", "group_size", "optimize", "round_zero", "axis", "view_as_float"}
+    selected = backends.selected_backend()
+    return (
+        (selected == "auto" or backends.registry()[selected].why_not("quantize") is None)
+        and dense.dtype != torch.float64
+        and set(weight) <= known
+        and weight["channel_wise"]
+        and settings.get("scale_quant_params") is None
+        and settings.get("zero_quant_params") is None
+        and (not weight["optimize"] or Quantizer.optimize_weights is optimize_weights_proximal_legacy)
+    )
+
+
+def _quantize_by_hqq(
+    dense: Tensor, settings: dict[str, Any], dtype: torch.dtype, device: torch.device | str
+) -> tuple[PackedState, float]:
+    scratch = HQQLinear(None, None, compute_dtype=dtype, device=str(device))
+    scratch.quantize(dense, **settings)
+    packed = scratch.W_q
+    if packed.is_inference():
+        packed = nn.Parameter(packed.clone(), requires_grad=False)
+    state = PackedState(packed, without_inference_tensors(scratch.meta))
+    wide = dense.to(torch.promote_types(dense.dtype, torch.float32))
+    distance = (ops.dequantize(state.weight(), wide.dtype) - wide).norm()
+    return state, float(distance / wide.norm().clamp_min(torch.finfo(wide.dtype).tiny))
+
+
+def requantize(base: HQQLinear, dense: Tensor, nbits: float | None = None) -> tuple[PackedState, float]:
+    """Quantize `dense` `[N, K]` with the settings of `base`, which is unchanged.
 
     Args:
         base: the layer.
         dense: the weight.
         nbits: number of bits, by default that of `base`.
+
+    Returns:
+        As `quantize`.
     """
-    settings = quantization_settings(base, nbits)
-    with torch.inference_mode(False):  # the result outlives an enclosing inference mode
-        scratch = HQQLinear(None, None, compute_dtype=base.compute_dtype, device=str(base.W_q.device))
-        scratch.quantize(dense.clone() if dense.is_inference() else dense, **settings)
-        meta = without_inference_tensors(scratch.meta)
-        if "zero_scale" in base.meta:
-            # HQQ stacks scale and zero only if it can pin memory; here they are always stacked, as in `base`.
-            stacked = base.meta["zero_scale"]
-            names = ("zero_q", "scale_q") if stacked.dtype == torch.uint8 else ("zero", "scale")
-            host = torch.stack([meta.pop(name) for name in names]).to(stacked.dtype).to(stacked.device)
-            meta["zero_scale"] = host.pin_memory() if stacked.is_pinned() else host
-        packed = scratch.W_q
-        if packed.is_inference():
-            packed = nn.Parameter(packed.clone(), requires_grad=False)
-        return PackedState(packed, meta)
+    state, error = quantize(dense, quantization_settings(base, nbits), base.compute_dtype, base.W_q.device)
+    if "zero_scale" in base.meta:
+        # HQQ stacks scale and zero only if it can pin memory; here they are always stacked, as in `base`.
+        stacked, meta = base.meta["zero_scale"], state.meta
+        names = ("zero_q", "scale_q") if stacked.dtype == torch.uint8 else ("zero", "scale")
+        host = torch.stack([meta.pop(name) for name in names]).to(stacked.dtype).to(stacked.device)
+        meta["zero_scale"] = host.pin_memory() if stacked.is_pinned() else host
+    return state, error

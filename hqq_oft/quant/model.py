@@ -103,12 +103,14 @@ class QuantizationReport:
 
     Attributes:
         quantized: settings of each quantized layer, by name.
+        errors: relative error of each quantized layer's weight, |W_q - W| / |W|, by name.
         kept: reason for each linear layer that was not quantized, by name.
         bytes_before: size of the model's parameters and buffers before.
         bytes_after: the same afterwards, including scales and zeros.
     """
 
     quantized: dict[str, QuantizationSettings] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
@@ -118,6 +120,9 @@ class QuantizationReport:
             f"{len(self.quantized)} layer(s) quantized, {len(self.kept)} kept; "
             f"{tqdm.format_sizeof(self.bytes_before, 'B')} before, {tqdm.format_sizeof(self.bytes_after, 'B')} after"
         ]
+        if self.errors:
+            worst = max(self.errors, key=self.errors.__getitem__)
+            lines += [f"  largest relative error of a weight: {self.errors[worst]:.2%} at {worst}"]
         lines += [f"  kept {name}: {reason}" for name, reason in self.kept.items()]
         return "\n".join(lines)
 
@@ -188,7 +193,8 @@ def quantize_model(
     bar = tqdm(places.items(), disable=None if progress else True, desc="Quantizing", unit="layer")
     for done, (linear, names) in enumerate(bar):
         try:
-            _quantize_layer(model, linear, names, report.quantized[names[0]], compute_dtype, device)
+            error = _quantize_layer(model, linear, names, report.quantized[names[0]], compute_dtype, device)
+            report.errors.update(dict.fromkeys(names, error))
         except BaseException as error:
             said = (
                 f"quantizing {names[0]} failed: {done} of {len(places)} layers are quantized, it and the rest are "
@@ -288,20 +294,19 @@ def _quantize_layer(
     settings: QuantizationSettings,
     compute_dtype: torch.dtype | None,
     device: torch.device | str | None,
-) -> None:
-    layer = HQQLinear(
-        linear,
-        settings.for_hqq(),
-        compute_dtype=compute_dtype or linear.weight.dtype,
-        device=str(device or linear.weight.device),
-    )  # HQQLinear has removed the parameters of `linear`
-    hqq_layer.detach_tensors(layer)
-    if layer.bias is not None:
-        layer.bias = nn.Parameter(layer.bias, requires_grad=False)  # a parameter, so that it moves with the model
-    layer.train(linear.training)
+) -> float:
+    dtype, device = compute_dtype or linear.weight.dtype, device or linear.weight.device
+    config = settings.for_hqq()
+    del config["offload_meta"]
+    config["weight_quant_params"]["group_size"] = settings.group_size or linear.weight.shape[settings.axis]
+    state, error = hqq_layer.quantize(linear.weight, config, dtype, device)
+    bias = None if linear.bias is None else linear.bias.detach().to(device, dtype, copy=True)
+    layer = hqq_layer.make_layer(state, bias, config).train(linear.training)
+    linear.weight = linear.bias = None  # type: ignore[assignment]  # freed, wherever else `linear` is referenced
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
+    return error
 
 
 def _place_rest(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None) -> None:

@@ -84,12 +84,6 @@ def unrotate_weight(weight: QuantizedWeight, rotations: Rotations) -> Tensor:
 
 
 @torch.no_grad()
-def relative_error(weight: QuantizedWeight, dense: Tensor) -> float:
-    """|W_q - W| / |W| between a quantized weight and its dense original; NaN if either is not finite."""
-    return relative_distance(ops.dequantize(weight, dense.dtype), dense)
-
-
-@torch.no_grad()
 def relative_distance(stored: Tensor, exact: Tensor) -> float:
     """|stored - exact| / |exact|, in the dtype of `exact`; NaN if either is not finite."""
     return float((stored.to(exact.dtype) - exact).norm() / exact.norm().clamp_min(torch.finfo(exact.dtype).tiny))

@@ -94,8 +94,7 @@ class MergeableLayer(AdaptedLayer):
             base = self.base_layer
             pristine = self._merge.pristine if self.merged else PackedState.of(base)
             dense = self._rotated_weight(order, check=safe_merge)
-            packed = hqq_layer.requantize(base, dense, into)
-            error = fold.relative_error(packed.weight(), dense)
+            packed, error = hqq_layer.requantize(base, dense, into)
             if safe_merge and not math.isfinite(error):
                 raise ValueError(
                     f"NaN or infinity after quantizing the weight merged with {order}. Nothing was merged."
@@ -197,7 +196,7 @@ class MergeableLayer(AdaptedLayer):
                 packed = pristine.to(base.W_q.device)
             else:
                 self._current()  # as for a merge
-                packed = hqq_layer.requantize(base, self._estimate_pristine(action="Unmerging", stacklevel=3))
+                packed, _ = hqq_layer.requantize(base, self._estimate_pristine(action="Unmerging", stacklevel=3))
             self._publish(packed, MergeState())
 
     def drop_pristine(self) -> None:

@@ -198,7 +198,7 @@ def _measure(
             stored = exact.to(base.compute_dtype)
             merged[into], size[into] = effect(stored), stored.numel() * stored.element_size()
         else:
-            state = hqq_layer.requantize(base, exact, into)
+            state, _ = hqq_layer.requantize(base, exact, into)
             merged[into] = effect(ops.dequantize(state.weight(), exact.dtype))
             size[into] = _bytes(state)
     adapter = effect(ops.dequantize(pristine, exact.dtype))

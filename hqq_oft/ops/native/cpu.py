@@ -127,6 +127,13 @@ def plan_dequantize(by_name: bool, weight: QuantizedWeight, dtype: torch.dtype) 
     return dequantize
 
 
+def plan_quantize(by_name: bool, w: Tensor, *settings: Any) -> Any:
+    """Of `hqq_oft.ops.reference.quantize`."""
+    _check(w)
+    _check_result(settings[-1])
+    return _lib.quantize
+
+
 def plan_dequantize_rotate(by_name: bool, weight: QuantizedWeight, d: Tensor, dtype: torch.dtype) -> Any:
     """Of `hqq_oft.ops.reference.dequantize_rotate`."""
     _check(weight.scale, weight.zero, d)
@@ -275,4 +282,5 @@ OPERATIONS: dict[str, Planner] = {
     "dequantize_rotate": plan_dequantize_rotate,
     "linear": plan_linear,
     "linear_backward": plan_linear_backward,
+    "quantize": plan_quantize,
 }
