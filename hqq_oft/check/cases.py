@@ -69,6 +69,7 @@ def all_cases() -> list[Case]:
     for block, terms in product(_BLOCKS, (5, None)):
         cases += [Case("cayley", dtype, block, terms) for dtype in DTYPES]
         cases += [Case("cayley_backward", "fp32", block, terms)]
+    cases += [Case("project_", "fp32", block) for block in _BLOCKS]
     for dtype, block in product(DTYPES, _BLOCKS):
         for name, m in product(("rotate", "rotate_backward"), _tokens(dtype)):
             cases += [Case(name, dtype, block, m=m)]
@@ -76,7 +77,7 @@ def all_cases() -> list[Case]:
     for (i, (bits, group, axis)), (j, dtype) in product(enumerate(_FORMATS), enumerate(DTYPES)):
         block = _BLOCKS[(i + j) % len(_BLOCKS)]
         layers += [Case("linear", dtype, block, bits=bits, group=group, axis=axis)]
-    for name, layer in product(("dequantize", "dequantize_rotate"), layers):
+    for name, layer in product(("dequantize", "dequantize_rotate", "quantize"), layers):
         cases += [replace(layer, operation=name)]
     for layer in [*layers, Case("linear", block=None), Case("linear", adapters=2)]:
         for name, m in product(("linear", "linear_backward"), _tokens(layer.dtype)):
@@ -121,10 +122,14 @@ def arguments(case: Case, device: torch.device) -> tuple[Any, ...]:
             return v, b, case.terms, None, None, dtype
         if case.operation == "cayley_backward":
             return torch.randn(case.k // b, b, b, device=device), v, b, case.terms, None, None
+        if case.operation == "project_":
+            return v, 0.5 * float(v.norm(dim=1).mean())
         d = reference.cayley(v, b, case.terms, None, None, dtype)
     if d is not None and case.adapters:
         d = torch.stack([d * (adapter + 1) / case.adapters for adapter in range(case.adapters)])
         index = torch.randint(-1, case.adapters, (case.m,), device=device)
+    if case.operation == "quantize":
+        return 0.02 * normal(case.n, case.k), 2**case.bits, case.bits, case.group, case.axis, case.bits == 4, 20, dtype
     x = normal(case.m, case.k)
     if case.operation == "rotate":
         return x, d, index, False

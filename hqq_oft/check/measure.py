@@ -68,6 +68,7 @@ def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def relative_error(out: Tensor, truth: Tensor) -> float:
     """`|out - truth| / |truth|`, and `|out|` where the truth is zero; NaN if anything in `out` is."""
+    truth = truth.double()
     norm = truth.norm()
     return float((out.double() - truth).norm() / (norm if norm > 0 else 1))
 
@@ -109,6 +110,8 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
 def _results(function: Callable[..., Any], args: tuple[Any, ...], device: torch.device) -> tuple[Tensor, ...]:
     out = function(*args)
     _wait(device)
+    if out is None:  # computed in place
+        out = args[0].clone()
     return out if isinstance(out, tuple) else (out,)
 
 

@@ -12,7 +12,7 @@ from hqq.core.quantize import BaseQuantizeConfig, HQQLinear, Quantizer
 from torch import nn
 
 from hqq_oft import backend, quantize_model
-from hqq_oft.ops import packing, reference
+from hqq_oft.ops import packing
 from hqq_oft.ops import table as ops
 from hqq_oft.quant import hqq_layer
 
@@ -117,8 +117,8 @@ def test_hqqs_solver_is_the_one_that_is_restated():
     source += inspect.getsource(optimize.optimize_weights_proximal_legacy) + inspect.getsource(Quantizer.quantize)
     source += inspect.getsource(optimize.shrink_lp_op)
     assert hashlib.sha256(source.encode()).hexdigest() == SOLVER, (
-        "HQQ's quantizer has changed: compare optimize_weights_proximal_legacy, shrink_lp_op and Quantizer.quantize with "
-        "hqq_oft.ops.reference.quantize, then update this hash."
+        "HQQ's quantizer has changed: compare optimize_weights_proximal_legacy, shrink_lp_op and Quantizer.quantize "
+        "with hqq_oft.ops.reference.quantize, then update this hash."
     )
     assert Quantizer.optimize_weights is optimize.optimize_weights_proximal_legacy
 
@@ -152,8 +152,8 @@ def test_opcheck():
     ],
 )
 def test_invalid_arguments_are_refused(change, message):
-    valid = dict(w=torch.ones(8, 64), levels=16, bits=4, group_size=64, axis=1, round_zero=True, iterations=20)
-    args = {**valid, "dtype": torch.float32, **change}
+    valid = {"w": torch.ones(8, 64), "levels": 16, "bits": 4, "group_size": 64, "axis": 1, "round_zero": True}
+    args = {**valid, "iterations": 20, "dtype": torch.float32, **change}
     with pytest.raises((TypeError, ValueError), match=message):
         ops.quantize(*args.values())
 
