@@ -131,8 +131,6 @@ class Allowed:
     reason: str
 
 
-_WAITS = "scales and zeros are loaded two bytes at a time, which asynchronous copies do not do"
-_PLAIN = "levels become floats one by one, about 60 instructions per 32-bit word"
 # The first that fits a row counts. Without an entry, a row must reach its target without faults.
 ALLOWED = (
     Allowed(
@@ -141,30 +139,26 @@ ALLOWED = (
     ),
     Allowed(r"linear M=16 b=32 2 bits", 1.4, "", "as many instructions per level as at 4 bits, and half the bytes."),
     Allowed(
-        r"linear M=16 b=32 1 bits", 1.55, "",
-        "as many instructions per level as at 4 bits, and a quarter of the bytes.",
+        r"linear M=16 b=32 1 bits", 1.2, "", "as many instructions per level as at 4 bits, and a quarter of the bytes."
+    ),
+    Allowed(r"linear_backward M=16 fp16", 1.35, "", "each field of a byte repeats `dy s` and the term of its zero."),
+    Allowed(
+        r"linear_backward M=16 2 bits", 1.95, "",
+        "each field of a byte repeats `dy s` and the term of its zero, for half the bytes of 4 bits.",
     ),
     Allowed(
-        r"linear_backward M=\d+( group 128| fp16)?", 2.95, "not asynchronous|STS|LDS",
-        f"{_PLAIN}; {_WAITS}; W goes through shared memory element by element.",
+        r"linear_backward M=16 1 bits", 2.9, "",
+        "each field of a byte repeats `dy s` and the term of its zero, for a quarter of the bytes of 4 bits.",
     ),
-    Allowed(r"dequantize", 1.1, "CALL", f"{_PLAIN}; rows are divided by the rows of a band in 64 bits."),
+    Allowed(r"dequantize_rotate b=32 8 bits", 0.55, "", "in bfloat16 a level has two digits, which are two products."),
     Allowed(
-        r"dequantize_rotate b=\d+( group 128| fp16| axis 0)?", 2.6, "CALL|STS|LDS",
-        "the tile is decoded in the layout of the operand and again in that of the sum; rows are divided in 64 bits.",
+        r"dequantize_rotate b=32( 1 bits)?", None, "STS",
+        "with many fields, and on sm_80, sums change their layout before they are stored, in 16-bit parts.",
     ),
-    Allowed(r".* 8 bits", 1.35, "not asynchronous|CALL|STS|LDS", f"{_PLAIN}; {_WAITS}."),
+    Allowed(r"dequantize_rotate b=32 axis 0", 0.9, "", "every level has a scale and a zero of its own to load."),
     Allowed(
         r".* 3 bits", 7, "not asynchronous|CALL|times the products",
         "bands do not fall on rows: the word of every level is loaded again, at a place found by division.",
-    ),
-    Allowed(
-        r".* 2 bits", 4, "not asynchronous|one block|CALL|STS|LDS",
-        f"as many instructions per level as at 4 bits, and half the bytes; {_WAITS}.",
-    ),
-    Allowed(
-        r".* 1 bits", 18, "not asynchronous|one block|CALL|STS|LDS",
-        f"as many instructions per level as at 4 bits, and a quarter of the bytes; {_WAITS}.",
     ),
     Allowed(
         r".* axis 0", 5.5, "times the products|CALL|STS|LDS",

@@ -163,7 +163,7 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
     assert "usage: hqq-oft" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["quantize", "merge", "env"])
+@pytest.mark.parametrize("command", ["quantize", "merge", "env", "check"])
 def test_help_has_examples_that_parse(command, capsys):
     with pytest.raises(SystemExit) as exit_info:
         cli.main([command, "--help"])
