@@ -152,7 +152,7 @@ ALLOWED = (
     ),
     Allowed(r"dequantize_rotate b=32 8 bits", 0.55, "", "in bfloat16 a level has two digits, which are two products."),
     Allowed(
-        r"dequantize_rotate b=32( 1 bits)?", None, "STS",
+        r"dequantize_rotate b=\d+( 1 bits| group 128| fp16)?", None, "STS",
         "with many fields, and on sm_80, sums change their layout before they are stored, in 16-bit parts.",
     ),
     Allowed(r"dequantize_rotate b=32 axis 0", 0.9, "", "every level has a scale and a zero of its own to load."),
