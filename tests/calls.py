@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from helpers import hqq_layer
 from torch import Tensor
 
 from hqq_oft import QuantizedWeight
+from hqq_oft.check.measure import widened as widened
 from hqq_oft.ops import backends
 
 # Where a call has its `d`.
@@ -55,19 +55,6 @@ def rotations_of(operation: str, args: tuple[Any, ...]) -> tuple[Tensor | None, 
 def parts(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of the operator `torch.ops.hqq_oft.<name>`: a weight as its parts."""
     return tuple(part for arg in args for part in (arg.arguments() if isinstance(arg, QuantizedWeight) else (arg,)))
-
-
-def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same call in float64, on the same stored values; results as well."""
-
-    def widen(arg: Any) -> Any:
-        if isinstance(arg, Tensor) and arg.is_floating_point():
-            return arg.double()
-        if isinstance(arg, QuantizedWeight):
-            return replace(arg, scale=arg.scale.double(), zero=arg.zero.double())
-        return torch.float64 if isinstance(arg, torch.dtype) else arg
-
-    return tuple(widen(arg) for arg in args)
 
 
 def first_dtype(args: tuple[Any, ...]) -> torch.dtype:
