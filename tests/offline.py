@@ -54,10 +54,8 @@ class Compiled:
 
 
 def _repeated(launch: Launch) -> bool:
-    """Whether to compile it for every dtype: every tile that multiplies, on one storage of the weight."""
-    constants = dict(launch.constants)
-    four_bits = (constants.get("BITS"), constants.get("AXIS", 1)) == (4, 1)
-    return launch.name in ROTATIONS or (launch.name.startswith("linear") and four_bits)
+    """Whether to compile it for every dtype: every tile that multiplies, on one storage of the weight for each axis."""
+    return launch.name in ROTATIONS or (launch.name.startswith("linear") and dict(launch.constants)["BITS"] == 4)
 
 
 def launches(device: str, dtypes: tuple[torch.dtype, ...]) -> list[Launch]:
