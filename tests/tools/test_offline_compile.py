@@ -62,10 +62,10 @@ def test_kernels_compile_for_every_target_within_their_limits(offline, pytestcon
     for kernel in (name for name in kernels() if name.startswith(("linear", "rotate"))):
         dtypes = {"fp16", "bf16", "fp32"} if kernel.startswith("rotate") else {"fp16", "bf16"}
         assert set(resources[kernel]["dtypes"].split()) == dtypes, kernel
-    hot = {(row["kernel"], row["target"]) for row in found["Rooflines of the hot kernels"]}
+    hot = {(row["kernel"].partition(",")[0], row["target"]) for row in found["Rooflines of the hot kernels"]}
     rooflines = [target for target in targets if target in ("sm_80", "sm_90", "sm_100")]
     assert hot >= {(case.name, target) for case in offline.hot_kernels.MAIN for target in rooflines}
-    formats = {row["kernel"] for row in found["Other formats and blocks, on sm_90"]}
+    formats = {row["kernel"].partition(",")[0] for row in found["Other formats and blocks, on sm_90"]}
     assert formats == {case.name for case in offline.hot_kernels.FORMATS}
 
 
