@@ -64,13 +64,14 @@ def _quantize(options: argparse.Namespace) -> None:
         raise CommandError(f"{source} is already quantized; start from the dense model.")
     model_class = _model_class(source)
     assert issubclass(model_class, PreTrainedModel)
-    dtype = DTYPES.get(options.dtype, "auto")
-    model = model_class.from_pretrained(str(source), dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    # Read as stored, the weights are pages of the mapped files: each enters memory when its layer is quantized.
+    model = model_class.from_pretrained(str(source), dtype="auto", use_safetensors=True, trust_remote_code=False)
     report = quantize_model(
         model,
         nbits=options.nbits,
         group_size=options.group_size,
         axis=options.axis,
+        compute_dtype=DTYPES.get(options.dtype),
         device=options.device,
         skip_modules=options.skip or ["lm_head"],
         overrides=dict(options.override),

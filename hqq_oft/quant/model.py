@@ -195,6 +195,7 @@ def quantize_model(
         try:
             error = _quantize_layer(model, linear, names, report.quantized[names[0]], compute_dtype, device)
             report.errors.update(dict.fromkeys(names, error))
+            bar.set_postfix(error=f"{error:.1e}", worst=f"{max(report.errors.values()):.1e}")
         except BaseException as error:
             said = (
                 f"quantizing {names[0]} failed: {done} of {len(places)} layers are quantized, it and the rest are "
@@ -314,6 +315,8 @@ def _place_rest(model: nn.Module, dtype: torch.dtype | None, device: torch.devic
 
     Non-persistent buffers, such as the frequencies of rotary embeddings, keep their dtype.
     """
+    if dtype is not None and hasattr(getattr(model, "config", None), "dtype"):
+        model.config.dtype = dtype
     for module in model.modules():
         if isinstance(module, HQQLinear):
             if device is not None:

@@ -46,12 +46,15 @@ class LayerReport:
         bits: number of bits of the layer.
         adapter: effect of the adapter: the difference of the layer without it.
         merged: error of merging the layer, for each choice of `into`.
+        surviving: share of the adapter's change of the weight that the merged weight W_m contains, for each choice:
+            <W_m - W, W' - W> / |W' - W|^2 with the adapted weight W' and the layer's own W; 1 if W' is W.
         bytes: size of weight, scale and zero for each choice; the unmerged layer has the size of None.
     """
 
     bits: float
     adapter: Effect
     merged: dict[MergeInto, Effect]
+    surviving: dict[MergeInto, float]
     bytes: dict[MergeInto, int]
 
     @property
@@ -75,34 +78,46 @@ class MergeReport:
         """Names of the layers where merging with their own settings loses more than the adapter adds."""
         return [name for name, layer in self.layers.items() if layer.loses_more_than_the_adapter_adds]
 
+    @property
+    def erased(self) -> list[str]:
+        """Names of the layers where less than half of the adapter's change survives a merge with their own settings."""
+        return [name for name, layer in self.layers.items() if not layer.surviving[None] >= 0.5]
+
     def worst(self, into: MergeInto) -> float:
         """Largest weight error of all layers when merged with `into`."""
         return max(layer.merged[into].weight for layer in self.layers.values())
+
+    def least_surviving(self, into: MergeInto) -> float:
+        """Smallest share of the adapter's change that survives in any layer when merged with `into`."""
+        return min(layer.surviving[into] for layer in self.layers.values())
 
     def total_bytes(self, into: MergeInto) -> int:
         """Total size of the weights when merged with `into`; the unmerged model has the size of None."""
         return sum(layer.bytes[into] for layer in self.layers.values())
 
     def alternatives(self) -> str:
-        """The choices as a table: the worst weight error and the total size."""
+        """The choices as a table: the worst weight error, the least surviving share and the total size."""
         choices = list(next(iter(self.layers.values())).merged)
-        rows = [("keep it unmerged", 0.0, self.total_bytes(None))]
-        rows += [(_call(into), self.worst(into), self.total_bytes(into)) for into in choices]
-        width = max(len(label) for label, _, _ in rows)
+        rows = [("keep it unmerged", 0.0, 1.0, self.total_bytes(None))]
+        rows += [
+            (_call(into), self.worst(into), self.least_surviving(into), self.total_bytes(into)) for into in choices
+        ]
+        width = max(len(label) for label, *_ in rows)
         return "\n".join(
-            f"  {label:{width}}  worst weight error {error:8.2%}  {tqdm.format_sizeof(size, 'B'):>8}"
-            for label, error, size in rows
+            f"  {label:{width}}  worst weight error {error:8.2%}  surviving at least {share:7.1%}"
+            f"  {tqdm.format_sizeof(size, 'B'):>8}"
+            for label, error, share, size in rows
         )
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.layers)
-        lines = [f"{'layer':{width}}  bits  weight: adapter   merge  output: adapter   merge"]
+        lines = [f"{'layer':{width}}  bits  weight: adapter   merge  output: adapter   merge  surviving"]
         for name, layer in self.layers.items():
             adapter, merged = layer.adapter, layer.merged[None]
             mark = "  loses more than it adds" if layer.loses_more_than_the_adapter_adds else ""
             lines.append(
                 f"{name:{width}}  {layer.bits:4}  {adapter.weight:15.2%} {merged.weight:7.2%}  "
-                f"{_percent(adapter.output):>15} {_percent(merged.output):>7}{mark}"
+                f"{_percent(adapter.output):>15} {_percent(merged.output):>7}  {layer.surviving[None]:9.1%}{mark}"
             )
         return "\n".join([*lines, "", "choices:", self.alternatives()])
 
@@ -125,7 +140,8 @@ def merge_report(
     """Measure the error of merging each `HqqOFTLinear` of a model; the model is unchanged.
 
     Merging requantizes the rotated weight. If that changes a layer more than its adapter does, which is usual at
-    2 bits, the merged model may be worse than the one without the adapter, and a warning is raised.
+    2 bits, the merged model may be worse than the one without the adapter. A change that is small against the steps of
+    the levels is rounded away: of such an adapter only a small share survives. Both raise a warning.
 
     Takes the time of one merge per choice, and the memory of one layer.
 
@@ -164,12 +180,13 @@ def merge_report(
     report.layers = {name: measured for name in layers if (measured := found[name]) is not None}
     if not report.layers:
         raise ValueError("no layer has an active adapter to merge.")
-    if report.losing:
-        warnings.warn(
-            f"Merging loses more than the adapter adds in {len(report.losing)} of {len(report.layers)} layers. The "
-            f"choices:\n{report.alternatives()}",
-            stacklevel=2,
-        )
+    found_in = {
+        "Merging loses more than the adapter adds": report.losing,
+        "Less than half of the adapter's change survives a merge": report.erased,
+    }
+    said = [f"{what} in {len(names)} of {len(report.layers)} layers." for what, names in found_in.items() if names]
+    if said:
+        warnings.warn(f"{' '.join(said)} The choices:\n{report.alternatives()}", stacklevel=2)
     return report
 
 
@@ -191,24 +208,31 @@ def _measure(
             return Effect(fold.relative_distance(weight, exact), None)
         return Effect(fold.relative_distance(weight, exact), fold.relative_distance(rows @ weight.to(exact).T, output))
 
+    before = ops.dequantize(pristine, exact.dtype)
+    change = (exact - before).flatten()
+
+    def surviving(weight: Tensor) -> float:
+        whole = change @ change
+        return 1.0 if whole == 0 else float(change @ (weight.to(exact) - before).flatten() / whole)
+
     merged: dict[MergeInto, Effect] = {}
+    share: dict[MergeInto, float] = {}
     size: dict[MergeInto, int] = {}
     for into in choices:
         if into == "dense":
             stored = exact.to(base.compute_dtype)
-            merged[into], size[into] = effect(stored), stored.numel() * stored.element_size()
+            size[into] = stored.nbytes
         else:
             state, _ = hqq_layer.requantize(base, exact, into)
-            merged[into] = effect(ops.dequantize(state.weight(), exact.dtype))
-            size[into] = _bytes(state)
-    adapter = effect(ops.dequantize(pristine, exact.dtype))
+            stored, size[into] = ops.dequantize(state.weight(), exact.dtype), _bytes(state)
+        merged[into], share[into] = effect(stored), surviving(stored)
     bits = hqq_layer.quantization_settings(base)["weight_quant_params"]["nbits"]
-    return LayerReport(bits, adapter, merged, size)
+    return LayerReport(bits, effect(before), merged, share, size)
 
 
 def _bytes(state: PackedState) -> int:
     tensors = [state.packed, *(value for value in state.meta.values() if isinstance(value, Tensor))]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 @torch.no_grad()

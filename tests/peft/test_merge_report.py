@@ -68,6 +68,9 @@ def test_the_numbers_are_those_of_merging_and_of_the_layers_outputs():
             truth, x, effect = rotated_truth(layer, "default"), inputs[name], report.layers[name].merged[into]
             assert effect.weight == pytest.approx(relative_error(merged, truth), rel=1e-3)
             assert effect.output == pytest.approx(relative_error(x @ merged.T, x @ truth.T), rel=1e-3)
+            base, share = oracle.of_layer(layer.get_base_layer()), report.layers[name].surviving[into]
+            change = truth - base
+            assert share == pytest.approx(float(((merged - base) * change).sum() / change.square().sum()), rel=1e-3)
             layer.merge(into=into)
         for layer in layers_of(model).values():
             layer.unmerge()
@@ -78,6 +81,7 @@ def test_the_numbers_are_those_of_merging_and_of_the_layers_outputs():
         assert found.adapter.weight == pytest.approx(relative_error(base, truth), rel=1e-3)
         assert found.adapter.output == pytest.approx(relative_error(x @ base.T, x @ truth.T), rel=1e-3)
         assert found.merged["dense"].weight < 1e-6
+        assert found.surviving["dense"] == pytest.approx(1, abs=1e-5)
         assert found.bytes["dense"] == 4 * base.numel() > found.bytes[8] > found.bytes[None] > found.bytes[2]
 
 
@@ -93,17 +97,30 @@ def test_a_merge_that_loses_more_than_the_adapter_adds_warns_with_alternatives()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         report = merge_report(adapted(nbits=4), TOKENS)
-    assert report.losing == []
+    assert report.losing == report.erased == []
     for part in ("keep it unmerged", "merge_and_unload()", "merge_and_unload(into=8)", "kB"):
         assert part in str(report)
+
+
+def test_a_small_change_that_is_rounded_away_warns():
+    with pytest.warns(UserWarning, match="Less than half of the adapter's change survives a merge in 4 of 4 layers"):
+        report = merge_report(adapted(std=0.003))
+    assert report.erased == list(report.layers)
+    assert report.least_surviving(None) < 0.2 < 0.9 < report.least_surviving("dense")
+    assert "surviving at least" in str(report)
+
+
+def test_all_of_no_change_survives():
+    report = merge_report(adapted(std=0), alternatives=("dense",))
+    assert all(layer.surviving == {None: 1, "dense": 1} for layer in report.layers.values())
 
 
 def test_layers_with_nan_weights_are_reported_as_losing():
     model = adapted()
     next(iter(layers_of(model).values())).oft_R["default"].weight.data.fill_(float("nan"))
-    with pytest.warns(UserWarning, match="in 1 of 4 layers"):
+    with pytest.warns(UserWarning, match="adds in 1 of 4 layers.*survives a merge in 1 of 4 layers"):
         report = merge_report(model)
-    assert report.losing == [next(iter(layers_of(model)))]
+    assert report.erased == report.losing == [next(iter(layers_of(model)))]
 
 
 def test_a_sample_may_miss_layers_or_be_a_tensor_and_the_training_mode_is_kept():

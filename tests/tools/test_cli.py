@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +14,11 @@ from helpers import randomize
 from hqq.core.quantize import HQQLinear
 from peft import OFTConfig, PeftModel, get_peft_model
 from small_llama import VOCABULARY, small_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hqq_oft
 from hqq_oft import cli, load_quantized
+from hqq_oft.quant import hqq_layer
 
 TOKENS = torch.arange(6)[None] % VOCABULARY
 
@@ -55,6 +59,26 @@ def test_quantize(folder, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "8 layer(s) quantized, 7 kept" in said
     assert f"written to {tmp_path / 'out'}" in said
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc has the sizes")
+def test_the_dense_weights_stay_in_their_files_until_their_layer_is_quantized(tmp_path, monkeypatch):
+    def allocated():
+        return 1024 * int(re.search(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+    sizes, quantize = [], hqq_layer.quantize
+    monkeypatch.setattr(hqq_layer, "quantize", lambda *a, **k: sizes.append(allocated()) or quantize(*a, **k))
+    config = LlamaConfig(vocab_size=8, hidden_size=1024, intermediate_size=3072, num_hidden_layers=3)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    dense = 4 * sum(parameter.numel() for parameter in model.parameters())
+    model.save_pretrained(tmp_path / "dense")
+    del model
+    gc.collect()
+    before = allocated()
+    arguments = ["quantize", str(tmp_path / "dense"), str(tmp_path / "out"), "--dtype", "float32", "--quiet"]
+    assert cli.main(arguments) == 0
+    assert len(sizes) == 21
+    assert max(sizes) - before < dense / 3  # the packed model has a sixth
 
 
 @pytest.mark.parametrize("into", [None, "8", "dense"])
