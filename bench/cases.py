@@ -24,7 +24,7 @@ from tests.stub_gpu import stub_gpu
 from . import contenders, model
 from .contenders import DENSE, HQQ, LORA, OURS, PEFT, Contender
 from .problem import Problem, Setting, buffer_sets, hqq_layer
-from .timing import Call, Limits, kept_mib
+from .timing import Call, Limits, called, kept_mib, once
 
 MAIN = Setting()
 
@@ -175,10 +175,6 @@ def _layer_jobs(
     yield Job(name, "backward", called(backward), back, columns=columns)
 
 
-def called(way: Callable[[], object]) -> Call:
-    return lambda _: way()
-
-
 def _ungraded(way: Callable[[], object]) -> Call:
     return called(torch.no_grad()(way))
 
@@ -268,7 +264,7 @@ DENSE_ROTATION_LIMIT = 4 << 30  # bytes of PEFT's K x K matrix, of which it make
 
 @kind("merge", "{shape} {setting.label}", "cayley dequantize dequantize_rotate rotate")
 def merge(session: Any, shape: Shape, setting: Setting) -> Iterator[Job]:
-    """The part of a merge that rotates the weight, the part that quantizes it again, and all of it."""
+    """The part of a merge that rotates the weight, and all of it; PEFT's takes seconds, and is called once."""
     problem = Problem(*shape, setting, session.device)
     (n, k), cost, peft = shape, problem.layer, contenders.build(PEFT, problem).layers[0]
     ours = contenders.build(OURS, problem).layers[0]
@@ -297,9 +293,10 @@ def merge(session: Any, shape: Shape, setting: Setting) -> Iterator[Job]:
     yield Job(OURS, only, torch.no_grad()(folded), fold)
     yield Job("copy", only, lambda _: copy.copy_(problem.dense), moved)
     yield Job("copy, new memory", only, lambda _: problem.dense.clone(), moved)  # whose pages a CPU clears first
-    yield Job(HQQ, "requantize", lambda _: requantize(ours.get_base_layer(), dense))
+    yield Job(OURS, "requantize", lambda _: requantize(ours.get_base_layer(), dense))
     yield Job(OURS, "whole", merged_and_back)
     if 4 * k * k <= DENSE_ROTATION_LIMIT:
+        yield Job(PEFT, "whole", columns=once(contenders.build(PEFT, problem).layers[0].merge, session.device))
         yield Job("PEFT", "rotate", torch.no_grad()(peft_rotated), wide)
 
 

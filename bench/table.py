@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from . import llama  # noqa: F401 (registers the kinds of whole models)
+from . import llama, quantizing  # noqa: F401 (register the kinds of whole models and of quantizing)
 from .cases import KINDS, MAIN, Case, Shape
 from .contenders import DENSE, HQQ, LORA, OURS, PEFT
 from .problem import Setting
@@ -22,6 +22,7 @@ FEW = ((OURS, DENSE, HQQ),)
 BITS = tuple(Setting(bits=bits) for bits in (2, 3, 8))
 BLOCKS = tuple(Setting(block=block) for block in (16, 64, 128, 256))
 OTHERS = (Setting(axis=0), Setting(group=128), Setting(share=True), Setting(exact=True), Setting(dtype="fp16"))
+QUANTIZED = (*(Setting(bits=bits) for bits in (8, 3, 2, 1)), Setting(axis=0), Setting(group=128))
 CPU_SETTINGS = (*BITS, Setting(axis=0), Setting(dtype="fp32"))
 SQUARE, UP, DOWN, NARROW = Shape(4096, 4096), Shape(14336, 4096), Shape(4096, 14336), Shape(1024, 4096)  # of 8B
 UP_70B, DOWN_70B = Shape(28672, 8192), Shape(8192, 28672)
@@ -30,6 +31,8 @@ POWERS = tuple(2**power for power in range(15))
 FOUR_LAYERS = {"num_hidden_layers": 4, "vocab_size": 1024, "max_position_embeddings": 1 << 16}
 LLAMA_8B = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_key_value_heads=8, **FOUR_LAYERS)
 SMALL_LLAMA = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_attention_heads=8, **FOUR_LAYERS)
+LLAMA_1B = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_key_value_heads=4)
+LM, UNIT = {"source": ("bf16",), "deviation": (0.02,)}, {"source": ("bf16",), "deviation": (1.0,)}  # of the weights
 HOST = {1: "forward in evaluation", 16: "forward and backward in training"}
 CHECKPOINTED = (", gradient checkpointing", "")
 
@@ -49,6 +52,8 @@ TABLE: dict[str, tuple[Sweep, ...]] = {
         ("dequantize", 20, {"setting": (*BITS, *BLOCKS, *OTHERS), "shape": (SQUARE,)}),
         ("cayley", 21, {"setting": (*BLOCKS, *OTHERS[2:4]), "k": (4096,)}),
         ("merge", 0, {"shape": SHAPES, "setting": (MAIN,)}),
+        ("quantize", 5, {"shape": (SQUARE, UP), "setting": (MAIN, *QUANTIZED), **LM}),
+        ("whole_job", 20, {"what": ("Llama 1.1B, random weights",), "config": (LLAMA_1B,)}),
         ("training", 0, {"m": (2048, 8192), "config": (LLAMA_8B,), "checkpointing": CHECKPOINTED}),
         ("decoding", 5, {"config": (LLAMA_8B,), "m": (8,), "adapters": (1, 8), "decoded": (255,)}),
         ("first_step", 6, {"config": (LLAMA_8B,), "m": (2048,)}),
@@ -63,6 +68,12 @@ TABLE: dict[str, tuple[Sweep, ...]] = {
         ("cayley", 2, {"k": (4096,), "setting": (MAIN,)}),
         ("dequantize", 20, {"setting": CPU_SETTINGS, "shape": (SQUARE,)}),
         ("merge", 0, {"shape": (SQUARE, UP), "setting": (MAIN,)}),
+        ("quantize", 1, {"shape": (SQUARE, UP), "setting": (MAIN,), **LM}),
+        ("quantize", 2, {"shape": (SQUARE,), "setting": (MAIN,), "source": ("fp32",), "deviation": (0.02,)}),
+        ("quantize", 3, {"shape": (SQUARE,), "setting": QUANTIZED, **LM}),
+        ("quantize", 4, {"shape": (SQUARE,), "setting": (MAIN,), **UNIT}),
+        ("whole_job", 20, {"what": ("Llama 1.1B, random weights",), "config": (LLAMA_1B,)}),
+        ("whole_job", 21, {"what": ("SmolLM2-135M-Instruct",), "config": (None,)}),
         ("training", 0, {"m": (256,), "config": (SMALL_LLAMA,), "checkpointing": CHECKPOINTED}),
         ("decoding", 5, {"config": (SMALL_LLAMA,), "m": (4,), "adapters": (1, 4), "decoded": (32,)}),
         ("first_step", 6, {"config": (SMALL_LLAMA,), "m": (256,)}),

@@ -7,10 +7,11 @@ what the one before has read.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +59,19 @@ def take_turns(
                 timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
                 samples[name] += [1e6 * t for t in timer.blocked_autorange(min_run_time=seconds / rounds).times]
     return {name: _percentiles(values) for name, values in samples.items()}
+
+
+def once(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """Columns of a row whose call takes seconds, made once."""
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return {"status": "measured", "mode": "once", "repeats": 1, "p50_us": 1e6 * (time.perf_counter() - start)}
+
+
+def called(way: Callable[[], object]) -> Call:
+    return lambda _: way()
 
 
 def replay(call: Call, copies: int, seconds: float) -> Timing:
