@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from hqq.core.quantize import HQQLinear
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from peft import OFTConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -90,8 +90,21 @@ def against_peft(adapted: PeftModel, batches: list[torch.Tensor], device: str) -
         hqq_oft.revert(adapted)
         theirs += model.step_milliseconds(adapted, [batch], device)
         hqq_oft.convert(adapted)
-    mine, other = statistics.median(ours), statistics.median(theirs)
-    return f"{mine:.0f} ms with hqq-oft, {other:.0f} ms with PEFT {version('peft')}: {other / mine:.2f} times as fast"
+    return compared(statistics.median(ours), statistics.median(theirs), "peft")
+
+
+def compared(ours: float, theirs: float, package: str) -> str:
+    """Two times in milliseconds in words."""
+    times = f"{ours:.0f} ms with hqq-oft, {theirs:.0f} ms with {package} {version(package)}"
+    return f"{times}: {theirs / ours:.3g} times as fast"
+
+
+def quantize_by_hqq(dense: nn.Module, bits: float, group_size: int, device: str) -> None:
+    """What HQQ computes for the same layers; the result is dropped."""
+    settings = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)
+    for name, linear in dense.named_modules():
+        if isinstance(linear, nn.Linear) and name != "lm_head":
+            HQQLinear(linear, settings, compute_dtype=linear.weight.dtype, device=device, del_orig=False)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -122,7 +135,8 @@ def run(args: argparse.Namespace) -> None:
     dense, dense_run = model.trained_on_prose(prose, args.pretrain_steps, args.seed, args.out, device)
     parameters = sum(p.numel() for p in dense.parameters())
     measure("dense", dense, dense_run)
-    base = model.quantize(dense, args.bits, args.group_size, device)
+    base = dense
+    quantize_ms = model.milliseconds(lambda: model.quantize(base, args.bits, args.group_size, device), device)
     base_logits = measure("quantized", base)
 
     with hqq_oft.patch_peft():
@@ -141,7 +155,7 @@ def run(args: argparse.Namespace) -> None:
         same = torch.equal(measure("reloaded", reloaded), expected)
         check(same, "the reloaded adapter gives the same logits bit for bit")
 
-        adapted.merge_adapter(safe_merge=True)
+        merge_ms = model.milliseconds(lambda: adapted.merge_adapter(safe_merge=True), device)
         merged = measure("merged", adapted)
         check(not torch.equal(merged, expected), "the merged model differs: its weights were quantized again")
         adapted.unmerge_adapter()
@@ -153,6 +167,7 @@ def run(args: argparse.Namespace) -> None:
 
         # Quantizing may well undo a small adapter, so how near `merged` is to `expected` says nothing by itself.
         dense, _ = model.trained_on_prose(prose, args.pretrain_steps, args.seed, args.out, device)
+        hqq_ms = model.milliseconds(lambda: quantize_by_hqq(dense, args.bits, args.group_size, device), device)
         copy_adapted_weights(adapted, dense)
         requantized = model.quantize(dense, args.bits, args.group_size, device)
         again = model.logits(requantized, held_out["code"][0], device)
@@ -160,6 +175,8 @@ def run(args: argparse.Namespace) -> None:
         # rounding differs in what lies half-way between two levels
         same = (merged - again).norm() < 0.25 * noise
         check(bool(same), "the merged model is what quantizing the adapted weights gives")
+        hqq_oft.revert(reloaded)
+        peft_ms = model.milliseconds(reloaded.merge_adapter, device)
 
     losses = {row.state: row.code for row in rows}
     check(losses["adapted"] < losses["quantized"], "the adapter lowers the loss on code")
@@ -170,6 +187,8 @@ def run(args: argparse.Namespace) -> None:
         "settings": f"{args.bits} bits, group {args.group_size}, block {blocks}, {args.steps} steps, "
         f"seed {args.seed}, {device}, torch {torch.__version__}",
         "forward and backward": comparison,
+        "quantizing": compared(quantize_ms, hqq_ms, "hqq"),
+        "merging": compared(merge_ms, peft_ms, "peft"),
         "backend": env.serving("linear", torch.device(args.device))[0],
         "logits on code": f"moved {float((expected - base_logits).norm() / base_logits.norm()):.2%} by the adapter, "
         f"{float(noise / expected.norm()):.2%} by quantizing the merged weights",
