@@ -382,7 +382,7 @@ struct Quantize {
 
   int64_t groups() const { return elements / group_size; }
   int64_t tasks() const { return ceil_div(groups(), kGroups); }
-  int64_t scratch() const { return (2 * kGroups + 1) * padded(group_size); }
+  int64_t scratch() const { return kGroups * (2 * group_size + iterations); }
   int64_t cost() const { return kGroups * group_size * (4 + 2 * iterations); }
 };
 

@@ -4,12 +4,14 @@
 #include <immintrin.h>
 
 #include "types.h"
+#include "unroll.h"
 
 namespace hqq_oft::cpu::HQQ_OFT_ISA {
 namespace {
 
 constexpr int kLanes = 8;
 using Vec = __m256;
+constexpr int kRegister = kLanes;
 
 inline Vec set(float value) { return _mm256_set1_ps(value); }
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
@@ -22,6 +24,11 @@ inline float sum(Vec v) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+inline bool any_bit(const void* mask) {
+  __m256i bits = _mm256_loadu_si256(static_cast<const __m256i*>(mask));
+  return !_mm256_testz_si256(bits, bits);
 }
 
 inline __m128i load_16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
@@ -43,6 +50,23 @@ inline void store(BF16* p, Vec v) {
 }
 inline void store(F16* p, Vec v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// to[k][g] = from[g][k] of kRegister rows and columns.
+template <class T>
+inline void transpose(const T* from, int64_t stride, float* to, int64_t to_stride) {
+  // Each step interleaves the first half of the rows with the second, and so rotates the bits of (row, column) by one.
+  Vec a[kRegister], b[kRegister];
+  auto step = [&](const Vec* x, Vec* y) __attribute__((always_inline)) {
+    each<kRegister / 2>([&](int i) __attribute__((always_inline)) {
+      Vec low = _mm256_unpacklo_ps(x[i], x[i + kRegister / 2]), high = _mm256_unpackhi_ps(x[i], x[i + kRegister / 2]);
+      y[2 * i] = _mm256_permute2f128_ps(low, high, 0x20);
+      y[2 * i + 1] = _mm256_permute2f128_ps(low, high, 0x31);
+    });
+  };
+  each<kRegister>([&](int g) __attribute__((always_inline)) { a[g] = load(from + g * stride); });
+  step(a, b), step(b, a), step(a, b);
+  each<kRegister>([&](int k) __attribute__((always_inline)) { store(to + k * to_stride, b[k]); });
 }
 
 inline Vec levels_of(__m256i elements, int shift, int mask) {

@@ -4,12 +4,14 @@
 #include <immintrin.h>
 
 #include "types.h"
+#include "unroll.h"
 
 namespace hqq_oft::cpu::HQQ_OFT_ISA {
 namespace {
 
 constexpr int kLanes = 16;
 using Vec = __m512;
+constexpr int kRegister = kLanes;
 
 inline Vec set(float value) { return _mm512_set1_ps(value); }
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
@@ -19,6 +21,11 @@ inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 // a * b + c
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+
+inline bool any_bit(const void* mask) {
+  __m512i bits = _mm512_loadu_si512(mask);
+  return _mm512_test_epi32_mask(bits, bits) != 0;
+}
 
 inline __m256i load_32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
@@ -61,6 +68,24 @@ inline void store_first(F16* p, Vec v, int64_t n) {
   F16 lanes[kLanes];
   store(lanes, v);
   _mm256_mask_storeu_epi16(p, first(n), load_32(lanes));
+}
+
+// to[k][g] = from[g][k] of kRegister rows and columns.
+template <class T>
+inline void transpose(const T* from, int64_t stride, float* to, int64_t to_stride) {
+  // Each step interleaves the first half of the rows with the second, and so rotates the bits of (row, column) by one.
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  Vec a[kRegister], b[kRegister];
+  auto step = [&](const Vec* x, Vec* y) __attribute__((always_inline)) {
+    each<kRegister / 2>([&](int i) __attribute__((always_inline)) {
+      y[2 * i] = _mm512_permutex2var_ps(x[i], low, x[i + kRegister / 2]);
+      y[2 * i + 1] = _mm512_permutex2var_ps(x[i], high, x[i + kRegister / 2]);
+    });
+  };
+  each<kRegister>([&](int g) __attribute__((always_inline)) { a[g] = load(from + g * stride); });
+  step(a, b), step(b, a), step(a, b), step(b, a);
+  each<kRegister>([&](int k) __attribute__((always_inline)) { store(to + k * to_stride, a[k]); });
 }
 
 inline Vec levels_of(__m512i elements, int shift, int mask) {

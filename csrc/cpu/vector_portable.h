@@ -9,6 +9,7 @@ namespace hqq_oft::cpu::HQQ_OFT_ISA {
 namespace {
 
 constexpr int kLanes = 8;
+constexpr int kRegister = 4;  // floats in a register of SSE2 or NEON
 
 struct Vec {
   float lane[kLanes];
@@ -58,6 +59,19 @@ inline void store(BF16* p, Vec v) {
 }
 inline void store(F16* p, Vec v) {
   for (int i = 0; i < kLanes; ++i) p[i] = f16_of(v.lane[i]);
+}
+
+inline bool any_bit(const void* mask) {
+  uint64_t bits[2];
+  std::memcpy(bits, mask, sizeof bits);
+  return (bits[0] | bits[1]) != 0;
+}
+
+// to[k][g] = from[g][k] of kRegister rows and columns.
+template <class T>
+inline void transpose(const T* from, int64_t stride, float* to, int64_t to_stride) {
+  for (int g = 0; g < kRegister; ++g)
+    for (int k = 0; k < kRegister; ++k) to[k * to_stride + g] = float_of(from[g * stride + k]);
 }
 
 template <class P>
