@@ -1,29 +1,29 @@
-// The operator `quantize` of hqq_oft_native for CPU tensors, as in hqq_oft/ops/reference.py.
+// The operators `quantize` and `quantize_band` of hqq_oft_native for CPU tensors, as in hqq_oft/ops/reference.py.
 
 #include <cmath>
+#include <optional>
 #include <tuple>
 
 #include "tensors.h"
 
 namespace {
 
-// After how many iterations the solver stops: at the first whose error is not less than the one before, compared in
+// After how many iterations the solver stops: at the first whose mean error is not less than the one before, compared in
 // float32 as HQQ's. The zero of the next iteration is the result.
-int64_t iterations_taken(const double* errors, int64_t blocks, int64_t iterations, int64_t elements) {
+int64_t iterations_taken(const double* errors, int64_t iterations) {
   float best = INFINITY;
   for (int64_t i = 0; i < iterations; ++i) {
-    double total = 0;
-    for (int64_t block = 0; block < blocks; ++block) total += errors[block * iterations + i];
-    auto error = static_cast<float>(total / static_cast<double>(elements));
+    auto error = static_cast<float>(errors[i]);
     if (!(error < best)) return i + 1;
     best = error;
   }
   return iterations;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& w_in, int64_t levels, int64_t bits,
-                                                    int64_t group_size, int64_t axis, bool round_zero,
-                                                    int64_t iterations, ScalarType dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_band(const Tensor& w_in, int64_t levels, int64_t bits,
+                                                                 int64_t group_size, int64_t axis, bool round_zero,
+                                                                 int64_t iterations, ScalarType dtype,
+                                                                 const std::optional<Tensor>& of_the_whole) {
   STD_TORCH_CHECK(w_in.dim() == 2 && group_size > 0 && w_in.numel() % group_size == 0 && w_in.numel() > 0,
                   "group_size must divide the weight");
   STD_TORCH_CHECK(bits == 8 || bits == 4 || bits == 3 || bits == 2 || bits == 1, "bits must be 8, 4, 3, 2 or 1");
@@ -33,10 +33,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& w_in, int64_t 
   Buffer<float> inverse(stored), zeros((iterations + 1) * groups + kPad), read_scale(stored), read_zero(stored);
   Quantize solver{source(w), elements,       group_size,   axis, top, round_zero,
                   iterations, inverse.data(), zeros.data(), nullptr};
-  Buffer<double> errors(solver.tasks() * iterations);
+  Buffer<double> errors(solver.tasks() * iterations), means(iterations);
   solver.errors = errors.data();
   run(kernels().quantize, solver);
-  float* zero = zeros.data() + iterations_taken(errors.data(), solver.tasks(), iterations, elements) * groups;
+  Tensor error_sums = torch::stable::new_empty(w, {iterations}, ScalarType::Double);
+  auto totals = static_cast<double*>(error_sums.mutable_data_ptr());
+  for (int64_t i = 0; i < iterations; ++i) {
+    totals[i] = 0;
+    for (int64_t task = 0; task < solver.tasks(); ++task) totals[i] += errors.data()[task * iterations + i];
+    means.data()[i] = totals[i] / static_cast<double>(elements);
+  }
+  const double* decisive = of_the_whole ? static_cast<const double*>(of_the_whole->const_data_ptr()) : means.data();
+  float* zero = zeros.data() + iterations_taken(decisive, iterations) * groups;
 
   std::vector<int64_t> shape = axis == 1 ? std::vector<int64_t>{groups, 1} : std::vector<int64_t>{1, groups};
   Tensor scale_out = empty(w, shape, dtype), zero_out = empty(w, shape, dtype);
@@ -59,7 +67,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& w_in, int64_t 
   auto sums = static_cast<double*>(error.mutable_data_ptr());
   sums[0] = sums[1] = 0;
   for (int64_t task = 0; task < 2 * pack.tasks(); ++task) sums[task % 2] += squares.data()[task];
-  return {packed, scale_out, zero_out, error};
+  return {packed, scale_out, zero_out, error, error_sums};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& w, int64_t levels, int64_t bits, int64_t group_size,
+                                                    int64_t axis, bool round_zero, int64_t iterations,
+                                                    ScalarType dtype) {
+  auto [packed, scale, zero, squares, errors] =
+      quantize_band(w, levels, bits, group_size, axis, round_zero, iterations, dtype, std::nullopt);
+  return {packed, scale, zero, squares};
 }
 
 }  // namespace
@@ -68,6 +84,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hqq_oft_native, m) {
   m.def(
       "quantize(Tensor w, int levels, int bits, SymInt group_size, int axis, bool round_zero, int iterations, "
       "ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "quantize_band(Tensor w, int levels, int bits, SymInt group_size, int axis, bool round_zero, int iterations, "
+      "ScalarType dtype, Tensor? errors) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(hqq_oft_native, CPU, m) { m.impl("quantize", TORCH_BOX(&quantize)); }
+STABLE_TORCH_LIBRARY_IMPL(hqq_oft_native, CPU, m) {
+  m.impl("quantize", TORCH_BOX(&quantize));
+  m.impl("quantize_band", TORCH_BOX(&quantize_band));
+}

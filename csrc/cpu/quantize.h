@@ -251,19 +251,24 @@ void quantize(const Quantize& op, int64_t begin, int64_t end, float* scratch) {
 }
 
 // Levels from W, scale and zero, packed as HQQ does, and the squared error of the weight that they stand for.
-void pack_levels(const PackLevels& op, int64_t begin, int64_t end, float* scratch) {
+void pack_levels(const PackLevels& of, int64_t begin, int64_t end, float* scratch) {
+  const PackLevels op = of;  // which no store below can change
   auto words = reinterpret_cast<int32_t*>(scratch);
   float* w = scratch + PackLevels::kColumns;
   const Groups top = all(op.top);
   GroupBits lane;
   for (int g = 0; g < kRegister; ++g) lane[g] = g;
+  struct OfGroups {
+    Groups scale, zero, stored_scale, stored_zero;
+  };
   for (int64_t task = begin; task < end; ++task) {
     int64_t first = task % op.column_chunks() * PackLevels::kColumns;
     int64_t columns = smaller(PackLevels::kColumns, op.columns() - first);
     int64_t row = task / op.column_chunks() * op.rows_of_a_task();
     int64_t last = smaller(row + op.rows_of_a_task(), op.packed_rows());
-    double squares[2][kGroups] = {};  // of the error and of W, by column modulo kGroups
+    Doubles totals[2][2 * kParts] = {};  // of squared errors and of W's squares, by column modulo kGroups
     for (; row < last; ++row) {
+      Groups sums[2][kParts] = {};
       for (int64_t i = 0; i < padded(columns); ++i) words[i] = 0;
       for (int64_t field = 0; field < op.fields(); ++field) {
         int64_t of_w = row + field * op.packed_rows();
@@ -272,13 +277,13 @@ void pack_levels(const PackLevels& op, int64_t begin, int64_t end, float* scratc
           continue;
         }
         widen(op.w.from(of_w * op.columns() + first), w, columns);
-        Groups sums[2][kParts] = {};
-        // kGroups columns from i on, of which the first `count` exist.
-        auto pack = [&](int64_t i, auto of_groups, int64_t count) __attribute__((always_inline)) {
+        // kGroups columns from i on, of which `count` exist.
+        auto pack = [&](int64_t i, int64_t count, auto groups_at) __attribute__((always_inline)) {
           each<kParts>([&](int part) __attribute__((always_inline)) {
             int64_t at = i + part * kRegister;
-            Groups x = read(w + at), q = nearest_level(x * of_groups(op.scale, at) + of_groups(op.zero, at), top);
-            Groups difference = x - (q - of_groups(op.stored_zero, at)) * of_groups(op.stored_scale, at);
+            OfGroups groups = groups_at(at);
+            Groups x = read(w + at), q = nearest_level(x * groups.scale + groups.zero, top);
+            Groups difference = x - (q - groups.stored_zero) * groups.stored_scale;
             if (count < kGroups) {
               GroupBits inside = lane < static_cast<int>(count - part * kRegister);
               difference = inside ? difference : Groups{};
@@ -291,22 +296,26 @@ void pack_levels(const PackLevels& op, int64_t begin, int64_t end, float* scratc
             __builtin_memcpy(words + at, &word, sizeof word);
           });
         };
-        auto pack_row = [&](auto of_groups) __attribute__((always_inline)) {
+        auto pack_row = [&](auto groups_at) __attribute__((always_inline)) {
           int64_t i = 0;
-          for (; i + kGroups <= columns; i += kGroups) pack(i, of_groups, kGroups);
-          if (i < columns) pack(i, of_groups, columns - i);
+          for (; i + kGroups <= columns; i += kGroups) pack(i, kGroups, groups_at);
+          if (i < columns) pack(i, columns - i, groups_at);
         };
         if (op.axis == 1) {
-          pack_row([&](const float* values, int64_t) { return all(values[of_w]); });
+          const OfGroups groups{all(op.scale[of_w]), all(op.zero[of_w]), all(op.stored_scale[of_w]),
+                                all(op.stored_zero[of_w])};
+          pack_row([&](int64_t) { return groups; });
         } else {
-          pack_row([&](const float* values, int64_t at) { return read(values + first + at); });
-        }
-        for (int of = 0; of < 2; ++of) {
-          float row_of[kGroups];
-          __builtin_memcpy(row_of, sums[of], sizeof row_of);
-          for (int g = 0; g < kGroups; ++g) squares[of][g] += row_of[g];
+          pack_row([&](int64_t at) {
+            at += first;
+            return OfGroups{read(op.scale + at), read(op.zero + at), read(op.stored_scale + at),
+                            read(op.stored_zero + at)};
+          });
         }
       }
+      HalfGroups halves[2][2 * kParts];
+      __builtin_memcpy(halves, sums, sizeof halves);
+      each<2, 2 * kParts>([&](int i, int half) { totals[i][half] += __builtin_convertvector(halves[i][half], Doubles); });
       int64_t to = row * op.columns() + first;
       if (op.bits == 3) {
         __builtin_memcpy(static_cast<int32_t*>(op.packed) + to, words, static_cast<size_t>(4 * columns));
@@ -315,10 +324,11 @@ void pack_levels(const PackLevels& op, int64_t begin, int64_t end, float* scratc
         for (int64_t i = 0; i < columns; ++i) bytes[i] = static_cast<uint8_t>(words[i]);
       }
     }
-    for (int of = 0; of < 2; ++of) {
-      double& total = op.errors[2 * task + of];
+    for (int i = 0; i < 2; ++i) {
+      double& total = op.errors[2 * task + i];
       total = 0;
-      for (double sum : squares[of]) total += sum;
+      for (const Doubles& part : totals[i])
+        for (int g = 0; g < kRegister / 2; ++g) total += part[g];
     }
   }
 }

@@ -4,7 +4,6 @@
 #include <immintrin.h>
 
 #include "types.h"
-#include "unroll.h"
 
 namespace hqq_oft::cpu::HQQ_OFT_ISA {
 namespace {
@@ -58,15 +57,18 @@ inline void transpose(const T* from, int64_t stride, float* to, int64_t to_strid
   // Each step interleaves the first half of the rows with the second, and so rotates the bits of (row, column) by one.
   Vec a[kRegister], b[kRegister];
   auto step = [&](const Vec* x, Vec* y) __attribute__((always_inline)) {
-    each<kRegister / 2>([&](int i) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRegister / 2; ++i) {
       Vec low = _mm256_unpacklo_ps(x[i], x[i + kRegister / 2]), high = _mm256_unpackhi_ps(x[i], x[i + kRegister / 2]);
       y[2 * i] = _mm256_permute2f128_ps(low, high, 0x20);
       y[2 * i + 1] = _mm256_permute2f128_ps(low, high, 0x31);
-    });
+    }
   };
-  each<kRegister>([&](int g) __attribute__((always_inline)) { a[g] = load(from + g * stride); });
+#pragma GCC unroll 16
+  for (int g = 0; g < kRegister; ++g) a[g] = load(from + g * stride);
   step(a, b), step(b, a), step(a, b);
-  each<kRegister>([&](int k) __attribute__((always_inline)) { store(to + k * to_stride, b[k]); });
+#pragma GCC unroll 16
+  for (int k = 0; k < kRegister; ++k) store(to + k * to_stride, b[k]);
 }
 
 inline Vec levels_of(__m256i elements, int shift, int mask) {

@@ -4,7 +4,6 @@
 #include <immintrin.h>
 
 #include "types.h"
-#include "unroll.h"
 
 namespace hqq_oft::cpu::HQQ_OFT_ISA {
 namespace {
@@ -78,14 +77,17 @@ inline void transpose(const T* from, int64_t stride, float* to, int64_t to_strid
   const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   Vec a[kRegister], b[kRegister];
   auto step = [&](const Vec* x, Vec* y) __attribute__((always_inline)) {
-    each<kRegister / 2>([&](int i) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRegister / 2; ++i) {
       y[2 * i] = _mm512_permutex2var_ps(x[i], low, x[i + kRegister / 2]);
       y[2 * i + 1] = _mm512_permutex2var_ps(x[i], high, x[i + kRegister / 2]);
-    });
+    }
   };
-  each<kRegister>([&](int g) __attribute__((always_inline)) { a[g] = load(from + g * stride); });
+#pragma GCC unroll 16
+  for (int g = 0; g < kRegister; ++g) a[g] = load(from + g * stride);
   step(a, b), step(b, a), step(a, b), step(b, a);
-  each<kRegister>([&](int k) __attribute__((always_inline)) { store(to + k * to_stride, a[k]); });
+#pragma GCC unroll 16
+  for (int k = 0; k < kRegister; ++k) store(to + k * to_stride, a[k]);
 }
 
 inline Vec levels_of(__m512i elements, int shift, int mask) {

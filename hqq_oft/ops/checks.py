@@ -81,6 +81,16 @@ def quantize(
         raise ValueError(f"iterations must be 0 or more and dtype floating, got {iterations} and {dtype}.")
 
 
+def quantize_band(w: Tensor, *settings: Any) -> None:
+    """Of `quantize_band`."""
+    quantize(w, *settings[:-1])
+    iterations, errors = settings[-3], settings[-1]
+    if errors is not None and (errors.dtype != torch.float64 or tuple(errors.shape) != (iterations,)):
+        raise ValueError(
+            f"errors must be a float64 tensor of shape ({iterations},), got {errors.dtype} {tuple(errors.shape)}."
+        )
+
+
 def floating(name: str, value: Tensor) -> None:
     """A tensor is floating point."""
     if not value.is_floating_point():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -13,10 +15,30 @@ LEVELS_PER_ELEMENT = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
 
 def unpack(packed: Tensor, bits: int, rows: int) -> Tensor:
     """Levels `[rows, columns]` from packed elements: one band of rows per field, the first in the highest bits."""
-    fields = LEVELS_PER_ELEMENT[bits]
-    mask = 2**bits - 1
-    bands = [(packed >> (bits * (fields - 1 - field))) & mask for field in range(fields)]
-    return torch.cat(bands)[:rows]
+    return unpack_rows(packed, bits, 0, rows)
+
+
+def unpack_rows(packed: Tensor, bits: int, first: int, last: int) -> Tensor:
+    """Rows `first` to `last` of the levels."""
+    return torch.cat([(rows >> shift) & (2**bits - 1) for rows, shift, _ in _fields(packed, bits, first, last)])
+
+
+def set_rows(packed: Tensor, bits: int, first: int, levels: Tensor) -> None:
+    """Set rows `first` and following of the levels in `packed` to `levels`, integers."""
+    for rows, shift, of_levels in _fields(packed, bits, first, first + levels.shape[0]):
+        rows &= ~((2**bits - 1) << shift) & (2**30 - 1 if bits == 3 else 255)
+        rows |= levels[of_levels].to(packed.dtype) << shift
+
+
+def _fields(packed: Tensor, bits: int, first: int, last: int) -> Iterator[tuple[Tensor, int, slice]]:
+    """Where rows `first` to `last` of the levels are: rows of `packed`, the shift of their field, which levels."""
+    rows, begin = packed.shape[0], first
+    while begin < last:
+        field = begin // rows
+        end = min(last, (field + 1) * rows)
+        shift = bits * (LEVELS_PER_ELEMENT[bits] - 1 - field)
+        yield packed[begin - field * rows : end - field * rows], shift, slice(begin - first, end - first)
+        begin = end
 
 
 def pack(levels: Tensor, bits: int) -> Tensor:

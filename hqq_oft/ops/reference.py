@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import Planner
-from .packing import pack
+from .quantizer import quantize, quantize_band
 from .weight import QuantizedWeight
 
 
@@ -237,73 +237,6 @@ def linear_backward(
     return rotate_backward(g, x, d, adapter_index, False, need_x, need_d)
 
 
-# --- Quantizing ------------------------------------------------------------------------------------------------------
-
-
-def shrink(residual: Tensor) -> Tensor:
-    """The proximal operator of HQQ's |x|^0.7 with beta = 10, generalized soft thresholding: 0 below about 0.17."""
-    size = residual.abs()
-    return residual.sign() * (size - 0.1 * size.pow(-0.3)).clamp_min(0)
-
-
-def quantize(
-    w: Tensor,
-    levels: int,
-    bits: int,
-    group_size: int,
-    axis: int,
-    round_zero: bool,
-    iterations: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """HQQ's quantizer, in float32: scale from a group's range, zero by half-quadratic optimization.
-
-    Each iteration rounds to levels q, shrinks the residuals e, and sets zero = mean(q - scale * (w - shrink(e))), where
-    scale is what weights are multiplied by. The solver stops at the first iteration whose mean |e|, computed in float64
-    and rounded to float32, is not less than that of the one before; the zero after it is used. Source:
-    `optimize_weights_proximal_legacy` of HQQ, whose means are float32 sums in PyTorch's order.
-
-    Args:
-        w: `[N, K]`, finite.
-        levels: number of levels, from 0 on.
-        bits: width of a stored level.
-        group_size: weights per scale and zero.
-        axis: of the groups, as in `QuantizedWeight`.
-        round_zero: round the first zero to an integer.
-        iterations: of the solver, at most; 0 keeps the first zero.
-        dtype: of the stored scale and zero.
-
-    Returns:
-        Packed levels, scale and zero as HQQ stores them (of `[groups, 1]` or `[1, groups]`), and float64 `[2]`: the
-        squared distance of the quantized weight to `w`, and the square of `w`. Non-finite if `w` is.
-    """
-    matrix = w.float().reshape((-1, group_size) if axis == 1 else (group_size, -1))
-    low, high = matrix.amin(axis, keepdim=True), matrix.amax(axis, keepdim=True)
-    scale = (levels - 1) / (high - low)
-    scale = torch.where((high - low).abs() <= 1e-4, 1.0, scale).clamp(max=2e4)
-    zero = -low * scale
-    if round_zero:
-        zero = zero.round()
-
-    def nearest_levels() -> Tensor:
-        return (matrix * scale + zero).round_().clamp_(0, levels - 1)
-
-    best = torch.full((), torch.inf, device=w.device)
-    for _ in range(iterations):
-        q = nearest_levels()
-        residual = matrix - (q - zero) / scale
-        error = residual.abs().mean(dtype=torch.float64).float()
-        zero = (q - (matrix - shrink(residual)) * scale).mean(axis, keepdim=True)
-        if not error < best:
-            break
-        best = error
-    q = nearest_levels()
-    scale, zero = (1 / scale).to(dtype), zero.to(dtype)
-    difference = matrix - (q - zero.float()) * scale.float()
-    squares = torch.stack([x.square().sum(dtype=torch.float64) for x in (difference, matrix)])
-    return pack(q, bits), scale, zero, squares
-
-
 _ALL = (
     cayley,
     cayley_backward,
@@ -315,6 +248,7 @@ _ALL = (
     linear,
     linear_backward,
     quantize,
+    quantize_band,
 )
 OPERATIONS: dict[str, Planner] = {
     function.__name__: lambda by_name, *args, function=function: function for function in _ALL

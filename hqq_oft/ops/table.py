@@ -171,6 +171,11 @@ def _fake_quantize(
     )
 
 
+def _fake_quantize_band(w: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+    *settings, iterations, dtype, _ = settings
+    return *_fake_quantize(w, *settings, iterations, dtype), w.new_empty(iterations, dtype=torch.float64)
+
+
 cayley = Operation(
     "cayley",
     "Tensor v, int block_size, int? terms, Tensor? keep, float? max_norm, ScalarType dtype",
@@ -249,6 +254,14 @@ quantize = Operation(
     fake=_fake_quantize,
     check=checks.quantize,
 )
+quantize_band = Operation(
+    "quantize_band",
+    "Tensor w, int levels, int bits, SymInt group_size, int axis, bool round_zero, int iterations, ScalarType dtype, "
+    "Tensor? errors",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_quantize_band,
+    check=checks.quantize_band,
+)
 
 _ALL = (
     cayley,
@@ -261,5 +274,6 @@ _ALL = (
     linear,
     linear_backward,
     quantize,
+    quantize_band,
 )
 OPERATIONS = {operation.name: operation for operation in _ALL}

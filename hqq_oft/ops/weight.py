@@ -5,6 +5,7 @@ Nothing below `hqq_oft.ops.table` depends on HQQ's classes; this module is the o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .packing import LEVELS_PER_ELEMENT, PACKING_BITS, unpack
+from .packing import LEVELS_PER_ELEMENT, PACKING_BITS, unpack, unpack_rows
 
 # What plans depend on, of every weight seen -> one object for it, whose hash is cheap.
 _LAYOUTS: dict[tuple[Any, ...], object] = {}
@@ -149,6 +150,33 @@ class QuantizedWeight:
         levels = unpack(self.packed, self.bits, self.level_shape[0]).to(wide)
         scale, zero = (self.scale[:, None], self.zero[:, None]) if self.axis == 1 else (self.scale, self.zero)
         return ((levels - zero) * scale).reshape(self.shape).to(dtype)
+
+    @property
+    def groups_of_a_band(self) -> int:
+        """A number of groups whose multiples are where a `band` may begin; all where only the whole weight is one."""
+        if self.axis == 1:
+            return self.in_features // math.gcd(self.in_features, self.group_size)
+        return self.in_features if self.out_features % self.group_size == 0 else self.groups
+
+    def band(self, first: int, last: int) -> QuantizedWeight:
+        """Groups `first` to `last` as a weight of K in-features, whole rows of `W` in their order.
+
+        With `axis=1` they are consecutive rows, whose levels are unpacked to a byte each: packed elements hold levels
+        of rows far from each other. With `axis=0` they are as many rows of each part of `W` that has N / group_size.
+
+        Args:
+            first: a multiple of `groups_of_a_band`.
+            last: another, or `groups`.
+        """
+        if (first, last) == (0, self.groups):
+            return self
+        if self.axis == 1:
+            packed, bits = unpack_rows(self.packed, self.bits, first, last).to(torch.uint8), 8
+        else:
+            packed, bits = self.packed[:, first:last].contiguous(), self.bits
+        rows = (last - first) * self.group_size // self.in_features
+        settings = (rows, self.in_features, bits, self.group_size, self.axis)
+        return QuantizedWeight.unchecked(packed, self.scale[first:last], self.zero[first:last], *settings)
 
     @classmethod
     def from_hqq(cls, layer: Any) -> QuantizedWeight:

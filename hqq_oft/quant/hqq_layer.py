@@ -16,6 +16,8 @@ from ..ops import backends
 from ..ops import table as ops
 from ..ops.packing import PACKING_BITS
 from ..ops.weight import QuantizedWeight
+from . import bands
+from .bands import Bands
 
 
 @dataclass
@@ -175,13 +177,15 @@ def make_layer(state: PackedState, bias: Tensor | None, settings: dict[str, Any]
 
 
 def quantize(
-    dense: Tensor, settings: dict[str, Any], dtype: torch.dtype, device: torch.device | str
+    dense: Tensor | Bands, settings: dict[str, Any], dtype: torch.dtype, device: torch.device | str
 ) -> tuple[PackedState, float]:
     """Quantize `dense` `[N, K]` as HQQ does; on x86 CPUs to the same bytes.
 
     Computed by the operation `quantize`. Settings that it does not know (quantized scale and zero, one scale for the
     whole weight, another solver), float64 and non-finite weights are left to HQQ's own quantizer; so is everything if a
-    backend without that operation is selected by name.
+    backend without that operation is selected by name. `Bands` give the same result as their dense weight, which is
+    computed where they cannot be quantized one by one: in those cases, on other devices than the CPU, where bands would
+    not be whole rows (groups that do not divide N, with `axis=0`), and for other groups than those of the bands.
 
     Args:
         dense: the weight.
@@ -195,22 +199,22 @@ def quantize(
     weight = {"channel_wise": True, "optimize": True, "round_zero": False, "axis": 0, "view_as_float": False}
     weight.update(settings["weight_quant_params"])
     with torch.no_grad(), torch.inference_mode(False):  # the result outlives an enclosing inference mode
-        dense = dense.detach().to(device)
-        dense = dense.clone() if dense.is_inference() else dense
-        if not _operation_serves(settings, weight, dense):
-            return _quantize_by_hqq(dense, settings, dtype, device)
         nbits, axis, group_size = weight["nbits"], weight["axis"], weight["group_size"]
+        if not isinstance(dense, Bands):
+            dense = dense.detach().to(device)
+            dense = dense.clone() if dense.is_inference() else dense
+        elif not _bands_serve(settings, weight, dense):
+            dense = dense.dense()
+        if not _operation_serves("quantize", settings, weight, dense):
+            return _quantize_by_hqq(dense, settings, dtype, device)
         packing = Quantizer.bit_to_packing[nbits]
-        packed, scale, zero, squares = ops.quantize(
-            dense,
-            round(2**nbits - 1) + 1,
-            PACKING_BITS[packing],
-            group_size or dense.shape[axis],
-            axis,
-            bool(weight["round_zero"]),
-            _HQQ_ITERATIONS if weight["optimize"] else 0,
-            dtype,
-        )
+        levels, bits = round(2**nbits - 1) + 1, PACKING_BITS[packing]
+        solver = (bool(weight["round_zero"]), _HQQ_ITERATIONS if weight["optimize"] else 0, dtype)
+        if isinstance(dense, Bands):
+            packed, scale, zero, squares = bands.quantize(dense, levels, bits, *solver)
+        else:
+            group = group_size or dense.shape[axis]
+            packed, scale, zero, squares = ops.quantize(dense, levels, bits, group, axis, *solver)
         distance, size = squares.tolist()
         if not math.isfinite(distance):
             return _quantize_by_hqq(dense, settings, dtype, device)
@@ -237,13 +241,25 @@ def quantize(
 _HQQ_ITERATIONS = 20  # at most, of its default solver
 
 
-def _operation_serves(settings: dict[str, Any], weight: dict[str, Any], dense: Tensor) -> bool:
-    """Whether the operation `quantize` does what HQQ would do."""
+def _bands_serve(settings: dict[str, Any], weight: dict[str, Any], dense: Bands) -> bool:
+    """Whether a weight is quantized band by band."""
+    quantized, axis = dense.weight, weight["axis"]
+    group_size = weight["group_size"] or quantized.shape[axis]
+    return (
+        quantized.device.type == "cpu"  # elsewhere no kernel has the operation `quantize_band`
+        and (axis, group_size) == (quantized.axis, quantized.group_size)
+        and len(dense.spans()) > 1
+        and _operation_serves("quantize_band", settings, weight, dense)
+    )
+
+
+def _operation_serves(operation: str, settings: dict[str, Any], weight: dict[str, Any], dense: Tensor | Bands) -> bool:
+    """Whether an operation does what HQQ would do."""
     known = {"nbits", "channel_wise", "group_size", "optimize", "round_zero", "axis", "view_as_float"}
     selected = backends.selected_backend()
     return (
-        (selected == "auto" or backends.registry()[selected].why_not("quantize") is None)
-        and dense.dtype != torch.float64
+        (selected == "auto" or backends.registry()[selected].why_not(operation) is None)
+        and (isinstance(dense, Bands) or dense.dtype != torch.float64)
         and set(weight) <= known
         and weight["channel_wise"]
         and settings.get("scale_quant_params") is None
@@ -253,8 +269,9 @@ def _operation_serves(settings: dict[str, Any], weight: dict[str, Any], dense: T
 
 
 def _quantize_by_hqq(
-    dense: Tensor, settings: dict[str, Any], dtype: torch.dtype, device: torch.device | str
+    dense: Tensor | Bands, settings: dict[str, Any], dtype: torch.dtype, device: torch.device | str
 ) -> tuple[PackedState, float]:
+    dense = dense.dense() if isinstance(dense, Bands) else dense
     scratch = HQQLinear(None, None, compute_dtype=dtype, device=str(device))
     scratch.quantize(dense, **settings)
     packed = scratch.W_q
@@ -266,7 +283,7 @@ def _quantize_by_hqq(
     return state, float(distance / wide.norm().clamp_min(torch.finfo(wide.dtype).tiny))
 
 
-def requantize(base: HQQLinear, dense: Tensor, nbits: float | None = None) -> tuple[PackedState, float]:
+def requantize(base: HQQLinear, dense: Tensor | Bands, nbits: float | None = None) -> tuple[PackedState, float]:
     """Quantize `dense` `[N, K]` with the settings of `base`, which is unchanged.
 
     Args:

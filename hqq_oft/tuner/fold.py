@@ -42,45 +42,31 @@ def rotate_weight(weight: QuantizedWeight, rotations: Rotations, check: bool) ->
         ValueError: `check` found a non-finite value; the message names the adapter.
     """
     # (R_1 ... R_n)^T = R_n^T ... R_1^T: the last rotation is applied to the weight first
-    name, d = rotations[-1]
-    dense = ops.dequantize_rotate(weight, d, torch.float32)
-    if check:
-        _check_finite(dense, name)
-    return rotate_dense(dense, rotations[:-1], check)
-
-
-@torch.no_grad()
-def rotate_dense(dense: Tensor, rotations: Rotations, check: bool) -> Tensor:
-    """As `rotate_weight`, for a dense weight and any number of rotations."""
+    dense = None
     for name, d in reversed(rotations):
-        dense = ops.rotate(dense, d, None, True)
-        if check:
-            _check_finite(dense, name)
+        dense = ops.dequantize_rotate(weight, d, torch.float32) if dense is None else ops.rotate(dense, d, None, True)
+        if check and not torch.isfinite(dense).all():
+            raise ValueError(
+                f"NaN or infinity in the merged weights: the adapter {name!r} seems to be broken. Nothing was merged; "
+                "remove or retrain that adapter."
+            )
+    assert dense is not None
     return dense
 
 
-def _check_finite(dense: Tensor, adapter_name: str) -> None:
-    if not torch.isfinite(dense).all():
-        raise ValueError(
-            f"NaN or infinity in the merged weights: the adapter {adapter_name!r} seems to be broken. Nothing was "
-            "merged; remove or retrain that adapter."
-        )
-
-
 @torch.no_grad()
-def unrotate_weight(weight: QuantizedWeight, rotations: Rotations) -> Tensor:
-    """The inverse of `rotate_weight`, blockwise: `W'` -> `W' * (R_1 ... R_n)^-T`, `[N, K]` in float32.
+def inverse(rotations: Rotations) -> Rotations:
+    """The rotations `R_n^-1, ..., R_1^-1`, which undo `rotate_weight`.
 
     A Cayley-Neumann series is only approximately orthogonal, so its transpose is not its inverse: each block is
     inverted, in float64.
     """
-    dense = ops.dequantize(weight, torch.float32)
-    for _, d in rotations:
+    inverted = []
+    for name, d in reversed(rotations):
         wide = d.double()
         identity = torch.eye(d.shape[-1], dtype=torch.float64, device=d.device)
-        inverse = torch.linalg.solve(identity + wide, -wide)  # (I + D)^-1 - I
-        dense = ops.rotate(dense, inverse.to(dense.dtype), None, True)
-    return dense
+        inverted.append((name, torch.linalg.solve(identity + wide, -wide).to(d.dtype)))  # (I + D)^-1 - I
+    return inverted
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..ops.weight import QuantizedWeight
 from ..quant import hqq_layer
+from ..quant.bands import Bands
 from ..quant.hqq_layer import PackedState
 from . import fold
 from .adapters import AdaptedLayer
@@ -93,8 +94,7 @@ class MergeableLayer(AdaptedLayer):
                 return
             base = self.base_layer
             pristine = self._merge.pristine if self.merged else PackedState.of(base)
-            dense = self._rotated_weight(order, check=safe_merge)
-            packed, error = hqq_layer.requantize(base, dense, into)
+            packed, error = hqq_layer.requantize(base, self._rotated_bands(order, check=safe_merge), into)
             if safe_merge and not math.isfinite(error):
                 raise ValueError(
                     f"NaN or infinity after quantizing the weight merged with {order}. Nothing was merged."
@@ -157,21 +157,27 @@ class MergeableLayer(AdaptedLayer):
 
     def _rotated_weight(self, order: list[str], check: bool) -> Tensor:
         """The pristine weight with the rotations of `order` folded in, `[N, K]` in float32."""
+        return self._rotated_bands(order, check).dense()
+
+    def _rotated_bands(self, order: list[str], check: bool) -> Bands:
+        """As `_rotated_weight`, band by band."""
         rotations = [(name, self._rotation(name)) for name in order]
         self._current()  # so that forwards which begin during the merge need no lock to find the state from before
         base = self.base_layer
         pristine = self._merge.pristine if self.merged else PackedState.of(base)
         if pristine is not None:
-            return fold.rotate_weight(pristine.to(base.W_q.device).weight(), rotations, check)
-        dense = self._estimate_pristine(action="Merging more adapters", stacklevel=4)
-        return fold.rotate_dense(dense, rotations, check)
+            weight = pristine.to(base.W_q.device).weight()
+        else:
+            weight, inverse = self._estimated_pristine(action="Merging more adapters", stacklevel=4)
+            rotations += inverse
+        return Bands(weight, lambda band: fold.rotate_weight(band, rotations, check))
 
     def _merge_order(self, names: list[str]) -> list[str]:
         active = self.active_adapters
         return sorted(names, key=active.index) if set(names) <= set(active) else names
 
-    def _estimate_pristine(self, action: str, stacklevel: int) -> Tensor:
-        """Reconstruct the dense pristine weight from the merged one by the inverse rotation, if it was discarded."""
+    def _estimated_pristine(self, action: str, stacklevel: int) -> tuple[QuantizedWeight, fold.Rotations]:
+        """The merged weight and the rotations that approximately undo the merge, if the pristine one was discarded."""
         warnings.warn(
             f"{action} without the pristine weight, which was discarded: the inverse rotation of the merged weight is "
             'quantized again, which loses precision. Set keep_pristine to "device" or "cpu" before merging to avoid '
@@ -179,7 +185,7 @@ class MergeableLayer(AdaptedLayer):
             stacklevel=stacklevel,
         )
         rotations = [(name, self._rotation(name)) for name in self.merged_adapters]
-        return fold.unrotate_weight(QuantizedWeight.from_hqq(self.get_base_layer()), rotations)
+        return QuantizedWeight.from_hqq(self.get_base_layer()), fold.inverse(rotations)
 
     def unmerge(self) -> None:
         """Unmerge all adapters: bit-exact, unless the pristine weight was discarded.
@@ -196,7 +202,9 @@ class MergeableLayer(AdaptedLayer):
                 packed = pristine.to(base.W_q.device)
             else:
                 self._current()  # as for a merge
-                packed, _ = hqq_layer.requantize(base, self._estimate_pristine(action="Unmerging", stacklevel=3))
+                weight, inverse = self._estimated_pristine(action="Unmerging", stacklevel=3)
+                bands = Bands(weight, lambda band: fold.rotate_weight(band, inverse, check=False))
+                packed, _ = hqq_layer.requantize(base, bands)
             self._publish(packed, MergeState())
 
     def drop_pristine(self) -> None:

@@ -117,7 +117,7 @@ def test_an_interrupt_anywhere_changes_nothing(monkeypatch, error, where, action
             patch.setattr(Quantizer, "quantize", fail)
             patch.setattr(quant_layer.ops, "quantize", fail)
         elif where == "rotation":
-            patch.setattr(fold.ops, "dequantize_rotate" if action != "unmerge" else "dequantize", fail)
+            patch.setattr(fold.ops, "dequantize_rotate", fail)
             patch.setattr(fold.ops, "rotate", fail)
         else:
             patch.setattr(quant_layer.PackedState, "install", failing_install)

@@ -134,6 +134,13 @@ def plan_quantize(by_name: bool, w: Tensor, *settings: Any) -> Any:
     return _lib.quantize
 
 
+def plan_quantize_band(by_name: bool, w: Tensor, *settings: Any) -> Any:
+    """Of `hqq_oft.ops.reference.quantize_band`."""
+    _check(w)
+    _check_result(settings[-2])
+    return _lib.quantize_band
+
+
 def plan_dequantize_rotate(by_name: bool, weight: QuantizedWeight, d: Tensor, dtype: torch.dtype) -> Any:
     """Of `hqq_oft.ops.reference.dequantize_rotate`."""
     _check(weight.scale, weight.zero, d)
@@ -283,4 +290,5 @@ OPERATIONS: dict[str, Planner] = {
     "linear": plan_linear,
     "linear_backward": plan_linear_backward,
     "quantize": plan_quantize,
+    "quantize_band": plan_quantize_band,
 }
