@@ -217,13 +217,9 @@ class TaskOfGroups {
     Groups top = all(op_.top), sums[2] = {};
     auto term = [&](int64_t k) __attribute__((always_inline)) {
       Groups x = read(t + k * kGroups), u = x + zero, q = nearest_level(u, top);
-      Groups& sum = sums[k / 8 % 2];
-      if constexpr (!SHRINKS) {
-        sum += magnitude(u - q);
-        return q - x;
-      }
+      sums[k / 8 % 2] += magnitude(u - q);  // the same for either SHRINKS, which the other groups of a register decide
+      if constexpr (!SHRINKS) return q - x;
       Groups left = read(w + k * kGroups), residual = left - (q - zero) / scale, size = magnitude(residual);
-      sum += size;
       if (any(~(size <= kShrunkToZero))) {
         Groups shrunk = most(size - power(size) * 0.1f, Groups{});
         left -= residual < 0.0f ? -shrunk : shrunk;
@@ -231,7 +227,7 @@ class TaskOfGroups {
       return q - left * scale;
     };
     Groups sum = op_.axis == 1 ? sum_of_row(size(), term) : sum_of_column(size(), term);
-    error = SHRINKS ? sums[0] + sums[1] : (sums[0] + sums[1]) / scale;
+    error = (sums[0] + sums[1]) / scale;
     return sum / static_cast<float>(size());
   }
 

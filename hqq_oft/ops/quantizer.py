@@ -53,7 +53,7 @@ def quantize(
     scale, zero = _first_scale_and_zero(matrix, levels, axis, round_zero)
     best = math.inf
     for total, following in islice(_iterate(matrix, scale, zero, levels, axis), iterations):
-        zero, error = following, (total / w.numel()).float()
+        zero, error = following, float((total / w.numel()).float())
         if not error < best:
             break
         best = error

@@ -172,8 +172,8 @@ def _fake_quantize(
 
 
 def _fake_quantize_band(w: Tensor, *settings: Any) -> tuple[Tensor, ...]:
-    *settings, iterations, dtype, _ = settings
-    return *_fake_quantize(w, *settings, iterations, dtype), w.new_empty(iterations, dtype=torch.float64)
+    quantize_settings, iterations = settings[:-1], settings[-3]
+    return *_fake_quantize(w, *quantize_settings), w.new_empty(iterations, dtype=torch.float64)
 
 
 cayley = Operation(

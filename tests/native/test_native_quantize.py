@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hqq_oft.ops import reference
+from hqq_oft.ops import quantizer, reference
 from hqq_oft.ops import table as ops
+from hqq_oft.ops.native import cpu
 
 pytestmark = pytest.mark.usefixtures("instruction_set")
 
@@ -27,6 +28,28 @@ def test_bytes(levels, bits, axis, sd):
         for dtype in (torch.float32, torch.bfloat16):
             w = (torch.randn(shape) * sd).to(dtype)
             assert_bytes((w, levels, bits, group, axis, bits == 4, 20, torch.bfloat16))
+
+
+@pytest.mark.parametrize("shape", [(72, 192), (64, 256)])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("falling", [0, 1, 7, 20])
+def test_a_band_stops_by_the_errors_of_the_whole_weight(falling, axis, shape):
+    """At the first that does not fall, whatever the band's own are."""
+    errors = torch.cat([1 / torch.arange(1, falling + 1.0), torch.ones(20 - falling)]).double()
+    args = (torch.randn(shape) * 0.02, 4, 2, 64, axis, False, 20, torch.bfloat16, errors)
+    expected, found = reference.quantize_band(*args), ops.quantize_band(*args)
+    for theirs, ours in zip(expected[:3], found[:3], strict=True):
+        assert torch.equal(ours, theirs)
+    torch.testing.assert_close(found[3:], expected[3:], rtol=1e-5, atol=0)
+    assert quantizer.iterations_taken(errors) == min(max(falling, 1) + 1, 20)
+
+
+def test_errors_do_not_depend_on_the_instruction_set(instruction_set):
+    args = (torch.randn(40, 320), 4, 2, 64, 1, False, 20, torch.float32, None)
+    found = ops.quantize_band(*args)
+    cpu.use_instruction_set("portable")
+    for ours, portable in zip(found, ops.quantize_band(*args), strict=True):
+        assert torch.equal(ours, portable)
 
 
 def test_any_number_of_threads(threads):
