@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from hqq.core.quantize import HQQLinear, Quantizer
@@ -16,6 +16,7 @@ from hqq.core.quantize import HQQLinear, Quantizer
 from .checkpoint.atomic_directory import check_replaceable, staged_directory
 from .checkpoint.files import CONFIG
 from .checkpoint.save import copy_into, save_quantized
+from .quant.solver import Solver
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Files that belong to a model but are not written when it is saved: tokenizers, processors, templates, licences.
@@ -75,6 +76,7 @@ def _quantize(options: argparse.Namespace) -> None:
         device=options.device,
         skip_modules=options.skip or ["lm_head"],
         overrides=dict(options.override),
+        solver=options.solver,
         progress=not options.quiet,
     )
     save_quantized(
@@ -100,7 +102,7 @@ def _merge(options: argparse.Namespace) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the report is printed instead
                 print(merge_report(adapted))
-        merged = adapted.merge_and_unload(progressbar=bar, safe_merge=True, into=options.into)
+        merged = adapted.merge_and_unload(progressbar=bar, safe_merge=True, into=options.into, solver=options.solver)
     errors = adapted.base_model.merge_errors().values()
     if not errors:
         raise CommandError(f"the adapter in {adapter} targets no quantized layer of {source}.")
@@ -203,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     quantize.add_argument("model", type=Path, metavar="MODEL", help="directory of a dense transformers model")
     _add_output(quantize)
+    _add_solver(quantize)
     quantize.add_argument("--nbits", type=_bits, default=4, help="8, 6, 5, 4, 3, 2, 1.58 or 1 (default: 4)")
     quantize.add_argument(
         "--group-size", type=_positive, default=64, help="weights per scale: a multiple of 8 (default: 64)"
@@ -237,6 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("model", type=Path, metavar="MODEL", help="directory of a quantized model")
     merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="directory of the adapter")
     _add_output(merge)
+    _add_solver(merge)
     merge.add_argument(
         "--into", type=_into, metavar="BITS|dense", help="format of merged layers (default: their current settings)"
     )
@@ -286,6 +290,12 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="maximum file size (default: 5GB)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it contains a model")
     parser.add_argument("--quiet", action="store_true", help="no progress and no summary")
+
+
+def _add_solver(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--solver", choices=get_args(Solver), default="hqq", help="search: smaller errors than hqq's, in more time"
+    )
 
 
 def _number(text: str) -> float:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..ops.packing import LEVELS_PER_ELEMENT, PACKING_BITS
 from . import hqq_layer
+from .solver import Solver, check_solver
 
 logger = logging.getLogger("hqq_oft")
 
@@ -138,6 +139,7 @@ def quantize_model(
     device: torch.device | str | None = None,
     skip_modules: Sequence[str] = _SKIPPED,
     overrides: Overrides | None = None,
+    solver: Solver = "hqq",
     progress: bool = True,
 ) -> QuantizationReport:
     """Quantize the `nn.Linear` layers of a model with HQQ, in place.
@@ -165,6 +167,7 @@ def quantize_model(
         skip_modules: names of layers to leave dense.
         overrides: settings that differ (`nbits`, `group_size`, `axis`) by name, or None to leave a layer dense. The
             last match wins.
+        solver: `"hqq"`, or `"search"` for smaller errors of the weights in the same format, which takes longer.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -173,11 +176,12 @@ def quantize_model(
     Raises:
         TypeError: `compute_dtype` is not a floating dtype, or `quant_config` not a configuration.
         ValueError: a setting is out of range, invalid for a layer or matches no layer; `quant_config` has an option
-            that is not supported; the model has adapters; a weight is on the meta device or not finite; a layer has
-            hooks. The model is unchanged.
+            that is not supported; the model has adapters; a weight is on the meta device or not finite, or float64 with
+            `solver="search"`; a layer has hooks. The model is unchanged.
         RuntimeError: quantizing a layer failed; the message names it and gives the state of the model.
     """
     check_compute_dtype(compute_dtype)
+    check_solver(solver)
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("the model has adapters; quantize the base model, then add the adapters.")
     torch.empty(0, device=device)  # raises if the device is unknown or unavailable
@@ -189,11 +193,13 @@ def quantize_model(
             skip_modules = getattr(quant_config, "skip_modules", skip_modules)
     report = QuantizationReport(bytes_before=stored_bytes(model))
     places = _plan(model, default, skip_modules, overrides or {}, report)
-
+    if solver == "search":
+        for linear, (name, *_) in places.items():
+            hqq_layer.check_searchable(report.quantized[name].for_hqq(), linear.weight.dtype)
     bar = tqdm(places.items(), disable=None if progress else True, desc="Quantizing", unit="layer")
     for done, (linear, names) in enumerate(bar):
         try:
-            error = _quantize_layer(model, linear, names, report.quantized[names[0]], compute_dtype, device)
+            error = _quantize_layer(model, linear, names, report.quantized[names[0]], compute_dtype, device, solver)
             report.errors.update(dict.fromkeys(names, error))
             bar.set_postfix(error=f"{error:.1e}", worst=f"{max(report.errors.values()):.1e}")
         except BaseException as error:
@@ -295,12 +301,13 @@ def _quantize_layer(
     settings: QuantizationSettings,
     compute_dtype: torch.dtype | None,
     device: torch.device | str | None,
+    solver: Solver,
 ) -> float:
     dtype, device = compute_dtype or linear.weight.dtype, device or linear.weight.device
     config = settings.for_hqq()
     del config["offload_meta"]
     config["weight_quant_params"]["group_size"] = settings.group_size or linear.weight.shape[settings.axis]
-    state, error = hqq_layer.quantize(linear.weight, config, dtype, device)
+    state, error = hqq_layer.quantize(linear.weight, config, dtype, device, solver)
     bias = None if linear.bias is None else linear.bias.detach().to(device, dtype, copy=True)
     layer = hqq_layer.make_layer(state, bias, config).train(linear.training)
     linear.weight = linear.bias = None  # type: ignore[assignment]  # freed, wherever else `linear` is referenced

@@ -18,6 +18,7 @@ from ..ops.weight import QuantizedWeight
 from ..quant import hqq_layer
 from ..quant.bands import Bands
 from ..quant.hqq_layer import PackedState
+from ..quant.solver import Solver, check_solver
 from . import fold
 from .adapters import AdaptedLayer
 from .snapshot import MergeState, Snapshot
@@ -64,9 +65,13 @@ class MergeableLayer(AdaptedLayer):
             raise
 
     def merge(
-        self, safe_merge: bool = False, adapter_names: list[str] | None = None, into: fold.MergeInto = None
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        into: fold.MergeInto = None,
+        solver: Solver = "hqq",
     ) -> None:
-        """Fold adapters into the pristine weight and requantize it with HQQ's quantizer.
+        """Fold adapters into the pristine weight and requantize it.
 
         The merged layer equals the unmerged forward up to that quantization. If all merged adapters are active, their
         rotations are applied in the order of `active_adapters`, else in the order in which they were merged, whether by
@@ -77,11 +82,14 @@ class MergeableLayer(AdaptedLayer):
             adapter_names: the adapters to merge, by default the active ones. Unknown names are ignored; already merged
                 ones are skipped with a warning.
             into: bits of the merged weight, by default those of the layer; unmerging restores the layer's own.
+            solver: `"hqq"` quantizes as HQQ does, `"search"` with a smaller error, as in `quantize_model`.
 
         Raises:
             ValueError: `safe_merge` found NaN or infinity (the message names the adapter); the layer wraps another
-                tuner layer, which merging would bypass; or `into` is no number of bits.
+                tuner layer, which merging would bypass; `into` is no number of bits; `solver` is unknown, or is
+                `"search"` and the layer has settings that it does not serve.
         """
+        check_solver(solver)
         if into == "dense":
             raise ValueError(
                 "a layer cannot become dense in place; `merged_linear()` returns the dense layer, and the model's "
@@ -94,7 +102,8 @@ class MergeableLayer(AdaptedLayer):
                 return
             base = self.base_layer
             pristine = self._merge.pristine if self.merged else PackedState.of(base)
-            packed, error = hqq_layer.requantize(base, self._rotated_bands(order, check=safe_merge), into)
+            bands = self._rotated_bands(order, check=safe_merge)
+            packed, error = hqq_layer.requantize(base, bands, into, solver, pristine)
             if safe_merge and not math.isfinite(error):
                 raise ValueError(
                     f"NaN or infinity after quantizing the weight merged with {order}. Nothing was merged."

@@ -20,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..quant.hqq_layer import forget_quantization, quantization_settings
+from ..quant.solver import Solver, check_solver
 from .fold import MergeInto, check_into
 from .layer import HqqOFTLinear
 
@@ -46,9 +47,17 @@ class HqqOFTModel(OFTModel):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         replace_module(super()._replace_module, parent, child_name, new_module, child)
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in PEFT, but atomic: if one layer fails, the layers merged before it are restored."""
-        self._merge_all(tqdm_disable=None, safe_merge=safe_merge, adapter_names=adapter_names)
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, solver: Solver = "hqq"
+    ) -> None:
+        """As in PEFT, but atomic: if one layer fails, the layers merged before it are restored.
+
+        Args:
+            adapter_names: the adapters to merge, by default the active ones.
+            safe_merge: check for NaN and infinity.
+            solver: of HQQ layers, as in `merge_and_unload`.
+        """
+        self._merge_all(tqdm_disable=None, safe_merge=safe_merge, adapter_names=adapter_names, solver=solver)
 
     def merge_and_unload(
         self,
@@ -56,6 +65,7 @@ class HqqOFTModel(OFTModel):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
         into: MergeInto = None,
+        solver: Solver = "hqq",
     ) -> nn.Module:
         """As in PEFT, but atomic: all layers or none. `hqq_oft.merge_report` measures the error of each choice.
 
@@ -65,20 +75,28 @@ class HqqOFTModel(OFTModel):
             adapter_names: the adapters to merge, by default the active ones.
             into: what the HQQ layers that adapters are merged into become: HQQ layers with their own settings (None) or
                 with that many bits, or `"dense"` linear layers in their compute dtype, whose only error is rounding.
+            solver: how HQQ layers are quantized again: `"hqq"` as HQQ does, `"search"` with a smaller error, as in
+                `quantize_model`; a layer whose adapter does nothing is then reproduced exactly.
 
         Returns:
             The model without adapters.
 
         Raises:
-            ValueError: `into` is not one of these, or a layer cannot be merged; the model is unchanged.
+            ValueError: `into` or `solver` is not one of these, a layer cannot be merged, or `"search"` does not serve
+                its settings; the model is unchanged.
         """
         check_into(into)
         return self._unload_and_optionally_merge(
-            progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names, into=into
+            progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names, into=into, solver=solver
         )
 
     def _merge_all(
-        self, tqdm_disable: bool | None, safe_merge: bool, adapter_names: list[str] | None, into: MergeInto = None
+        self,
+        tqdm_disable: bool | None,
+        safe_merge: bool,
+        adapter_names: list[str] | None,
+        into: MergeInto = None,
+        solver: Solver = "hqq",
     ) -> tuple[dict[str, float], dict[nn.Module, nn.Linear]]:
         """Merge every layer; with `into="dense"` each `HqqOFTLinear` is unchanged and its replacement is returned.
 
@@ -87,6 +105,7 @@ class HqqOFTModel(OFTModel):
         """
         errors: dict[str, float] = {}
         dense: dict[nn.Module, nn.Linear] = {}
+        check_solver(solver)
         self._check_merge_allowed()
         layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, BaseTunerLayer)]
         with _merge_undone_on_error([layer for _, layer in layers]):
@@ -98,7 +117,7 @@ class HqqOFTModel(OFTModel):
                     if not isinstance(layer, HqqOFTLinear):
                         layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
                     elif into != "dense":
-                        layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, into=into)
+                        layer.merge(safe_merge, adapter_names, into, solver)
                         error = layer.merge_error
                     elif (merged := layer.merged_linear(safe_merge, adapter_names)) is not None:
                         dense[layer], error = merged
@@ -116,6 +135,7 @@ class HqqOFTModel(OFTModel):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
         into: MergeInto = None,
+        solver: Solver = "hqq",
     ) -> nn.Module:
         unload = functools.partial(
             super()._unload_and_optionally_merge, safe_merge=safe_merge, adapter_names=adapter_names
@@ -131,7 +151,7 @@ class HqqOFTModel(OFTModel):
         ]
         with _merge_undone_on_error([child for _, _, child in places]):
             try:
-                errors, dense = self._merge_all(not progressbar, safe_merge, adapter_names, into)
+                errors, dense = self._merge_all(not progressbar, safe_merge, adapter_names, into, solver)
                 for parent, name, child in places:
                     if child in dense:
                         setattr(parent, name, dense[child])

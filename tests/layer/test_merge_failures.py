@@ -68,8 +68,8 @@ def test_safe_merge_checks_the_quantized_weight(monkeypatch):
     state = state_of(layer)
     original = quant_layer.requantize
 
-    def overflowing(base, dense, into):
-        return original(base, dense, into)[0], float("inf")
+    def overflowing(*args):
+        return original(*args)[0], float("inf")
 
     monkeypatch.setattr(quant_layer, "requantize", overflowing)
     with pytest.raises(ValueError, match=r"after quantizing the weight merged with \['a', 'b'\]"):
