@@ -12,6 +12,7 @@ from ..ops.packing import pack
 
 _STEPS = 10  # of least squares, at most
 _RATIOS = 5  # of each end of the range
+_CLIPPED = 0.75  # of a step between levels that cover a group's range: what may be clipped of a weight
 # Elements of a chunk. On a CPU its few buffers stay in the cache; elsewhere it pays for the launches of kernels.
 _CPU_CHUNK, _CHUNK = 2**17, 2**22
 # Of the sum of a group's squares: smaller improvements are rounding errors.
@@ -51,6 +52,11 @@ def search(
     smaller. The scale is therefore divided by R^2, which makes the coefficient 1, and the zero keeps the mean. That
     costs a factor 1 / R^2 of squared error, before levels are rounded again. Where this makes a group worse than HQQ,
     candidate 2 is used; a candidate without gain would have a smaller error, but short weights.
+
+    **The limit of clipping.** The smallest squared error clips the largest weights of groups with outliers. But single
+    large weights can decide what a language model computes, and a squared error counts them as any other. No weight is
+    clipped by more than three quarters of a step between levels that cover the whole group, about the error that
+    rounding may make there anyway; with normal weights that hardly changes the result.
 
     Args:
         w, levels, bits, group_size, axis, round_zero, iterations, dtype: as for `quantize`; `round_zero` and
@@ -104,11 +110,12 @@ def _searched(w: Tensor, top: int, dtype: torch.dtype) -> Grid:
     """The third candidate for each column of `w` `[group_size, groups]`, rounded to `dtype`.
 
     A grid is an inverse scale and the level of the column's mean. What a fit is worth is the sum of squares that it
-    explains, cov(q, w)^2 / var(q).
+    explains, cov(q, w)^2 / var(q), or nothing if it clips too much. NaN where every fit does.
     """
     mean = w.mean(0)
     centred = w - mean
     low, high, scratch = centred.amin(0), centred.amax(0), torch.empty_like(w)
+    limit = (high - low) * (_CLIPPED / top)
 
     def fit(inverse: Tensor, level: Tensor) -> Tensor:
         """Levels of grids `[count, groups]` and the grids that fit these best.
@@ -123,7 +130,9 @@ def _searched(w: Tensor, top: int, dtype: torch.dtype) -> Grid:
             torch.linalg.vecdot(q, q, dim=0, out=square[row])
         # the sum of squares about their mean of integers that are not all equal is at least 1/2
         inverse = square.addcmul_(level, level, value=-len(w)).clamp_min_(0.5).div_(covariance)
-        return torch.stack([covariance / inverse, inverse, level, covariance])
+        clipped = torch.maximum(-level / inverse - low, high - (top - level) / inverse)
+        explained = torch.where(clipped <= limit, covariance / inverse, 0.0)
+        return torch.stack([explained, inverse, level, covariance])
 
     # the fewer levels, the more it pays to clip outliers; the best ratio for normal weights is .4 at 2 bits
     ratios = torch.linspace(1 - 1.2 / math.sqrt(top + 1), 1, _RATIOS, device=w.device)[:, None]
@@ -137,6 +146,6 @@ def _searched(w: Tensor, top: int, dtype: torch.dtype) -> Grid:
         if not better.any():
             break
         found = torch.where(better, other, found)
-    _, _, level, covariance = found[:, 0]
-    scale = (centred.square().sum(0) / covariance).to(dtype).float()
+    explained, _, level, covariance = found[:, 0]
+    scale = torch.where(explained > 0, centred.square().sum(0) / covariance, torch.nan).to(dtype).float()
     return scale, (level - mean / scale).to(dtype).float()

@@ -97,6 +97,19 @@ def test_merge(folder, tmp_path, capsys, into):
     assert torch.equal(logits(merged), logits(expected))
 
 
+def test_the_solver_is_that_of_the_package(folder, tmp_path):
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    options = ["--solver", "search", "--quiet"]
+    assert cli.main(["quantize", str(folder / "dense"), str(out), "--group-size", "16", *options]) == 0
+    expected = small_llama()
+    hqq_oft.quantize_model(expected, group_size=16, solver="search", progress=False)
+    assert torch.equal(logits(load_quantized(out)), logits(expected))
+    assert cli.main(["merge", str(out), str(folder / "adapter"), str(merged), *options]) == 0
+    with hqq_oft.patch_peft():
+        adapted = PeftModel.from_pretrained(load_quantized(out), folder / "adapter")
+        assert torch.equal(logits(load_quantized(merged)), logits(adapted.merge_and_unload(solver="search")))
+
+
 def test_env(capsys):
     assert cli.main(["env"]) == 0
     assert "HQQ_OFT_BACKEND=" in capsys.readouterr().out
@@ -176,6 +189,7 @@ def test_an_interrupt_exits_with_130_and_writes_nothing(folder, tmp_path, capsys
         ["quantize", "a", "b", "--group-size", "0"],
         ["quantize", "a", "b", "--override", "q_proj"],
         ["quantize", "a", "b", "--override", "q_proj=8"],
+        ["quantize", "a", "b", "--solver", "best"],
         ["merge", "a", "b"],
         ["merge", "a", "b", "c", "--into", "thin"],
     ],
