@@ -7,9 +7,6 @@
 
 #include "bf16_levels.h"
 #include "rotate_bf16.h"
-#ifdef __AMX_BF16__
-#include "tiles_bf16.h"
-#endif
 
 namespace hqq_oft::cpu::HQQ_OFT_ISA {
 namespace {
@@ -50,28 +47,42 @@ inline void rotate_pairs(const uint16_t* x, const uint16_t* d, int64_t b, uint16
   }
 }
 
+// Sixteen rows of x, `stride` apart, in pairs of columns: [pair][16]. Lanes past n are zero.
+inline void columns_of(const uint16_t* x, int64_t stride, int64_t n, int64_t columns, uint16_t* out) {
+  for (int64_t j = 0; j < columns; j += 32) {
+    __m512i v[16];
+    each<16>([&](int i) { v[i] = i < n ? _mm512_loadu_si512(x + i * stride + j) : _mm512_setzero_si512(); });
+    transpose(v);
+    each<16>([&](int i) { _mm512_storeu_si512(out + j * kLanes + i * 32, v[i]); });
+  }
+}
+
 // Pairs of columns as 32-bit words, sixteen rows of x in a vector: [chunk of columns][vector][pair][16]. Lanes past the
 // last row are zero.
 void prepare_tokens_bf16(const PrepareTokensBF16& op, int64_t begin, int64_t end, float* scratch) {
   int64_t vectors = Tokens::vectors(op.M), b = op.blocks ? op.blocks->b : 0;
-  auto plain = reinterpret_cast<uint16_t*>(scratch), d = plain + Tokens::kColumns * Tokens::kRowsOfX;
+  bool by_tiles = op.blocks && in_tiles(*op.blocks);
+  float* sums = scratch;
+  auto plain = reinterpret_cast<uint16_t*>(sums + Tokens::kColumns * Tokens::kRowsOfX);
+  uint16_t* d = plain + Tokens::kColumns * Tokens::kRowsOfX;
+  [[maybe_unused]] TileRegisters registers;
   for (int64_t task = begin; task < end; ++task) {
     int64_t first = task % op.chunks() * Tokens::kColumns, columns = smaller(Tokens::kColumns, op.K - first);
     int64_t vector = task / op.chunks() * op.kVectors, last = smaller(vector + op.kVectors, vectors);
     if (b) pack_pairs(*op.blocks, 0, first / b, columns / b, d);
     for (; vector < last; ++vector) {
+      int64_t m = vector * kLanes, n = smaller(kLanes, op.M - m);
+      const uint16_t* x = op.x + m * op.K + first;
       uint16_t* out = op.columns + (first * vectors + vector * columns) * kLanes;
-      uint16_t* to = b ? plain : out;
-      for (int64_t j = 0; j < columns; j += 32) {
-        __m512i v[16];
-        each<16>([&](int i) {
-          int64_t m = vector * kLanes + i;
-          v[i] = m < op.M ? _mm512_loadu_si512(op.x + m * op.K + first + j) : _mm512_setzero_si512();
-        });
-        transpose(v);
-        each<16>([&](int i) { _mm512_storeu_si512(to + j * kLanes + i * 32, v[i]); });
+      if (by_tiles) {
+        for (int64_t r = 0; r < n; ++r) copy_row(x + r * op.K, columns, plain + r * columns, sums + r * columns);
+        add_rotated(plain, columns, d, b, columns / b, sums);
+        for (int64_t r = 0; r < n; ++r) round_row(sums + r * columns, columns, plain + r * columns);
+        columns_of(plain, columns, n, columns, out);
+      } else {
+        columns_of(x, op.K, n, columns, b ? plain : out);
+        for (int64_t j = 0; b && j < columns; j += b) rotate_pairs(plain + j * kLanes, d + j * b, b, out + j * kLanes);
       }
-      for (int64_t j = 0; b && j < columns; j += b) rotate_pairs(plain + j * kLanes, d + j * b, b, out + j * kLanes);
     }
   }
 }
@@ -116,8 +127,6 @@ inline void multiply_tokens(const uint16_t* w, const uint16_t* x, int64_t pairs,
   }
 }
 #else
-class TileRegisters {};
-
 // totals[vector][row] += w_row . x over the pairs of columns, for ROWS rows of W and VECTORS vectors of rows of x.
 template <int ROWS, int VECTORS>
 void token_dots(const uint16_t* w, const uint16_t* x, int64_t pairs, float* totals) {

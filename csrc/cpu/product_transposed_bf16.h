@@ -7,9 +7,7 @@
 #pragma once
 
 #include "bf16_levels.h"
-#ifdef __AMX_BF16__
 #include "tiles_bf16.h"
-#endif
 
 namespace hqq_oft::cpu::HQQ_OFT_ISA {
 namespace {

@@ -5,6 +5,7 @@
 #include "bf16_levels.h"
 #include "decode.h"
 #include "rotate.h"
+#include "rotate_tiles_bf16.h"
 
 namespace hqq_oft::cpu::HQQ_OFT_ISA {
 namespace {
@@ -88,9 +89,25 @@ inline void rotate_rows(const Rotate& op, int64_t position, int64_t column, int6
   }
 }
 
+inline void rotate_rows_in_tiles(const Rotate& op, int64_t position, int64_t n, int64_t column, int64_t count,
+                                 const uint16_t* pairs, uint16_t* copy) {
+  int64_t stride = op.blocks.tile_stride(), columns = count * op.blocks.b;
+  auto y = reinterpret_cast<float*>(copy + kTile * stride);
+  auto from = static_cast<const uint16_t*>(op.x.data) + column;
+  auto to = static_cast<uint16_t*>(op.y.data) + column;
+  for (int64_t r = 0; r < n; ++r)
+    copy_row(from + op.rows.row(position + r) * op.x_stride, columns, copy + r * stride, y + r * stride);
+  add_rotated(copy, stride, pairs, op.blocks.b, count, y);
+  for (int64_t r = 0; r < n; ++r)
+    round_row(y + r * stride, columns, to + op.rows.row(position + r) * op.y_stride);
+}
+
+// `copy` is scratch for sixteen rows in bfloat16 and float32.
 inline void rotate_range(const Rotate& op, Range range, int64_t column, int64_t count, const uint16_t* pairs,
                          uint16_t* copy) {
   int64_t position = range.begin;
+  for (; in_tiles(op.blocks) && position < range.end; position += kTile)
+    rotate_rows_in_tiles(op, position, smaller(kTile, range.end - position), column, count, pairs, copy);
   for (; position + kRowsAtATime <= range.end; position += kRowsAtATime)
     rotate_rows<kRowsAtATime>(op, position, column, count, pairs, copy);
   for (; position < range.end; ++position) rotate_rows<1>(op, position, column, count, pairs, copy);
@@ -105,6 +122,7 @@ void rotate_bf16(const Rotate& op, int64_t begin, int64_t end, float* scratch) {
   const Blocks& blocks = op.blocks;
   auto pairs = reinterpret_cast<uint16_t*>(scratch);
   auto copy = reinterpret_cast<uint16_t*>(scratch + blocks.packed_floats());
+  [[maybe_unused]] TileRegisters registers;
   for_slices(op, begin, end, scratch, [&](int64_t adapter, int64_t first, int64_t count, Range range) {
     pack_pairs(blocks, adapter, first, count, pairs);
     rotate_range(op, range, first * blocks.b, count, pairs, copy);
@@ -137,90 +155,25 @@ void dequantize_bf16(const Dequantize& op, int64_t begin, int64_t end, float* sc
   auto pairs = reinterpret_cast<uint16_t*>(scratch);
   float* plain = scratch + blocks.packed_floats();
   auto rounded = reinterpret_cast<uint16_t*>(plain + kTileRows * stride);
+  [[maybe_unused]] TileRegisters registers;
   for_tiles(
       op, begin, end, plain, [&](int64_t first, int64_t count) { pack_pairs(blocks, 0, first, count, pairs); },
       [&](const int64_t* rows, int64_t n, int64_t column, int64_t count) {
         uint16_t* out[kTileRows];
         for (int64_t r = 0; r < n; ++r)
           out[r] = static_cast<uint16_t*>(op.out.data) + (rows[r] - op.first_row) * op.out_stride + column;
+        if (in_tiles(blocks)) {
+          int64_t columns = count * blocks.b;
+          for (int64_t r = 0; r < n; ++r) round_row(plain + r * stride, columns, rounded + r * stride);
+          add_rotated(rounded, stride, pairs, blocks.b, count, plain);
+          for (int64_t r = 0; r < n; ++r) round_row(plain + r * stride, columns, out[r]);
+          return;
+        }
         int64_t r = 0;
         for (; r + kRowsAtATime <= n; r += kRowsAtATime)
           rotate_decoded<kRowsAtATime>(plain + r * stride, stride, rounded, pairs, blocks.b, count, out + r);
         for (; r < n; ++r) rotate_decoded<1>(plain + r * stride, stride, rounded, pairs, blocks.b, count, out + r);
       });
-}
-
-// --- Gradient --------------------------------------------------------------------------------------------------------
-
-// Rows of x summed over at a time, in pairs.
-constexpr int64_t kGradientRows = 2 * kTileRows;
-
-// Rows position ... position + n of a slice, in pairs as 32-bit words: [pair][columns]. An odd last row is paired with
-// zeros.
-inline void interleave_rows(const Source& from, int64_t row_stride, const RowsByAdapter& rows, int64_t position,
-                            int64_t n, int64_t column, int64_t columns, uint16_t* out) {
-  auto data = static_cast<const uint16_t*>(from.data) + column;
-  for (int64_t r = 0; r < n; r += 2, out += 2 * columns) {
-    const uint16_t* one = data + rows.row(position + r) * row_stride;
-    const uint16_t* other = r + 1 < n ? data + rows.row(position + r + 1) * row_stride : nullptr;
-    for (int64_t j = 0; j < columns; j += 2 * kLanes)  // prefetching past the end is harmless
-      for (int64_t next = kGradientRows; next < kGradientRows + 2; ++next)
-        _mm_prefetch(reinterpret_cast<const char*>(one + next * row_stride + j), _MM_HINT_T0);
-    for (int64_t j = 0; j < columns; j += kLanes) {
-      __m512i low = _mm512_cvtepu16_epi32(load_32(one + j));
-      __m512i high = other ? _mm512_cvtepu16_epi32(load_32(other + j)) : _mm512_setzero_si512();
-      _mm512_storeu_si512(out + 2 * j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-    }
-  }
-}
-
-// sum[i][j] += left_i . right_j over the pairs of rows, for ROWS rows of D and VECS vectors of its columns.
-template <int ROWS, int VECS>
-inline void gradient_tile(const uint16_t* left, const uint16_t* right, int64_t columns, int64_t pairs, int64_t stride,
-                          float* sum) {
-  Vec acc[ROWS][VECS];
-  each<ROWS, VECS>([&](int r, int v) { acc[r][v] = load(sum + r * stride + v * kLanes); });
-  for (int64_t p = 0; p < pairs; ++p, left += 2 * columns, right += 2 * columns) {
-    __m512bh b[VECS];
-    each<VECS>([&](int v) { b[v] = as_bf16(_mm512_loadu_si512(right + v * 2 * kLanes)); });
-    each<ROWS>([&](int r) {
-      __m512bh a = broadcast_pair(left + 2 * r);
-      each<VECS>([&](int v) { acc[r][v] = _mm512_dpbf16_ps(acc[r][v], b[v], a); });
-    });
-  }
-  each<ROWS, VECS>([&](int r, int v) { store(sum + r * stride + v * kLanes, acc[r][v]); });
-}
-
-inline void add_gradient(const uint16_t* left, const uint16_t* right, int64_t columns, int64_t pairs, int64_t b,
-                         float* sum) {
-  for (int64_t i = 0; i < b; i += kRowsAtATime) {
-    int64_t j = 0;
-    for (; j + kTogether <= b; j += kTogether)
-      gradient_tile<kRowsAtATime, 2>(left + 2 * i, right + 2 * j, columns, pairs, b, sum + i * b + j);
-    if (j < b) gradient_tile<kRowsAtATime, 1>(left + 2 * i, right + 2 * j, columns, pairs, b, sum + i * b + j);
-  }
-}
-
-void rotate_gradient_bf16(const RotateGradient& op, int64_t begin, int64_t end, float* scratch) {
-  const Blocks& blocks = op.blocks;
-  if (!in_bf16(blocks, op.left.type, op.right.type)) return rotate_gradient(op, begin, end, scratch);
-  int64_t b = blocks.b;
-  auto pairs = reinterpret_cast<uint16_t*>(scratch + blocks.packed_floats());
-  auto left = reinterpret_cast<uint16_t*>(scratch + 2 * blocks.packed_floats());
-  auto right = left + kGradientRows * blocks.tile_stride();
-  Rotate rotation{op.right, {op.dx, op.right.type}, op.M, op.right_stride, op.right_stride, blocks, op.rows};
-  auto pack = [&](int64_t adapter, int64_t first, int64_t count) {
-    if (op.dx) pack_pairs(blocks, adapter, first, count, pairs);
-  };
-  for_parts(op, begin, end, kGradientRows, scratch, pack, [&](int64_t position, int64_t n, int64_t column, int64_t count) {
-    int64_t columns = count * b;
-    interleave_rows(op.left, op.left_stride, op.rows, position, n, column, columns, left);
-    interleave_rows(op.right, op.right_stride, op.rows, position, n, column, columns, right);
-    for (int64_t block = 0; block < count; ++block)
-      add_gradient(left + 2 * block * b, right + 2 * block * b, columns, ceil_div(n, 2), b,
-                   scratch + (blocks.stored == 1 ? 0 : block) * b * b);
-    if (op.dx) rotate_range(rotation, {position, position + n}, column, count, pairs, left);
-  });
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kTile = 16;  // rows, columns and pairs
 
+#ifdef __AMX_BF16__
 // Configures the thread's tile registers, 16 rows of 64 bytes each, while it exists.
 class TileRegisters {
  public:
@@ -72,6 +73,9 @@ void tile_dots(Tiles a, Tiles b, int64_t pairs, TileSums c) {
   if constexpr (kTwoRows) _tile_stored(2, c.data + c.below, c.row_bytes());
   if constexpr (kTwoRows && kTwoColumns) _tile_stored(3, c.data + c.below + c.beside, c.row_bytes());
 }
+#else
+class TileRegisters {};
+#endif
 
 }  // namespace
 }  // namespace hqq_oft::cpu::HQQ_OFT_ISA

@@ -92,8 +92,8 @@ struct Blocks {
     return {first, blocks, first * b, blocks * b};
   }
   int64_t slice_columns() const { return per_slice() * b; }
-  // Includes padding for a vector that starts in the last column.
-  int64_t tile_stride() const { return padded(slice_columns()) + kPad; }
+  // Includes padding for a vector that starts in the last column; also in bfloat16 a multiple of a cache line.
+  int64_t tile_stride() const { return ceil_div(slice_columns(), 2 * kPad) * 2 * kPad + 2 * kPad; }
   int64_t packed_floats() const { return per_slice() * b * padded(b); }
 };
 
@@ -294,7 +294,7 @@ struct PrepareTokensBF16 {
   int64_t chunks() const { return ceil_div(K, ProductTokensBF16::kColumns); }
   int64_t tasks() const { return chunks() * ceil_div(ProductTokensBF16::vectors(M), kVectors); }
   int64_t scratch() const {
-    return blocks ? ProductTokensBF16::kColumns / 2 * (ProductTokensBF16::kRowsOfX + blocks->b) : 0;
+    return blocks ? ProductTokensBF16::kColumns / 2 * (3 * ProductTokensBF16::kRowsOfX + blocks->b) : 0;
   }
   int64_t cost() const {
     return kVectors * ProductTokensBF16::kRowsOfX * ProductTokensBF16::kColumns * (blocks ? 1 + blocks->b / 4 : 1);

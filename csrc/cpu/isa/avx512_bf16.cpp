@@ -4,6 +4,7 @@
 #include "../kernels.h"
 #include "../product_bf16.h"
 #include "../rotate_bf16.h"
+#include "../rotate_gradient_bf16.h"
 #include "../product_tile_bf16.h"
 #include "../product_tokens_bf16.h"
 #include "../product_transposed_bf16.h"
