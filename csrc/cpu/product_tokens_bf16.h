@@ -180,7 +180,7 @@ void product_tokens_bf16(const ProductTokensBF16& op, int64_t begin, int64_t end
     int64_t tiles = smaller(together, w.row_tiles() - first_tile);
     int64_t first_vector = task / w.band_pairs() / groups * op.kVectors;
     int64_t vectors = smaller(op.kVectors, all_vectors - first_vector);
-    for (int64_t i = 0; i < tiles * op.totals(); i += kLanes) store(totals + i, set(0));
+    for (int64_t i = 0, size = tiles * op.totals(); i < size; i += kLanes) store(totals + i, set(0));
     for (int64_t column = 0; column < w.K; column += Tokens::kColumns) {
       int64_t columns = smaller(Tokens::kColumns, w.K - column);
       const uint16_t* x = op.x + (column * all_vectors + first_vector * columns) * kLanes;

@@ -284,7 +284,7 @@ struct PrepareTokensBF16 {
   uint16_t* columns;
   const Blocks* blocks;  // or null
 
-  static constexpr int64_t kVectors = 4;  // in a task
+  static constexpr int64_t kVectors = 8;  // in a task
 
   // Whether a chunk of columns consists of whole blocks, of bfloat16, of whole vectors.
   static bool rotates(const Blocks& blocks) {
@@ -309,7 +309,7 @@ struct ProductTransposedBF16 {
   uint16_t* g;  // bfloat16, as dy
   int64_t M;
 
-  static constexpr int64_t kPairs = 128;   // of rows of W decoded at a time, into the L1 cache
+  static constexpr int64_t kPairs = 288;   // of rows of W decoded at a time, into the L2 cache
   static constexpr int64_t kColumns = 64;  // of W in a task: within one group
   static constexpr int64_t kTokens = 512;  // of dy, whose totals stay in the L2 cache
 

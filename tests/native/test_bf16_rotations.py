@@ -29,6 +29,45 @@ def test_rows_in_several_chunks():
         check(name, cases[name], BF16, on="native")
 
 
+@pytest.mark.parametrize("b", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("stored", [None, 1])
+def test_products_rotate_as_they_rearrange_their_rows(b, stored):
+    """Chunks of columns that are short, vectors of rows that are, and more rows than a task takes."""
+    for m in (9, 33, 150):
+        args = operations(m, 16, 320 if b <= 64 else 512, b, "cpu", BF16, stored=stored)["linear"]
+        check("linear", args, BF16, on="native")
+
+
+@pytest.mark.parametrize("b", [16, 32, 64])
+def test_rows_that_are_not_adjacent(b):
+    def window(rows):
+        wide = torch.full((rows.shape[0], rows.shape[1] + 40), float("nan"), dtype=BF16)
+        wide[:, 8:-32] = rows
+        return wide[:, 8:-32]
+
+    for adapters in (0, 3):
+        cases = operations(45, 16, 192, b, "cpu", BF16, adapters=adapters)
+        x, *rotation = cases["rotate"]
+        g, x, *gradient = cases["rotate_backward"]
+        check("rotate", (window(x), *rotation), BF16, on="native")
+        check("rotate_backward", (window(g), window(x), *gradient), BF16, on="native")
+
+
+@pytest.mark.parametrize("b", [16, 32, 96])
+def test_repeated_calls_are_bitwise_equal_for_any_scratch(b, threads):
+    """Scratch holds what the calls before left in it, NaN here; rows past a call's last one must not be summed."""
+    cases = operations(21, 16, 6 * b, b, "cpu", BF16)
+    d = cases["rotate"][1]
+    first = [run(name, cases[name], on="native") for name in NAMES]
+    for _ in range(2):
+        nan = torch.full((64, 6 * b), float("nan"), dtype=BF16)
+        run("rotate_backward", (nan, nan, d, None, False, True, True), on="native")
+        again = [run(name, cases[name], on="native") for name in NAMES]
+        for one, two in zip(first, again, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+            assert not any(a.isnan().any() for a in one)
+
+
 @pytest.mark.parametrize("bits", [8, 3])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_every_layout_of_the_weight(bits, axis):
