@@ -18,7 +18,7 @@ BF16 = torch.bfloat16
 # band, and rows that are no multiple of what a task takes. Chunks of columns that are short; more than 16 groups.
 # Groups of whole rows, and longer than what is decoded at a time. Pairs of rows in chunks that are short, and reach
 # from one pair of bands into the next.
-SHAPES = [(80, 192, 64), (8, 64, 64), (40, 1216, 64), (64, 512, 512), (528, 128, 64)]
+SHAPES = [(80, 192, 64), (8, 64, 64), (40, 1216, 64), (64, 512, 512), (1104, 128, 64)]
 
 pytestmark = pytest.mark.usefixtures("instruction_set")
 PACKED = ("avx512_bf16", "amx_bf16")  # instruction sets that multiply packed bfloat16 weights at any number of rows
