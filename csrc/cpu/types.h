@@ -92,7 +92,7 @@ struct Blocks {
     return {first, blocks, first * b, blocks * b};
   }
   int64_t slice_columns() const { return per_slice() * b; }
-  // Includes padding for a vector that starts in the last column; also in bfloat16 a multiple of a cache line.
+  // Includes padding for a vector that starts in the last column. A multiple of a cache line in bfloat16 too.
   int64_t tile_stride() const { return ceil_div(slice_columns(), 2 * kPad) * 2 * kPad + 2 * kPad; }
   int64_t packed_floats() const { return per_slice() * b * padded(b); }
 };
