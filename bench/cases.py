@@ -17,7 +17,7 @@ from hqq_oft.check.cases import skew_parameters
 from hqq_oft.check.measure import TOLERANCE, relative_error
 from hqq_oft.ops import reference
 from hqq_oft.ops import table as ops
-from hqq_oft.quant.hqq_layer import requantize
+from hqq_oft.quant.quantizer import requantize
 from hqq_oft.tuner.fold import rotate_weight
 from tests.stub_gpu import stub_gpu
 

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hqq_oft
 from hqq_oft.check.cases import DTYPES
-from hqq_oft.quant import hqq_layer
+from hqq_oft.quant import hqq_layer, quantizer
 
 from . import contenders, llama, model
 from .cases import MAIN, Job, Shape, kind
@@ -42,7 +42,7 @@ def quantize(session: Any, shape: Shape, setting: Setting, source: str, deviatio
     theirs = []
     columns = once(lambda: theirs.append(_by_hqq(dense, setting)), session.device)
     settings = hqq_layer.quantization_settings(theirs[0])
-    ours = partial(hqq_layer.quantize, dense, settings, DTYPES[setting.dtype], session.device)
+    ours = partial(quantizer.quantize, dense, settings, DTYPES[setting.dtype], session.device)
     state, error = ours()
     moved = model.Cost(dense.nbytes + setting.layer(*shape).weight_bytes, 0)
     different = float((state.packed != theirs[0].W_q).float().mean())

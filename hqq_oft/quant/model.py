@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..ops.packing import LEVELS_PER_ELEMENT, PACKING_BITS
-from . import hqq_layer
+from . import hqq_layer, quantizer
 from .solver import Solver, check_solver
 
 logger = logging.getLogger("hqq_oft")
@@ -195,7 +195,7 @@ def quantize_model(
     places = _plan(model, default, skip_modules, overrides or {}, report)
     if solver == "search":
         for linear, (name, *_) in places.items():
-            hqq_layer.check_searchable(report.quantized[name].for_hqq(), linear.weight.dtype)
+            quantizer.check_searchable(report.quantized[name].for_hqq(), linear.weight.dtype)
     bar = tqdm(places.items(), disable=None if progress else True, desc="Quantizing", unit="layer")
     for done, (linear, names) in enumerate(bar):
         try:
@@ -307,7 +307,7 @@ def _quantize_layer(
     config = settings.for_hqq()
     del config["offload_meta"]
     config["weight_quant_params"]["group_size"] = settings.group_size or linear.weight.shape[settings.axis]
-    state, error = hqq_layer.quantize(linear.weight, config, dtype, device, solver)
+    state, error = quantizer.quantize(linear.weight, config, dtype, device, solver)
     bias = None if linear.bias is None else linear.bias.detach().to(device, dtype, copy=True)
     layer = hqq_layer.make_layer(state, bias, config).train(linear.training)
     linear.weight = linear.bias = None  # type: ignore[assignment]  # freed, wherever else `linear` is referenced

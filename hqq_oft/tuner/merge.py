@@ -1,6 +1,6 @@
 """Merging adapters into a layer's packed weight, and unmerging them.
 
-The arithmetic is in `hqq_oft.quant.hqq_layer`.
+The arithmetic is in `hqq_oft.quant.quantizer`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..ops.weight import QuantizedWeight
-from ..quant import hqq_layer
+from ..quant import quantizer
 from ..quant.bands import Bands
 from ..quant.hqq_layer import PackedState
 from ..quant.solver import Solver, check_solver
@@ -103,7 +103,7 @@ class MergeableLayer(AdaptedLayer):
             base = self.base_layer
             pristine = self._merge.pristine if self.merged else PackedState.of(base)
             bands = self._rotated_bands(order, check=safe_merge)
-            packed, error = hqq_layer.requantize(base, bands, into, solver, pristine)
+            packed, error = quantizer.requantize(base, bands, into, solver, pristine)
             if safe_merge and not math.isfinite(error):
                 raise ValueError(
                     f"NaN or infinity after quantizing the weight merged with {order}. Nothing was merged."
@@ -213,7 +213,7 @@ class MergeableLayer(AdaptedLayer):
                 self._current()  # as for a merge
                 weight, inverse = self._estimated_pristine(action="Unmerging", stacklevel=3)
                 bands = Bands(weight, lambda band: fold.rotate_weight(band, inverse, check=False))
-                packed, _ = hqq_layer.requantize(base, bands)
+                packed, _ = quantizer.requantize(base, bands)
             self._publish(packed, MergeState())
 
     def drop_pristine(self) -> None:

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from ..ops import table as ops
 from ..ops.weight import QuantizedWeight
-from ..quant import hqq_layer
-from ..quant.hqq_layer import PackedState
+from ..quant import quantizer
+from ..quant.hqq_layer import PackedState, quantization_settings
 from . import fold
 from .fold import MergeInto, check_into
 from .layer import HqqOFTLinear
@@ -223,10 +223,10 @@ def _measure(
             stored = exact.to(base.compute_dtype)
             size[into] = stored.nbytes
         else:
-            state, _ = hqq_layer.requantize(base, exact, into)
+            state, _ = quantizer.requantize(base, exact, into)
             stored, size[into] = ops.dequantize(state.weight(), exact.dtype), _bytes(state)
         merged[into], share[into] = effect(stored), surviving(stored)
-    bits = hqq_layer.quantization_settings(base)["weight_quant_params"]["nbits"]
+    bits = quantization_settings(base)["weight_quant_params"]["nbits"]
     return LayerReport(bits, effect(before), merged, share, size)
 
 

@@ -16,6 +16,7 @@ from hqq.core.quantize import Quantizer
 from torch import nn
 
 from hqq_oft.quant import hqq_layer as quant_layer
+from hqq_oft.quant import quantizer
 from hqq_oft.tuner import fold
 
 
@@ -66,12 +67,12 @@ def test_a_failed_second_merge_keeps_the_first():
 def test_safe_merge_checks_the_quantized_weight(monkeypatch):
     layer = two_adapters()
     state = state_of(layer)
-    original = quant_layer.requantize
+    original = quantizer.requantize
 
     def overflowing(*args):
         return original(*args)[0], float("inf")
 
-    monkeypatch.setattr(quant_layer, "requantize", overflowing)
+    monkeypatch.setattr(quantizer, "requantize", overflowing)
     with pytest.raises(ValueError, match=r"after quantizing the weight merged with \['a', 'b'\]"):
         layer.merge(safe_merge=True)
     assert_state(layer, state)
@@ -115,7 +116,7 @@ def test_an_interrupt_anywhere_changes_nothing(monkeypatch, error, where, action
         warnings.simplefilter("ignore")
         if where == "quantizer":
             patch.setattr(Quantizer, "quantize", fail)
-            patch.setattr(quant_layer.ops, "quantize", fail)
+            patch.setattr(quantizer.ops, "quantize", fail)
         elif where == "rotation":
             patch.setattr(fold.ops, "dequantize_rotate", fail)
             patch.setattr(fold.ops, "rotate", fail)

@@ -26,6 +26,7 @@ from torch import nn
 
 from hqq_oft import HqqOFTLinear
 from hqq_oft.quant import hqq_layer as quant_layer
+from hqq_oft.quant import quantizer
 from hqq_oft.tuner import fold
 
 HANGS = 60  # seconds; only a deadlock takes that long
@@ -42,7 +43,7 @@ def in_a_thread(function):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("where", [(quant_layer, "requantize"), (fold, "rotate_weight")], ids=lambda where: where[1])
+@pytest.mark.parametrize("where", [(quantizer, "requantize"), (fold, "rotate_weight")], ids=lambda where: where[1])
 def test_forwards_in_other_threads_go_on_during_a_slow_merge(monkeypatch, where):
     layer, x = two_adapters(), torch.randn(3, 96)
     module, name = where

@@ -14,7 +14,7 @@ from torch import nn
 from hqq_oft import backend, quantize_model
 from hqq_oft.ops import packing
 from hqq_oft.ops import table as ops
-from hqq_oft.quant import hqq_layer
+from hqq_oft.quant import quantizer
 
 # Of the text of HQQ's quantizer 0.2.8.
 SOLVER = "2948df198658915a0d063ccc379b7ee48b99142a4a6c07c7310546d6a6c270ca"
@@ -58,7 +58,7 @@ def test_the_state_is_hqqs(nbits, groups, name):
         w = weight(sd, dtype)
         theirs = by_hqq(w, settings, dtype)
         with backend(name):
-            ours, error = hqq_layer.quantize(w, settings, dtype, "cpu")
+            ours, error = quantizer.quantize(w, settings, dtype, "cpu")
         assert isinstance(ours.packed, nn.Parameter)
         assert torch.equal(ours.packed, theirs.W_q)
         assert set(ours.meta) == set(theirs.meta)
@@ -78,7 +78,7 @@ def test_the_state_is_hqqs(nbits, groups, name):
 def test_where_residuals_are_shrunk_levels_equal_hqqs_but_for_ties(nbits, sd):
     settings = config(nbits, 64, 1)
     w = weight(sd)
-    theirs, (ours, _) = by_hqq(w, settings), hqq_layer.quantize(w, settings, torch.float32, "cpu")
+    theirs, (ours, _) = by_hqq(w, settings), quantizer.quantize(w, settings, torch.float32, "cpu")
     differ = levels(ours.packed, ours.meta) != levels(theirs.W_q, theirs.meta)
     assert differ.float().mean() <= 1e-4
     torch.testing.assert_close(ours.meta["zero"], theirs.meta["zero"], rtol=1e-5, atol=1e-4)
@@ -98,7 +98,7 @@ def test_where_residuals_are_shrunk_levels_equal_hqqs_but_for_ties(nbits, sd):
 )
 def test_other_settings_give_hqqs_state_too(settings):
     w = weight(0.02)
-    theirs, (ours, error) = by_hqq(w, settings), hqq_layer.quantize(w, settings, torch.float32, "cpu")
+    theirs, (ours, error) = by_hqq(w, settings), quantizer.quantize(w, settings, torch.float32, "cpu")
     assert torch.equal(ours.packed.view(torch.uint8), theirs.W_q.view(torch.uint8))
     assert set(ours.meta) == set(theirs.meta)
     dense = ops.dequantize(ours.weight(), torch.float32)
@@ -108,7 +108,7 @@ def test_other_settings_give_hqqs_state_too(settings):
 def test_another_solver_of_hqq_is_used(monkeypatch):
     monkeypatch.setattr(Quantizer, "optimize_weights", optimize.optimize_weights_proximal_slow)
     w, settings = weight(1.0), config(2, 64, 1)
-    ours, _ = hqq_layer.quantize(w, settings, torch.float32, "cpu")
+    ours, _ = quantizer.quantize(w, settings, torch.float32, "cpu")
     assert torch.equal(ours.packed, by_hqq(w, settings).W_q)
 
 
@@ -173,7 +173,7 @@ def test_weights_that_are_not_finite_give_an_error_that_is_not(value, name):
 def test_a_weight_too_large_for_its_dtype_has_no_finite_error():
     w = torch.full((8, 64), 1000.0)
     w[:, ::2] += 1e-3
-    _, error = hqq_layer.quantize(w, config(4, 64, 1), torch.float16, "cpu")
+    _, error = quantizer.quantize(w, config(4, 64, 1), torch.float16, "cpu")
     assert not error < float("inf")
 
 

@@ -15,7 +15,7 @@ from small_llama import quantized_llama, small_llama
 from torch import nn
 
 from hqq_oft import HqqOFTLinear
-from hqq_oft.quant import hqq_layer
+from hqq_oft.quant import quantizer
 
 
 @pytest.mark.parametrize("safe_merge", [False, True])
@@ -46,7 +46,7 @@ def test_unload(tokens):
 def test_merging_a_model_is_atomic(tokens, monkeypatch, error, action):
     model = adapted()
     expected, done = logits(model, tokens), []
-    original = hqq_layer.requantize
+    original = quantizer.requantize
 
     def fail_at_the_third(base, *args):
         done.append(base)
@@ -55,7 +55,7 @@ def test_merging_a_model_is_atomic(tokens, monkeypatch, error, action):
         return original(base, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hqq_layer, "requantize", fail_at_the_third)
+        patch.setattr(quantizer, "requantize", fail_at_the_third)
         with pytest.raises(error):
             getattr(model, action)()
     assert len(done) == 3

@@ -23,7 +23,7 @@ from torch import nn
 
 import hqq_oft
 from hqq_oft import HqqOFTLinear, merge_report
-from hqq_oft.quant import hqq_layer
+from hqq_oft.quant import hqq_layer, quantizer
 from hqq_oft.tuner import fold
 
 TOKENS = torch.arange(12).reshape(2, 6) % VOCABULARY
@@ -226,7 +226,7 @@ def test_a_merge_interrupted_at_any_layer_changes_nothing(monkeypatch, error, nt
     model = adapted()
     expected, layers, done = logits(model, TOKENS), layers_of(model), []
     bytes_before = {name: packed_bytes(layer.get_base_layer()) for name, layer in layers.items()}
-    module, function = (fold, "rotate_weight") if into == "dense" else (hqq_layer, "requantize")
+    module, function = (fold, "rotate_weight") if into == "dense" else (quantizer, "requantize")
     original = getattr(module, function)
 
     def failing(*args):

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from hqq_oft import QuantizedWeight, backend
 from hqq_oft.ops import table as ops
 from hqq_oft.ops.packing import pack, set_rows, unpack, unpack_rows
-from hqq_oft.quant import bands, hqq_layer
+from hqq_oft.quant import bands, hqq_layer, quantizer
 
 BITS = [8, 6, 4, 3, 2, 1.58, 1]
 
@@ -121,8 +121,8 @@ def test_settings_that_bands_cannot_serve_give_the_state_of_the_dense_weight(sma
     config = hqq_layer.quantization_settings(weight)
     for name, value in settings.items():
         (config if name in config else config["weight_quant_params"])[name] = value
-    expected, error = hqq_layer.quantize(source.dense(), config, torch.float32, "cpu")
-    found, same_error = hqq_layer.quantize(source, config, torch.float32, "cpu")
+    expected, error = quantizer.quantize(source.dense(), config, torch.float32, "cpu")
+    found, same_error = quantizer.quantize(source, config, torch.float32, "cpu")
     assert not small_bands
     assert torch.equal(found.packed, expected.packed)
     assert torch.equal(found.weight().zero, expected.weight().zero)
@@ -132,7 +132,7 @@ def test_settings_that_bands_cannot_serve_give_the_state_of_the_dense_weight(sma
 def test_a_weight_that_is_not_finite_goes_to_hqq(small_bands):
     weight = adapted_layer(group_size=64).base_layer
     source = bands.Bands(QuantizedWeight.from_hqq(weight), lambda band: ops.dequantize(band, torch.float32) / 0)
-    _, error = hqq_layer.quantize(source, hqq_layer.quantization_settings(weight), torch.float32, "cpu")
+    _, error = quantizer.quantize(source, hqq_layer.quantization_settings(weight), torch.float32, "cpu")
     assert small_bands
     assert math.isnan(error)
 

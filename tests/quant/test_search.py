@@ -14,8 +14,9 @@ from torch import nn
 from hqq_oft import backend, patch_peft, quantize_model
 from hqq_oft.ops import reference
 from hqq_oft.ops import table as ops
-from hqq_oft.quant import hqq_layer as quantizing
+from hqq_oft.quant import quantizer
 from hqq_oft.quant import search as searching
+from hqq_oft.quant.hqq_layer import PackedState
 
 BITS = [8, 6, 5, 4, 3, 2, 1.58, 1]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -35,7 +36,7 @@ def config(nbits, group_size, axis, **weight_settings):
 
 
 def quantized(w, solver, settings, dtype=torch.float32, **kwargs):
-    state, error = quantizing.quantize(w, settings, dtype, "cpu", solver, **kwargs)
+    state, error = quantizer.quantize(w, settings, dtype, "cpu", solver, **kwargs)
     return reference.dequantize(state.weight(), torch.float64), error, state
 
 
@@ -211,7 +212,7 @@ def test_merging_an_adapter_that_does_nothing_changes_no_bit(nbits, dtype):
     for axis in (0, 1):
         layer = oft_layer(hqq_layer(nbits=nbits, axis=axis, dtype=dtype), std=0.0)
         base = layer.get_base_layer()
-        before = quantizing.PackedState.of(base)
+        before = PackedState.of(base)
         layer.merge(solver="search")
         assert layer.merged
         assert torch.equal(base.W_q, before.packed)
@@ -223,7 +224,7 @@ def test_merging_a_second_adapter_tries_the_pristine_grid():
     """The first merge leaves the pristine grid; the second takes the rotation back."""
     layer = oft_layer(hqq_layer(nbits=4), "a", std=0.2, oft_block_size=8)
     base = layer.get_base_layer()
-    before = quantizing.PackedState.of(base)
+    before = PackedState.of(base)
     layer.merge(solver="search")
     assert not torch.equal(base.meta["scale"], before.meta["scale"])
     nn.init.zeros_(layer.oft_R["a"].weight)

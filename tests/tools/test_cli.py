@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hqq_oft
 from hqq_oft import cli, load_quantized
-from hqq_oft.quant import hqq_layer
+from hqq_oft.quant import quantizer
 
 TOKENS = torch.arange(6)[None] % VOCABULARY
 
@@ -66,8 +66,8 @@ def test_the_dense_weights_stay_in_their_files_until_their_layer_is_quantized(tm
     def allocated():
         return 1024 * int(re.search(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
-    sizes, quantize = [], hqq_layer.quantize
-    monkeypatch.setattr(hqq_layer, "quantize", lambda *a, **k: sizes.append(allocated()) or quantize(*a, **k))
+    sizes, quantize = [], quantizer.quantize
+    monkeypatch.setattr(quantizer, "quantize", lambda *a, **k: sizes.append(allocated()) or quantize(*a, **k))
     config = LlamaConfig(vocab_size=8, hidden_size=1024, intermediate_size=3072, num_hidden_layers=3)
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     dense = 4 * sum(parameter.numel() for parameter in model.parameters())
