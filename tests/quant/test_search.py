@@ -79,7 +79,7 @@ def test_no_group_is_worse_than_with_hqq(nbits, groups, dtype, stored, sd, seed)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize(("nbits", "share"), [(4, 0.95), (3, 0.92), (2, 0.82), (1, 0.75)])
+@pytest.mark.parametrize(("nbits", "share"), [(4, 0.985), (3, 0.92), (2, 0.82), (1, 0.75)])
 def test_the_error_of_normal_weights_is_smaller(nbits, share, axis):
     w = torch.randn(256, 512) * 0.02
     settings = config(nbits, 64, axis)
@@ -105,13 +105,22 @@ def test_the_weights_are_not_shortened(nbits, tolerance):
 
 @pytest.mark.parametrize("nbits", [4, 3])
 def test_outliers_are_not_clipped(nbits):
-    """By more than .75 of a step, and half a step for rounding scale and zero; the least error clips 2 to 4 steps."""
+    """By more than a step, and half a step for an integer zero; the least error clips 2 to 4 steps."""
     w = torch.randn(64, 256) * 0.02
     w[:, ::64] = 0.12
     found, error, _ = quantized(w, "search", config(nbits, 64, 1))
     step = (groups_of(w, 64, 1).amax(1) - groups_of(w, 64, 1).amin(1)) / (2**nbits - 1)
-    assert (groups_of(found - w, 64, 1).abs().amax(1) <= 1.25 * step).all()
+    assert (groups_of(found - w, 64, 1).abs().amax(1) <= 1.5 * step).all()
     assert error < 0.99 * quantized(w, "hqq", config(nbits, 64, 1))[1]
+
+
+def test_the_zero_is_an_integer_where_hqq_rounds_it():
+    w = torch.randn(64, 256) * 0.02
+    for round_zero in (False, True):
+        _, _, state = quantized(w, "search", config(4, 64, 1, round_zero=round_zero))
+        zero = state.meta["zero"]
+        share = float((zero == zero.round()).float().mean())  # the others are HQQ's, which moves its rounded zero
+        assert share > 0.4 if round_zero else share < 0.1
 
 
 def test_groups_are_independent_and_the_size_of_chunks_does_not_matter(monkeypatch):
@@ -242,7 +251,7 @@ def test_a_merge_has_a_smaller_error(into):
     theirs = layer.merge_error
     layer.unmerge()
     layer.merge(into=into, solver="search")
-    assert layer.merge_error < 0.97 * theirs
+    assert layer.merge_error < 0.985 * theirs
 
 
 def test_merging_a_model(patched):
