@@ -190,7 +190,7 @@ def test_each_dense_weight_is_freed_before_the_next_layer_is_quantized(monkeypat
 
     def counting(*args):
         alive.append(sum(weight() is not None for weight in weights))
-        original(*args)
+        return original(*args)
 
     monkeypatch.setattr(quantizing, "_quantize_layer", counting)
     quantize_model(model, **SETTINGS)
@@ -276,7 +276,7 @@ def test_after_a_failure_the_model_computes_and_quantization_can_continue(monkey
         calls.append(names[0])
         if len(calls) == nth + 1:
             raise error
-        original(model, linear, names, *rest)
+        return original(model, linear, names, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(quantizing, "_quantize_layer", failing)
