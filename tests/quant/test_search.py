@@ -105,13 +105,13 @@ def test_the_weights_are_not_shortened(nbits, tolerance):
 
 @pytest.mark.parametrize("nbits", [4, 3])
 def test_outliers_are_not_clipped(nbits):
-    """By more than a step, and half a step for an integer zero; the least error clips 2 to 4 steps."""
-    w = torch.randn(64, 256) * 0.02
-    w[:, ::64] = 0.12
-    found, error, _ = quantized(w, "search", config(nbits, 64, 1))
-    step = (groups_of(w, 64, 1).amax(1) - groups_of(w, 64, 1).amin(1)) / (2**nbits - 1)
-    assert (groups_of(found - w, 64, 1).abs().amax(1) <= 1.5 * step).all()
-    assert error < 0.99 * quantized(w, "hqq", config(nbits, 64, 1))[1]
+    """By more than one step of the range and rounding; the least squared error clips them by two to three steps."""
+    w = torch.randn(64, 512) * 0.02
+    w[:, ::256] = 0.1
+    found, error, _ = quantized(w, "search", config(nbits, 256, 1))
+    step = (groups_of(w, 256, 1).amax(1) - groups_of(w, 256, 1).amin(1)) / (2**nbits - 1)
+    assert (groups_of(found - w, 256, 1).abs().amax(1) <= 1.1 * step).all()
+    assert error < 0.99 * quantized(w, "hqq", config(nbits, 256, 1))[1]
 
 
 def test_the_zero_is_an_integer_where_hqq_rounds_it():
