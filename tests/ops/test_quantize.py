@@ -134,6 +134,7 @@ def test_opcheck():
     for bits, axis in ((4, 1), (3, 0)):
         args = (weight(0.02), 2**bits, bits, 64, axis, True, 20, torch.bfloat16)
         torch.library.opcheck(torch.ops.hqq_oft.quantize.default, args)
+        torch.library.opcheck(torch.ops.hqq_oft.quantize_band.default, (*args, torch.ones(20).double()))
 
 
 @pytest.mark.parametrize(
@@ -156,6 +157,12 @@ def test_invalid_arguments_are_refused(change, message):
     args = {**valid, "iterations": 20, "dtype": torch.float32, **change}
     with pytest.raises((TypeError, ValueError), match=message):
         ops.quantize(*args.values())
+
+
+@pytest.mark.parametrize("errors", [torch.ones(20), torch.ones(19).double()])
+def test_errors_of_another_kind_are_refused(errors):
+    with pytest.raises(ValueError, match=r"errors must be a float64 tensor of shape \(20,\), got"):
+        ops.quantize_band(torch.ones(8, 64), 16, 4, 64, 1, True, 20, torch.float32, errors)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

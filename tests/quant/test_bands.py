@@ -88,7 +88,7 @@ def test_bands_give_the_bytes_of_the_whole(monkeypatch, small_bands, nbits, axis
 @pytest.mark.parametrize(
     ("settings", "count"),
     [
-        ({"group_size": 64, "k": 96}, 12),  # groups that span rows: two rows are three groups
+        ({"group_size": 64, "k": 160}, 32),  # groups that span rows: two rows are five groups
         ({"group_size": None}, 27),
         ({"group_size": None, "axis": 0}, 0),  # one group of all rows
         ({"group_size": 48, "axis": 0, "k": 96}, 0),  # bands of columns would not be whole rows
