@@ -179,7 +179,7 @@ def test_bands_that_would_stop_elsewhere_are_computed_again(monkeypatch, small_b
     assert_stored(layer, expected)
 
 
-def test_scale_and_zero_share_no_memory():
+def test_scale_and_zero_share_no_memory(small_bands):
     """Or safetensors would not save them."""
     layer = adapted_layer(group_size=64)
     layer.merge()
