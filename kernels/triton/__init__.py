@@ -10,7 +10,7 @@ REASON = ""
 if find_spec("triton") is None:
     REASON = "Triton is not installed: `pip install triton`"
 else:
-    from . import cayley, dequantize, linear, linear_backward, rotate
+    from . import cayley, dequantize, linear, linear_backward, quantize, rotate
 
-    for _module in (cayley, rotate, dequantize, linear, linear_backward):
+    for _module in (cayley, rotate, dequantize, linear, linear_backward, quantize):
         OPERATIONS.update(_module.OPERATIONS)

@@ -1,0 +1,481 @@
+"""HQQ's quantizer, `hqq_oft.ops.reference.quantize`, with the bytes of the native kernel: sums in the same order.
+
+A program solves a tile of groups, all iterations in registers, and records every iteration's zeros and error; when to
+stop is decided for the whole weight, on the device, by the kernel that packs. Two launches read W, once each; four
+bytes for a zero are written per group and iteration. No product is contracted with a sum (`enable_fp_fusion=False`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hqq_oft.ops.backends import Planner, Unsupported
+from hqq_oft.ops.packing import LEVELS_PER_ELEMENT
+
+from ._launch import Launch, check_device, empty
+from ._pieces import narrow
+
+_GROUPS = 32  # of a program that solves
+_LONGEST_HELD = 128  # weights of a group that registers hold
+_LONGEST = 2**19  # weights of a group; sums of more have longer runs
+_ROWS, _COLUMNS = 16, 64  # packed elements of a program that packs
+
+# For sums that begin with nothing: x + -0.0 is x, so that the compiler leaves the first addition out.
+NOTHING = tl.constexpr(-0.0)
+# Adding 1.5 * 2^23 to a number below 2^22 leaves no fraction, and an integer in the low bits.
+NO_FRACTION = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def rounded(u, TOP: tl.constexpr):
+    """The level nearest to `u`, ties to even, from 0 to TOP, plus NO_FRACTION."""
+    return tl.minimum(tl.maximum(u, 0.0), TOP) + NO_FRACTION
+
+
+@triton.jit
+def weights(w_ptr, o_g, m_g, o_k, groups, G: tl.constexpr, AXIS: tl.constexpr):
+    """Weights `o_k` of groups `o_g`, [groups, weights] in float32; 0 where there are none."""
+    if AXIS == 1:
+        p_w = w_ptr + o_g.to(tl.int64)[:, None] * G + o_k[None, :]
+    else:
+        p_w = w_ptr + o_k.to(tl.int64)[None, :] * groups + o_g[:, None]
+    return tl.load(p_w, mask=m_g[:, None] & (o_k < G)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def scale_and_zero(low, high, TOP: tl.constexpr, ROUND_ZERO: tl.constexpr):
+    """What a group's weights are multiplied by, and its first zero; the constants are HQQ's."""
+    span = high - low
+    flat = span <= 1e-4
+    # rounded twice, as PyTorch divides a number by a tensor
+    scale = tl.div_rn(tl.full(span.shape, 1.0, tl.float32), tl.where(flat, 1.0, span)) * TOP
+    scale = tl.minimum(tl.where(flat, 1.0, scale), 2e4)
+    zero = -low * scale
+    if ROUND_ZERO:
+        whole = (zero.to(tl.float64) + 6755399441055744.0) - 6755399441055744.0  # 1.5 * 2^52
+        zero = tl.where(tl.abs(zero) < 2147483648.0, whole.to(tl.float32), zero)
+    return scale, zero
+
+
+@triton.jit
+def columns(x, LOG: tl.constexpr):
+    """2^LOG tensors with equal shares of the columns of `x`, in order."""
+    parts = (x,)
+    for level in tl.static_range(LOG):
+        halves = ()
+        for i in tl.static_range(2**level):
+            half: tl.constexpr = parts[i].shape[1] // 2
+            left, right = tl.split(tl.permute(tl.reshape(parts[i], (x.shape[0], 2, half)), (0, 2, 1)))
+            halves = halves + (left, right)
+        parts = halves
+    return parts
+
+
+@triton.jit
+def add_columns(total, x, LOG: tl.constexpr, FIRST: tl.constexpr):
+    """`total` [rows] plus the first FIRST of the 2^LOG columns of `x`, one after another."""
+    parts = columns(x, LOG)
+    for i in tl.static_range(FIRST):
+        total += tl.reshape(parts[i], (x.shape[0],))
+    return total
+
+
+@triton.jit
+def sum_pairs(x, LOG: tl.constexpr):
+    """Sums of the 2^LOG columns of `x`, [rows]: of neighbours, then of neighbouring sums, in any layout."""
+    for _ in tl.static_range(LOG):
+        x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)), 2)
+    return tl.reshape(x, (x.shape[0],))
+
+
+@triton.jit
+def sum_row(sums, rest, LEFT: tl.constexpr, TAIL: tl.constexpr):
+    """The sum of a row in PyTorch's order, [groups].
+
+    Args:
+        sums: of every fourth vector of eight lanes, four tensors [groups, 8].
+        rest: the terms that do not fill four vectors: LEFT vectors, then one of TAIL lanes.
+    """
+    total = tl.full((sums[0].shape[0],), NOTHING, tl.float32)
+    first = sums[0]
+    for v in tl.static_range(LEFT):
+        first += rest[v]
+    if TAIL > 0:
+        total = add_columns(total, rest[LEFT], 3, TAIL)
+    return add_columns(total, ((first + sums[1]) + sums[2]) + sums[3], 3, 8)
+
+
+@triton.jit
+def power(a):
+    """a^-0.3 for positive `a`, in double precision, rounded once; step by step that of csrc/cpu/quantize.h."""
+    bits = a.to(tl.float64).to(tl.int64, bitcast=True)
+    m = ((bits & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000).to(tl.float64, bitcast=True)
+    exponent = ((bits >> 52) - 1023).to(tl.float64)
+    high = m > 1.4142135623730951
+    m = tl.where(high, m * 0.5, m)
+    exponent = tl.where(high, exponent + 1.0, exponent)
+    s = (m - 1.0) / (m + 1.0)
+    s2 = s * s
+    log = s2 / 11.0 + 0.1111111111111111
+    log = log * s2 + 0.14285714285714285
+    log = log * s2 + 0.2
+    log = log * s2 + 0.3333333333333333
+    log = log * s2 + 1.0
+    y = (s * log * 2.8853900817779268 + exponent) * -0.3
+    whole = (y + 6755399441055744.0) - 6755399441055744.0
+    f = (y - whole) * 0.69314718055994531
+    result = f / 9.0 + 1.0
+    for i in tl.static_range(8, 0, -1):
+        result = result * f / (i * 1.0) + 1.0
+    scale = ((whole.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+    return (result * scale).to(tl.float32)
+
+
+@triton.jit
+def unshrunk(w, q, scale, zero):
+    """`w` less its shrunk residual: generalized soft thresholding, which leaves nothing of residuals under 0.17."""
+    residual = w - tl.div_rn(q - zero, scale)
+    size = tl.abs(residual)
+    shrunk = tl.maximum(size - power(tl.maximum(size, 0.125)) * 0.1, 0.0)
+    return w - tl.where(residual < 0.0, -shrunk, shrunk)
+
+
+@triton.jit
+def record(zeros_ptr, errors_ptr, i, o_g, m_g, groups, zero, error):
+    """Of iteration `i`: the zeros after it, and the tile's sum of residuals."""
+    tl.store(zeros_ptr + (i + 1).to(tl.int64) * groups + o_g, zero, mask=m_g)
+    tl.store(errors_ptr + i * tl.num_programs(0) + tl.program_id(0), error)
+
+
+@triton.jit
+def tile_error(distances, scale, LOG: tl.constexpr, LOG_GROUPS: tl.constexpr):
+    """Sum over a tile of groups, in float64, of residuals: `distances` [groups, 2^LOG] in levels."""
+    of_group = sum_pairs(distances, LOG) * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    return tl.sum(sum_pairs(of_group.to(tl.float64)[None, :], LOG_GROUPS), 0)
+
+
+@triton.jit
+def mean(total, G: tl.constexpr):
+    """`total / G`, correctly rounded."""
+    if G & (G - 1) == 0:
+        return total * (1.0 / G)
+    else:
+        return tl.div_rn(total, tl.full(total.shape, G * 1.0, tl.float32))
+
+
+@triton.jit
+def quantize_held_kernel(
+    w_ptr, scale_ptr, zeros_ptr, errors_ptr, streams_ptr, groups,
+    TOP: tl.constexpr, G: tl.constexpr, AXIS: tl.constexpr, ROUND_ZERO: tl.constexpr, ITERATIONS: tl.constexpr,
+    LOG_GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Solve 2^LOG_GROUPS short groups per program, in registers; a thread has one group, or half of one.
+
+    Ends when no zero changes any more. A program with a residual that may be over 0.16 leaves its groups to
+    `quantize_streamed_kernel`, by a 1 in `streams_ptr`.
+    """
+    BG: tl.constexpr = 2**LOG_GROUPS
+    LANES: tl.constexpr = 8 if AXIS == 1 else 1
+    LOG_LANES: tl.constexpr = 3 if AXIS == 1 else 0
+    PARTS: tl.constexpr = 4 if AXIS == 1 else 1
+    VECTORS: tl.constexpr = G // LANES
+    COUNT: tl.constexpr = VECTORS // PARTS
+    TAIL: tl.constexpr = G % LANES
+    RUN: tl.constexpr = 16  # terms that PyTorch adds before it adds their sum to those of other runs
+    o_g = tl.program_id(0) * BG + tl.arange(0, BG)
+    m_g = o_g < groups
+    o_l = tl.arange(0, LANES)
+    held = ()
+    low, high = tl.full((BG, LANES), float("inf"), tl.float32), tl.full((BG, LANES), float("-inf"), tl.float32)
+    for v in tl.static_range((G + LANES - 1) // LANES):
+        w = weights(w_ptr, o_g, m_g, v * LANES + o_l, groups, G, AXIS)
+        held = held + (w,)
+        exists = (v * LANES + o_l < G)[None, :]
+        low, high = tl.minimum(low, tl.where(exists, w, low)), tl.maximum(high, tl.where(exists, w, high))
+    low, high = tl.min(low, 1), tl.max(high, 1)
+    scale, zero = scale_and_zero(low, high, TOP, ROUND_ZERO)
+    tl.store(scale_ptr + o_g, scale, mask=m_g)
+    tl.store(zeros_ptr + o_g, zero, mask=m_g)
+
+    first, last, limit = low * scale, high * scale, 0.16 * scale
+    by = scale[:, None]
+    error = tl.full((), 0.0, tl.float64)
+    i = 0
+    # 2: a residual may be shrunk; 1: a zero has changed
+    state = tl.max(tl.where(m_g & (tl.maximum(0.5, tl.maximum(-(first + zero), last + zero - TOP)) > limit), 2, 1), 0)
+    while (i < ITERATIONS) & (state == 1):
+        distances = tl.full((BG, LANES), NOTHING, tl.float32)
+        sums = ()
+        for part in tl.static_range(PARTS):
+            sum_of_part = tl.full((BG, LANES), NOTHING, tl.float32)
+            for start in tl.static_range(0, COUNT, RUN):
+                sum_of_run = tl.full((BG, LANES), NOTHING, tl.float32)
+                for step in tl.static_range(start, min(start + RUN, COUNT)):
+                    t = held[step * PARTS + part] * by
+                    u = t + zero[:, None]
+                    q = rounded(u, TOP) - NO_FRACTION
+                    distances += tl.abs(u - q)
+                    sum_of_run += q - t
+                sum_of_part += sum_of_run
+            sums = sums + (sum_of_part,)
+        rest = ()
+        for v in tl.static_range(COUNT * PARTS, (G + LANES - 1) // LANES):
+            t = held[v] * by
+            u = t + zero[:, None]
+            q = rounded(u, TOP) - NO_FRACTION
+            distances += tl.where((v * LANES + o_l < G)[None, :], tl.abs(u - q), 0.0)
+            rest = rest + (q - t,)
+        if AXIS == 1:
+            total = sum_row(sums, rest, VECTORS % PARTS, TAIL)
+        else:
+            total = tl.reshape(sums[0], (BG,))
+        error = tile_error(distances, scale, LOG_LANES, LOG_GROUPS)
+        after = mean(total, G)
+        record(zeros_ptr, errors_ptr, i, o_g, m_g, groups, after, error)
+        far = tl.maximum(0.5, tl.maximum(-(first + after), last + after - TOP)) > limit
+        state = tl.max(tl.where(m_g & far, 2, (after != zero).to(tl.int32)), 0)
+        zero = after
+        i += 1
+    tl.store(streams_ptr + tl.program_id(0), state == 2)
+    while i < ITERATIONS:
+        record(zeros_ptr, errors_ptr, i, o_g, m_g, groups, zero, error)
+        i += 1
+
+
+@triton.jit
+def streamed_terms(
+    w_ptr, o_g, m_g, o_k, groups, scale, zero, TOP: tl.constexpr, G: tl.constexpr, AXIS: tl.constexpr
+):  # fmt: skip
+    """Terms of the next zero and distances from the nearest levels, [groups, weights], of weights `o_k`."""
+    w = weights(w_ptr, o_g, m_g, o_k, groups, G, AXIS)
+    by, z = scale[:, None], zero[:, None]
+    t = w * by
+    u = t + z
+    q = rounded(u, TOP) - NO_FRACTION
+    exists = m_g[:, None] & (o_k < G)[None, :]
+    distances = tl.where(exists, tl.abs(u - q), 0.0)
+    terms = q - t
+    if tl.max(tl.max(distances - 0.16 * by, 1), 0) > 0.0:
+        terms = q - unshrunk(w, q, by, z) * by
+    return tl.where(exists, terms, 0.0), distances
+
+
+@triton.jit
+def quantize_streamed_kernel(
+    w_ptr, scale_ptr, zeros_ptr, errors_ptr, streams_ptr, groups,
+    TOP: tl.constexpr, G: tl.constexpr, AXIS: tl.constexpr, ROUND_ZERO: tl.constexpr, ITERATIONS: tl.constexpr,
+    LOG_GROUPS: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    """As `quantize_held_kernel`, for groups of any length and residuals of any size: reads W in every iteration.
+
+    A tile has 32 columns, four vectors of eight lanes (axis 1), or one run of 16 weights of a column (axis 0).
+
+    Args:
+        HELD: whether the other kernel has solved what it could: only programs with a 1 in `streams_ptr` run.
+    """
+    BG: tl.constexpr = 2**LOG_GROUPS
+    RUN: tl.constexpr = 16
+    W: tl.constexpr = 32 if AXIS == 1 else RUN
+    LOG_W: tl.constexpr = 5 if AXIS == 1 else 4
+    STEPS: tl.constexpr = G // 32 if AXIS == 1 else (G + RUN - 1) // RUN
+    RUNS: tl.constexpr = (STEPS + RUN - 1) // RUN if AXIS == 1 else STEPS
+    if HELD:
+        if tl.load(streams_ptr + tl.program_id(0)) == 0:
+            return
+    o_g = tl.program_id(0) * BG + tl.arange(0, BG)
+    m_g = o_g < groups
+    o_w = tl.arange(0, W)
+    low, high = tl.full((BG, W), float("inf"), tl.float32), tl.full((BG, W), float("-inf"), tl.float32)
+    for k in range(0, G, W):
+        w = weights(w_ptr, o_g, m_g, k + o_w, groups, G, AXIS)
+        exists = (k + o_w < G)[None, :]
+        low, high = tl.minimum(low, tl.where(exists, w, low)), tl.maximum(high, tl.where(exists, w, high))
+    scale, zero = scale_and_zero(tl.min(low, 1), tl.max(high, 1), TOP, ROUND_ZERO)
+    tl.store(scale_ptr + o_g, scale, mask=m_g)
+    tl.store(zeros_ptr + o_g, zero, mask=m_g)
+
+    error = tl.full((), 0.0, tl.float64)
+    i = 0
+    moving = 1
+    while (i < ITERATIONS) & (moving == 1):
+        distances = tl.full((BG, W), 0.0, tl.float32)
+        # Sums of runs, of sixteen runs, and so on
+        near = tl.full((BG, W) if AXIS == 1 else (BG,), 0.0, tl.float32)
+        far, farthest = near, near
+        for run in range(RUNS):
+            if AXIS == 1:
+                of_run = tl.full((BG, W), 0.0, tl.float32)
+                for step in range(run * RUN, tl.minimum((run + 1) * RUN, STEPS)):
+                    terms, more = streamed_terms(
+                        w_ptr, o_g, m_g, step * W + o_w, groups, scale, zero, TOP, G, AXIS
+                    )  # fmt: skip
+                    of_run += terms
+                    distances += more
+            else:
+                terms, more = streamed_terms(w_ptr, o_g, m_g, run * RUN + o_w, groups, scale, zero, TOP, G, AXIS)
+                of_run = add_columns(tl.full((BG,), 0.0, tl.float32), terms, LOG_W, RUN)
+                distances += more
+            near += of_run
+            if (run + 1) % RUN == 0:
+                far += near
+                near = tl.zeros_like(near)
+            if (run + 1) % (RUN * RUN) == 0:
+                farthest += far
+                far = tl.zeros_like(far)
+        total = (near + far) + farthest
+        if AXIS == 1:
+            terms = tl.full((BG, W), 0.0, tl.float32)
+            if G % W > 0:
+                terms, more = streamed_terms(w_ptr, o_g, m_g, STEPS * W + o_w, groups, scale, zero, TOP, G, AXIS)
+                distances += more
+            total = sum_row(columns(total, 2), columns(terms, 2), G % W // 8, G % 8)
+        error = tile_error(distances, scale, LOG_W, LOG_GROUPS)
+        after = mean(total, G)
+        record(zeros_ptr, errors_ptr, i, o_g, m_g, groups, after, error)
+        moving = tl.max((m_g & (after != zero)).to(tl.int32), 0)
+        zero = after
+        i += 1
+    while i < ITERATIONS:
+        record(zeros_ptr, errors_ptr, i, o_g, m_g, groups, zero, error)
+        i += 1
+
+
+@triton.jit
+def iterations_taken(errors_ptr, elements, ITERATIONS: tl.constexpr):
+    """After how many iterations the solver stops: the first whose error is not less than the one before, in float32."""
+    PADDED: tl.constexpr = triton.next_power_of_2(ITERATIONS)
+    o_i = tl.arange(0, PADDED)
+    size = elements.to(tl.float64)
+    error = (tl.load(errors_ptr + o_i, mask=o_i < ITERATIONS, other=0.0) / size).to(tl.float32)
+    before = (tl.load(errors_ptr + o_i - 1, mask=(o_i > 0) & (o_i < ITERATIONS), other=0.0) / size).to(tl.float32)
+    goes_on = (o_i < ITERATIONS) & (error < tl.where(o_i == 0, float("inf"), before))
+    return tl.minimum(tl.min(tl.where(goes_on, ITERATIONS, o_i), 0) + 1, ITERATIONS)
+
+
+@triton.jit
+def quantize_pack_kernel(
+    w_ptr, scale_ptr, zeros_ptr, errors_ptr, packed_ptr, scale_out_ptr, zero_out_ptr, squares_ptr,
+    rows, width, packed_rows, elements,
+    TOP: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr, AXIS: tl.constexpr, ITERATIONS: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Levels of a tile of packed elements, [BR, BC], scale and zero as stored, and the squared error of the weight.
+
+    W is [rows, width], a group per row (axis 1) or column (axis 0). Grid: (tiles of rows, tiles of columns).
+
+    Args:
+        errors_ptr: float64 [ITERATIONS], of the whole weight.
+        squares_ptr: float64 [2, programs]: sums of the squares of errors and of W.
+    """
+    taken = 0
+    if ITERATIONS > 0:
+        taken = iterations_taken(errors_ptr, elements, ITERATIONS)
+    o_r = tl.program_id(0) * BR + tl.arange(0, BR)
+    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    m_c = o_c < width
+    groups = rows if AXIS == 1 else width
+    p_zero = zeros_ptr + taken.to(tl.int64) * groups if ITERATIONS > 0 else zeros_ptr
+    word = tl.zeros((BR, BC), tl.int32)
+    error, size = tl.zeros((BR, BC), tl.float32), tl.zeros((BR, BC), tl.float32)
+    for field in tl.static_range(FIELDS):
+        o_n = field * packed_rows + o_r
+        m_n = (o_r < packed_rows) & (o_n < rows)  # words of ten levels may have room for more than there are
+        if AXIS == 1 or field == 0:
+            o_g, m_g = (o_n, m_n) if AXIS == 1 else (o_c, m_c)
+            by, z = tl.load(scale_ptr + o_g, mask=m_g, other=1.0), tl.load(p_zero + o_g, mask=m_g, other=0.0)
+            stored_by = narrow(tl.div_rn(tl.full(by.shape, 1.0, tl.float32), by), scale_out_ptr.dtype.element_ty)
+            stored_z = narrow(z, zero_out_ptr.dtype.element_ty)
+            if tl.program_id(AXIS) == 0:
+                tl.store(scale_out_ptr + o_g, stored_by, mask=m_g)
+                tl.store(zero_out_ptr + o_g, stored_z, mask=m_g)
+            by, stored_by = tl.expand_dims(by, AXIS), tl.expand_dims(stored_by.to(tl.float32), AXIS)
+            z, stored_z = tl.expand_dims(z, AXIS), tl.expand_dims(stored_z.to(tl.float32), AXIS)
+        m = m_n[:, None] & m_c[None, :]
+        w = tl.load(w_ptr + o_n.to(tl.int64)[:, None] * width + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+        q = rounded(w * by + z, TOP)
+        word = (word << BITS) | tl.where(m, q.to(tl.int32, bitcast=True) & 0xFF, 0)
+        difference = tl.where(m, w - ((q - NO_FRACTION) - stored_z) * stored_by, 0.0)
+        error += difference * difference
+        size += w * w
+    p_packed = packed_ptr + o_r.to(tl.int64)[:, None] * width + o_c[None, :]
+    tl.store(p_packed, word.to(packed_ptr.dtype.element_ty), mask=(o_r < packed_rows)[:, None] & m_c[None, :])
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    i_out = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(squares_ptr + i_out, tl.sum(tl.sum(error, 1).to(tl.float64), 0))
+    tl.store(squares_ptr + programs + i_out, tl.sum(tl.sum(size, 1).to(tl.float64), 0))
+
+
+def plan_quantize(
+    by_name: bool,
+    w: Tensor,
+    levels: int,
+    bits: int,
+    group_size: int,
+    axis: int,
+    round_zero: bool,
+    iterations: int,
+    dtype: torch.dtype,
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Of `hqq_oft.ops.reference.quantize`."""
+    check_device(w, by_name)
+    if group_size > _LONGEST:
+        raise Unsupported(f"the Triton quantizer takes groups of at most {_LONGEST} weights, got {group_size}")
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise Unsupported(f"the Triton quantizer stores float32, float16 or bfloat16 scales, not {dtype}")
+    elements, groups, fields = w.numel(), w.numel() // group_size, LEVELS_PER_ELEMENT[bits]
+    rows, width = (groups, group_size) if axis == 1 else (group_size, groups)
+    packed_rows, programs = triton.cdiv(rows, fields), triton.cdiv(groups, _GROUPS)
+    held = group_size <= _LONGEST_HELD
+    constants = {
+        "TOP": levels - 1.0,
+        "G": group_size,
+        "AXIS": axis,
+        "ROUND_ZERO": round_zero,
+        "ITERATIONS": iterations,
+        "LOG_GROUPS": _GROUPS.bit_length() - 1,
+        "enable_fp_fusion": False,
+    }
+    in_registers = Launch(quantize_held_kernel, (programs,), **constants, num_warps=1, num_stages=1)
+    streamed = Launch(quantize_streamed_kernel, (programs,), **constants, HELD=held, num_warps=4, num_stages=1)
+    bc = min(_COLUMNS, triton.next_power_of_2(width))
+    grid = triton.cdiv(packed_rows, _ROWS), triton.cdiv(width, bc)
+    pack = Launch(
+        quantize_pack_kernel,
+        grid,
+        TOP=levels - 1.0,
+        BITS=bits,
+        FIELDS=fields,
+        AXIS=axis,
+        ITERATIONS=iterations,
+        BR=_ROWS,
+        BC=bc,
+        enable_fp_fusion=False,
+        num_warps=4,
+        num_stages=1,
+    )
+
+    def quantize(w: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        w = w.contiguous()
+        inverse = empty(w, (groups,), torch.float32)
+        zeros = empty(w, (iterations + 1, groups), torch.float32)
+        errors = empty(w, (iterations, programs), torch.float64)
+        streams = empty(w, (programs,), torch.int32)
+        if held:
+            in_registers(w, inverse, zeros, errors, streams, groups)
+        streamed(w, inverse, zeros, errors, streams, groups)
+        packed = empty(w, (packed_rows, width), torch.int32 if bits == 3 else torch.uint8)
+        per_group = (groups, 1) if axis == 1 else (1, groups)
+        scale, zero = empty(w, per_group, dtype), empty(w, per_group, dtype)
+        squares = empty(w, (2, grid[0] * grid[1]), torch.float64)
+        pack(w, inverse, zeros, errors.sum(1), packed, scale, zero, squares, rows, width, packed_rows, elements)
+        return packed, scale, zero, squares.sum(1)
+
+    return quantize
+
+
+OPERATIONS: dict[str, Planner] = {"quantize": plan_quantize}
