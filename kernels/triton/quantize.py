@@ -17,11 +17,10 @@ from torch import Tensor
 from hqq_oft.ops.backends import Planner, Unsupported
 from hqq_oft.ops.packing import LEVELS_PER_ELEMENT
 
-from ._launch import Launch, check_device, empty
+from ._launch import INTERPRETED, Launch, check_device, empty
 from ._pieces import narrow
 
-_GROUPS = 32  # of a program that solves
-_LONGEST_HELD = 128  # weights of a group that registers hold
+_LONGEST_HELD = {0: 64, 1: 128}  # weights of a group that registers hold, by axis
 _LONGEST = 2**19  # weights of a group; sums of more have longer runs
 _ROWS, _COLUMNS = 16, 64  # packed elements of a program that packs
 
@@ -38,13 +37,27 @@ def rounded(u, TOP: tl.constexpr):
 
 
 @triton.jit
-def weights(w_ptr, o_g, m_g, o_k, groups, G: tl.constexpr, AXIS: tl.constexpr):
-    """Weights `o_k` of groups `o_g`, [groups, weights] in float32; 0 where there are none."""
+def terms(t, zero, TOP: tl.constexpr):
+    """`q - t`, whose mean is the next zero, and the distance from the nearest level q; `t` is scale * w."""
+    u = t + zero
+    q = rounded(u, TOP) - NO_FRACTION
+    return q - t, tl.abs(u - q)
+
+
+@triton.jit
+def weights(w_ptr, o_g, m_g, o_k, groups, one, G: tl.constexpr, AXIS: tl.constexpr):
+    """Weights `o_k` of groups `o_g`, [groups, weights] in float32; 0 where there are none.
+
+    Args:
+        one: the distance of groups in memory (axis 0), 1. If known only at run time, no thread loads several groups.
+    """
     if AXIS == 1:
         p_w = w_ptr + o_g.to(tl.int64)[:, None] * G + o_k[None, :]
+        return tl.load(p_w, mask=m_g[:, None] & (o_k < G)[None, :], other=0.0).to(tl.float32)
     else:
-        p_w = w_ptr + o_k.to(tl.int64)[None, :] * groups + o_g[:, None]
-    return tl.load(p_w, mask=m_g[:, None] & (o_k < G)[None, :], other=0.0).to(tl.float32)
+        p_w = w_ptr + o_k.to(tl.int64)[:, None] * groups + (o_g * one)[None, :]
+        w = tl.load(p_w, mask=m_g[None, :] & (o_k < G)[:, None], other=0.0).to(tl.float32)
+        return tl.trans(w)
 
 
 @triton.jit
@@ -69,8 +82,8 @@ def columns(x, LOG: tl.constexpr):
     for level in tl.static_range(LOG):
         halves = ()
         for i in tl.static_range(2**level):
-            half: tl.constexpr = parts[i].shape[1] // 2
-            left, right = tl.split(tl.permute(tl.reshape(parts[i], (x.shape[0], 2, half)), (0, 2, 1)))
+            pairs = tl.reshape(parts[i], (x.shape[0], 2, parts[i].shape[1] // 2))
+            left, right = tl.split(tl.permute(pairs, (0, 2, 1)))
             halves = halves + (left, right)
         parts = halves
     return parts
@@ -153,9 +166,9 @@ def record(zeros_ptr, errors_ptr, i, o_g, m_g, groups, zero, error):
 
 
 @triton.jit
-def tile_error(distances, scale, LOG: tl.constexpr, LOG_GROUPS: tl.constexpr):
-    """Sum over a tile of groups, in float64, of residuals: `distances` [groups, 2^LOG] in levels."""
-    of_group = sum_pairs(distances, LOG) * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+def tile_error(distances, scale, LOG_GROUPS: tl.constexpr):
+    """The sum of residuals of 2^LOG_GROUPS groups, in float64; `distances` [groups] are in levels."""
+    of_group = distances * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     return tl.sum(sum_pairs(of_group.to(tl.float64)[None, :], LOG_GROUPS), 0)
 
 
@@ -168,9 +181,9 @@ def mean(total, G: tl.constexpr):
         return tl.div_rn(total, tl.full(total.shape, G * 1.0, tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["one"])
 def quantize_held_kernel(
-    w_ptr, scale_ptr, zeros_ptr, errors_ptr, streams_ptr, groups,
+    w_ptr, scale_ptr, zeros_ptr, errors_ptr, streams_ptr, groups, one,
     TOP: tl.constexpr, G: tl.constexpr, AXIS: tl.constexpr, ROUND_ZERO: tl.constexpr, ITERATIONS: tl.constexpr,
     LOG_GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -181,7 +194,7 @@ def quantize_held_kernel(
     """
     BG: tl.constexpr = 2**LOG_GROUPS
     LANES: tl.constexpr = 8 if AXIS == 1 else 1
-    LOG_LANES: tl.constexpr = 3 if AXIS == 1 else 0
+    SHAPE: tl.constexpr = (BG, 8) if AXIS == 1 else (BG,)
     PARTS: tl.constexpr = 4 if AXIS == 1 else 1
     VECTORS: tl.constexpr = G // LANES
     COUNT: tl.constexpr = VECTORS // PARTS
@@ -189,52 +202,54 @@ def quantize_held_kernel(
     RUN: tl.constexpr = 16  # terms that PyTorch adds before it adds their sum to those of other runs
     o_g = tl.program_id(0) * BG + tl.arange(0, BG)
     m_g = o_g < groups
-    o_l = tl.arange(0, LANES)
+    o_l = tl.arange(0, 8)
     held = ()
-    low, high = tl.full((BG, LANES), float("inf"), tl.float32), tl.full((BG, LANES), float("-inf"), tl.float32)
-    for v in tl.static_range((G + LANES - 1) // LANES):
-        w = weights(w_ptr, o_g, m_g, v * LANES + o_l, groups, G, AXIS)
-        held = held + (w,)
-        exists = (v * LANES + o_l < G)[None, :]
+    low, high = tl.full((BG, 8), float("inf"), tl.float32), tl.full((BG, 8), float("-inf"), tl.float32)
+    for k in tl.static_range(0, G, 8):
+        w = weights(w_ptr, o_g, m_g, k + o_l, groups, one, G, AXIS)
+        exists = (k + o_l < G)[None, :]
         low, high = tl.minimum(low, tl.where(exists, w, low)), tl.maximum(high, tl.where(exists, w, high))
+        if AXIS == 1:
+            held = held + (w,)
+        else:
+            weights_of_groups = columns(w, 3)
+            for i in tl.static_range(min(8, G - k)):
+                held = held + (tl.reshape(weights_of_groups[i], (BG,)),)
     low, high = tl.min(low, 1), tl.max(high, 1)
     scale, zero = scale_and_zero(low, high, TOP, ROUND_ZERO)
     tl.store(scale_ptr + o_g, scale, mask=m_g)
     tl.store(zeros_ptr + o_g, zero, mask=m_g)
 
     first, last, limit = low * scale, high * scale, 0.16 * scale
-    by = scale[:, None]
     error = tl.full((), 0.0, tl.float64)
     i = 0
     # 2: a residual may be shrunk; 1: a zero has changed
     state = tl.max(tl.where(m_g & (tl.maximum(0.5, tl.maximum(-(first + zero), last + zero - TOP)) > limit), 2, 1), 0)
     while (i < ITERATIONS) & (state == 1):
-        distances = tl.full((BG, LANES), NOTHING, tl.float32)
+        by, z = (scale[:, None], zero[:, None]) if AXIS == 1 else (scale, zero)
+        distances = tl.full(SHAPE, NOTHING, tl.float32)
         sums = ()
         for part in tl.static_range(PARTS):
-            sum_of_part = tl.full((BG, LANES), NOTHING, tl.float32)
+            sum_of_part = tl.full(SHAPE, NOTHING, tl.float32)
             for start in tl.static_range(0, COUNT, RUN):
-                sum_of_run = tl.full((BG, LANES), NOTHING, tl.float32)
+                sum_of_run = tl.full(SHAPE, NOTHING, tl.float32)
                 for step in tl.static_range(start, min(start + RUN, COUNT)):
-                    t = held[step * PARTS + part] * by
-                    u = t + zero[:, None]
-                    q = rounded(u, TOP) - NO_FRACTION
-                    distances += tl.abs(u - q)
-                    sum_of_run += q - t
+                    term, distance = terms(held[step * PARTS + part] * by, z, TOP)
+                    sum_of_run += term
+                    distances += distance
                 sum_of_part += sum_of_run
             sums = sums + (sum_of_part,)
-        rest = ()
-        for v in tl.static_range(COUNT * PARTS, (G + LANES - 1) // LANES):
-            t = held[v] * by
-            u = t + zero[:, None]
-            q = rounded(u, TOP) - NO_FRACTION
-            distances += tl.where((v * LANES + o_l < G)[None, :], tl.abs(u - q), 0.0)
-            rest = rest + (q - t,)
         if AXIS == 1:
+            rest = ()
+            for v in tl.static_range(COUNT * PARTS, (G + LANES - 1) // LANES):
+                term, distance = terms(held[v] * by, z, TOP)
+                distances += tl.where((v * LANES + o_l < G)[None, :], distance, 0.0)
+                rest = rest + (term,)
             total = sum_row(sums, rest, VECTORS % PARTS, TAIL)
+            distances = sum_pairs(distances, 3)
         else:
-            total = tl.reshape(sums[0], (BG,))
-        error = tile_error(distances, scale, LOG_LANES, LOG_GROUPS)
+            total = sums[0]
+        error = tile_error(distances, scale, LOG_GROUPS)
         after = mean(total, G)
         record(zeros_ptr, errors_ptr, i, o_g, m_g, groups, after, error)
         far = tl.maximum(0.5, tl.maximum(-(first + after), last + after - TOP)) > limit
@@ -252,17 +267,15 @@ def streamed_terms(
     w_ptr, o_g, m_g, o_k, groups, scale, zero, TOP: tl.constexpr, G: tl.constexpr, AXIS: tl.constexpr
 ):  # fmt: skip
     """Terms of the next zero and distances from the nearest levels, [groups, weights], of weights `o_k`."""
-    w = weights(w_ptr, o_g, m_g, o_k, groups, G, AXIS)
+    w = weights(w_ptr, o_g, m_g, o_k, groups, 1, G, AXIS)
     by, z = scale[:, None], zero[:, None]
-    t = w * by
-    u = t + z
-    q = rounded(u, TOP) - NO_FRACTION
+    term, distance = terms(w * by, z, TOP)
     exists = m_g[:, None] & (o_k < G)[None, :]
-    distances = tl.where(exists, tl.abs(u - q), 0.0)
-    terms = q - t
-    if tl.max(tl.max(distances - 0.16 * by, 1), 0) > 0.0:
-        terms = q - unshrunk(w, q, by, z) * by
-    return tl.where(exists, terms, 0.0), distances
+    distance = tl.where(exists, distance, 0.0)
+    if tl.max(tl.max(distance - 0.16 * by, 1), 0) > 0.0:
+        q = rounded(w * by + z, TOP) - NO_FRACTION
+        term = q - unshrunk(w, q, by, z) * by
+    return tl.where(exists, term, 0.0), distance
 
 
 @triton.jit
@@ -292,7 +305,7 @@ def quantize_streamed_kernel(
     o_w = tl.arange(0, W)
     low, high = tl.full((BG, W), float("inf"), tl.float32), tl.full((BG, W), float("-inf"), tl.float32)
     for k in range(0, G, W):
-        w = weights(w_ptr, o_g, m_g, k + o_w, groups, G, AXIS)
+        w = weights(w_ptr, o_g, m_g, k + o_w, groups, 1, G, AXIS)
         exists = (k + o_w < G)[None, :]
         low, high = tl.minimum(low, tl.where(exists, w, low)), tl.maximum(high, tl.where(exists, w, high))
     scale, zero = scale_and_zero(tl.min(low, 1), tl.max(high, 1), TOP, ROUND_ZERO)
@@ -311,15 +324,15 @@ def quantize_streamed_kernel(
             if AXIS == 1:
                 of_run = tl.full((BG, W), 0.0, tl.float32)
                 for step in range(run * RUN, tl.minimum((run + 1) * RUN, STEPS)):
-                    terms, more = streamed_terms(
+                    term, distance = streamed_terms(
                         w_ptr, o_g, m_g, step * W + o_w, groups, scale, zero, TOP, G, AXIS
                     )  # fmt: skip
-                    of_run += terms
-                    distances += more
+                    of_run += term
+                    distances += distance
             else:
-                terms, more = streamed_terms(w_ptr, o_g, m_g, run * RUN + o_w, groups, scale, zero, TOP, G, AXIS)
-                of_run = add_columns(tl.full((BG,), 0.0, tl.float32), terms, LOG_W, RUN)
-                distances += more
+                term, distance = streamed_terms(w_ptr, o_g, m_g, run * RUN + o_w, groups, scale, zero, TOP, G, AXIS)
+                of_run = add_columns(tl.full((BG,), 0.0, tl.float32), term, LOG_W, RUN)
+                distances += distance
             near += of_run
             if (run + 1) % RUN == 0:
                 far += near
@@ -329,12 +342,12 @@ def quantize_streamed_kernel(
                 far = tl.zeros_like(far)
         total = (near + far) + farthest
         if AXIS == 1:
-            terms = tl.full((BG, W), 0.0, tl.float32)
+            term = tl.full((BG, W), 0.0, tl.float32)
             if G % W > 0:
-                terms, more = streamed_terms(w_ptr, o_g, m_g, STEPS * W + o_w, groups, scale, zero, TOP, G, AXIS)
-                distances += more
-            total = sum_row(columns(total, 2), columns(terms, 2), G % W // 8, G % 8)
-        error = tile_error(distances, scale, LOG_W, LOG_GROUPS)
+                term, distance = streamed_terms(w_ptr, o_g, m_g, STEPS * W + o_w, groups, scale, zero, TOP, G, AXIS)
+                distances += distance
+            total = sum_row(columns(total, 2), columns(term, 2), G % W // 8, G % 8)
+        error = tile_error(sum_pairs(distances, LOG_W), scale, LOG_GROUPS)
         after = mean(total, G)
         record(zeros_ptr, errors_ptr, i, o_g, m_g, groups, after, error)
         moving = tl.max((m_g & (after != zero)).to(tl.int32), 0)
@@ -429,15 +442,17 @@ def plan_quantize(
         raise Unsupported(f"the Triton quantizer stores float32, float16 or bfloat16 scales, not {dtype}")
     elements, groups, fields = w.numel(), w.numel() // group_size, LEVELS_PER_ELEMENT[bits]
     rows, width = (groups, group_size) if axis == 1 else (group_size, groups)
-    packed_rows, programs = triton.cdiv(rows, fields), triton.cdiv(groups, _GROUPS)
-    held = group_size <= _LONGEST_HELD
+    # Groups of a program, whose threads have one, or half of one; interpreted programs take the same time for more.
+    tile = 128 if INTERPRETED else 16 if group_size > 64 and axis == 1 else 32
+    packed_rows, programs = triton.cdiv(rows, fields), triton.cdiv(groups, tile)
+    held = group_size <= _LONGEST_HELD[axis]
     constants = {
         "TOP": levels - 1.0,
         "G": group_size,
         "AXIS": axis,
         "ROUND_ZERO": round_zero,
         "ITERATIONS": iterations,
-        "LOG_GROUPS": _GROUPS.bit_length() - 1,
+        "LOG_GROUPS": tile.bit_length() - 1,
         "enable_fp_fusion": False,
     }
     in_registers = Launch(quantize_held_kernel, (programs,), **constants, num_warps=1, num_stages=1)
@@ -466,7 +481,7 @@ def plan_quantize(
         errors = empty(w, (iterations, programs), torch.float64)
         streams = empty(w, (programs,), torch.int32)
         if held:
-            in_registers(w, inverse, zeros, errors, streams, groups)
+            in_registers(w, inverse, zeros, errors, streams, groups, 1)
         streamed(w, inverse, zeros, errors, streams, groups)
         packed = empty(w, (packed_rows, width), torch.int32 if bits == 3 else torch.uint8)
         per_group = (groups, 1) if axis == 1 else (1, groups)
