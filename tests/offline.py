@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import triton
-from hqq_oft.triton_kernels import _launch, _tiles, cayley, dequantize, linear, linear_backward, rotate
+from hqq_oft.triton_kernels import _launch, _tiles, cayley, dequantize, linear, linear_backward, quantize, rotate
 from triton.runtime.jit import JITFunction
 
 from hqq_oft.ops.device_tables import CONFIGS
@@ -48,6 +48,7 @@ class Compiled:
     shared: int = 0
     matrix: str = ""
     loads: str = ""
+    fused: bool = False  # whether a product is contracted with a sum, against `enable_fp_fusion`
 
 
 # --- What would be launched ------------------------------------------------------------------------------------------
@@ -139,6 +140,11 @@ def _cases(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], 
     mixed, small = halves(8, k // 32, 32, 32), packed(1024, k, 4, 1, 64, dtype)
     yield "4 bits axis 1 M=16 b=32 mixed", planned(product, halves(16, k), four, mixed, None, index)
     yield "4 bits axis 1 N=1024 M=16 b=32", planned(product, halves(16, k), small, d32, None, None)
+    for bits, group, axis in ((4, 64, 1), (4, 64, 0), (4, 128, 1), (8, 64, 1), (3, 64, 1), (3, 24, 1), (1, 1024, 1)):
+        settings = 2**bits, bits, group, axis, bits == 4, 20, dtype
+        yield f"{bits} bits group {group} axis {axis}", planned(quantize.plan_quantize, halves(3072, k), *settings)
+    float32 = tensor(3072, k, dtype=f32)
+    yield "float32 4 bits", planned(quantize.plan_quantize, float32, 16, 4, 64, 1, True, 20, dtype)
 
 
 # --- What it takes ---------------------------------------------------------------------------------------------------
@@ -152,7 +158,14 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
     ptx = compiled.asm["ptx"]
     registers, spills = resources(compiled.asm["cubin"])
     return Compiled(
-        launch, target, registers, spills, compiled.metadata.shared, _nvidia_matrix(ptx), _global_loads(ptx)
+        launch,
+        target,
+        registers,
+        spills,
+        compiled.metadata.shared,
+        _nvidia_matrix(ptx),
+        _global_loads(ptx),
+        not dict(launch.options).get("enable_fp_fusion", True) and "fma.rn" in ptx,
     )
 
 
@@ -204,6 +217,8 @@ def faults(compiled: Compiled) -> list[str]:
     constants = dict(compiled.launch.constants)
     if compiled.spills:
         found.append(f"{compiled.spills} bytes spilled")
+    if compiled.fused:
+        found.append("a product contracted with a sum")
     if compiled.shared > SHARED_LIMIT[compiled.target] * 1024:
         found.append(f"{compiled.shared} bytes of shared memory, the limit is {SHARED_LIMIT[compiled.target]} KiB")
     gemm = compiled.launch.name.startswith("linear")

@@ -17,15 +17,16 @@ def device():
 
 @pytest.fixture
 def poisoned_outputs(monkeypatch):
-    """Fill every output and every buffer of partial sums with NaN before its kernel runs."""
-    from hqq_oft.triton_kernels import _launch, cayley, dequantize, linear, linear_backward, rotate
+    """Fill every output and every buffer of partial sums with NaN, or the largest integer, before it runs."""
+    from hqq_oft.triton_kernels import _launch, cayley, dequantize, linear, linear_backward, quantize, rotate
 
     empty = _launch.empty
 
     def poisoned(like, shape, dtype=None):
-        return empty(like, shape, dtype).fill_(float("nan"))
+        out = empty(like, shape, dtype)
+        return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
 
-    for module in (_launch, cayley, dequantize, linear, linear_backward, rotate):
+    for module in (_launch, cayley, dequantize, linear, linear_backward, quantize, rotate):
         monkeypatch.setattr(module, "empty", poisoned)
     backends.forget_plans()
     yield

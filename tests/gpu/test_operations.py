@@ -6,6 +6,8 @@ import calls
 import pytest
 import torch
 
+from hqq_oft.ops import reference
+
 from .cases import check, operations, run, skew_parameters
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
@@ -139,3 +141,17 @@ def test_strided_inputs(name, layout, m, device):
 def test_no_tokens(name, device):
     for out in run(name, operations(0, 64, 96, 16, device, torch.bfloat16, group=32)[name]):
         assert not out.any()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
+@pytest.mark.parametrize("group", [24, 64, 128, 512])
+@pytest.mark.parametrize("sd", [1e-5, 0.02, 1.0])
+def test_quantized_bytes_are_those_of_the_processor(sd, group, bits, axis, device):
+    w = torch.randn(768, 512) * sd
+    for dtype in DTYPES:
+        args = w.to(dtype), 2**bits, bits, group, axis, bits == 4, 20, torch.bfloat16
+        expected, found = reference.quantize(*args), run("quantize", (args[0].to(device), *args[1:]))
+        for theirs, ours in zip(expected[:3], found[:3], strict=True):
+            assert torch.equal(ours.cpu(), theirs)
+        torch.testing.assert_close(found[3].cpu(), expected[3], rtol=1e-5, atol=0)

@@ -92,6 +92,10 @@ def test_spills_are_a_fault(offline):
     assert offline.faults(compiled(offline, spills=8)) == ["8 bytes spilled"]
 
 
+def test_a_product_contracted_with_a_sum_where_it_must_not_be_is_a_fault(offline):
+    assert offline.faults(compiled(offline, fused=True)) == ["a product contracted with a sum"]
+
+
 @pytest.mark.parametrize(("target", "limit"), [("sm_80", 163), ("sm_89", 99), ("sm_90", 227), ("sm_100", 227)])
 def test_too_much_shared_memory_is_a_fault(offline, target, limit):
     assert offline.faults(compiled(offline, target, shared=limit * 1024)) == []

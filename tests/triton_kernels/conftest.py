@@ -17,6 +17,7 @@ else:
         triton_kernels.dequantize,
         triton_kernels.linear,
         triton_kernels.linear_backward,
+        triton_kernels.quantize,
     )
 
     @pytest.fixture(autouse=True)
@@ -26,10 +27,12 @@ else:
 
     @pytest.fixture(autouse=True)
     def _poisoned(monkeypatch):
-        """Every output is NaN before a kernel runs."""
+        """Every output is NaN, or the largest integer, before a kernel runs."""
 
         def poisoned(like, shape, dtype=None):
-            return torch.full(shape, float("nan"), dtype=dtype or like.dtype, device=like.device)
+            dtype = dtype or like.dtype
+            poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+            return torch.full(shape, poison, dtype=dtype, device=like.device)
 
         for module in (*MODULES, triton_kernels._launch):
             monkeypatch.setattr(module, "empty", poisoned)
