@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
-from hqq_oft.triton_kernels import linear, linear_backward
+from hqq_oft.triton_kernels import linear, linear_backward, quantize
 from torch import Tensor
 
 from bench.table import SHAPES
 from tests import hot_kernels, sass
 from tests.hot_kernels import PRODUCTS, Case, header, line
-from tests.launches import Launch, packed, planned, record, tensor
+from tests.launches import Launch, compile_for, packed, planned, read_cubin, record, tensor
 
 TARGET = "sm_90"
 TOKENS = (1, 8, 16, 64, 512, 4096)
@@ -147,6 +147,37 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def quantizing(iterations: int = 20) -> str:
+    """Quantizing 4096x4096 in bfloat16 to 4 bits, group 64, as Markdown: every tile takes that many iterations."""
+    n, k, bits, group = 4096, 4096, 4, 64
+    groups, rates = n * k // group, sass.RATES[TARGET]
+    columns = ["axis", "instructions per weight and iteration", "solver", "packing"]
+    columns += [f"bytes, {name}" for name in MEMORY] + [f"modelled, {name}" for name in MEMORY]
+    lines = [header(columns)]
+    for axis in (1, 0):
+        w = tensor(n, k, dtype=torch.bfloat16)
+        call = planned(quantize.plan_quantize, w, 2**bits, bits, group, axis, True, iterations, torch.bfloat16)
+        (solve, solvers), _, (pack, packers) = record([("", call)])
+        times = []
+        for launch, grid in ((solve, solvers), (pack, packers)):
+            compiled = compile_for(launch, TARGET)
+            code = sass.parse(read_cubin(compiled.asm["cubin"], "nvdisasm", "-c"))
+            loop = max(sass._loops(code), key=len, default=frozenset()) if launch is solve else frozenset()
+            warps = compiled.metadata.num_warps
+            hot = sass.cycles([code[i] for i in loop], TARGET, warps)
+            once = sass.cycles([each for i, each in enumerate(code) if i not in loop], TARGET, warps)
+            cycles = max(once[pipe] + iterations * hot[pipe] for pipe in hot)
+            times.append(math.ceil(math.prod(grid) / rates.multiprocessors) * cycles / rates.clock / 1e3)
+            if launch is solve:
+                per_weight = len(loop) / group
+        moved = [2 * n * k + 4 * groups * (iterations + 2), n * k * (2 + bits / 8) + groups * (4 + 4 + 2 + 2)]
+        cells = [f"{sum(moved) / memory / 1e6:.1f}" for memory in MEMORY.values()]
+        whole = [sum(map(max, times, (m / memory / 1e6 for m in moved))) for memory in MEMORY.values()]
+        cells += [f"{time:.1f}" for time in whole]
+        lines.append(line([axis, f"{per_weight:.1f}", *(f"{time:.1f}" for time in times), *cells]))
+    return "\n".join(lines)
+
+
 def report(versions: str) -> str:
     """The page: what the figures are, and the table."""
     rates = sass.RATES[TARGET]
@@ -160,4 +191,12 @@ memory ({", ".join(f"{name} {rate} TB/s" for name, rate in MEMORY.items())}); *m
 launch, summed; *blocks*: of the longest launch. `tests/modelled.py` says what is left out.
 
 {table()}
+
+## Quantizing
+
+4096x4096 in bfloat16 to 4 bits, group 64, all 20 iterations in every tile; *solver*, *packing*: instructions of the two
+launches. Tiles of a language model's weights keep their zeros earlier. Left out: the launch for residuals that may be
+shrunk, whose programs end at once here, and PyTorch's sums of errors.
+
+{quantizing()}
 """

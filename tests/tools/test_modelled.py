@@ -28,8 +28,11 @@ from dataclasses import astuple
 from tests import modelled, sass
 once, hot = (dict.fromkeys(sass.PIPES, 0.0) | {{"alu": cycles}} for cycles in (500.0, 1000.0))
 modelled._roofline = lambda launch: sass.Roofline("sm_90", 1000, hot, once, 3, 2, ())
+quantizing = modelled.quantizing()
+modelled.quantizing = lambda: ""
 print({{name: [astuple(part) for part in modelled.parts(*case)] for name, case in {CASES!r}.items()}})
 print(repr(modelled.report("Triton 0")))
+print(repr(quantizing))
 """
 
 
@@ -88,3 +91,12 @@ def test_the_page_lists_every_layer_and_number_of_tokens(page):
         instructions, h100, h200, modelled_h100, modelled_h200 = map(float, row[-6:-1])
         assert modelled_h100 >= max(instructions, h100) - 0.1
         assert modelled_h200 >= max(instructions, h200) - 0.1
+
+
+def test_the_quantizer_takes_few_instructions_and_no_less_time_than_its_bytes(printed):
+    rows = [list(map(float, line.split("|")[1:-1])) for line in printed[2].splitlines()[2:]]
+    assert [row[0] for row in rows] == [1, 0]
+    for _, per_weight, solver, packing, h100, h200, modelled_h100, modelled_h200 in rows:
+        assert 8 < per_weight <= 18
+        assert modelled_h100 >= max(solver + packing, h100) - 0.1
+        assert modelled_h200 >= max(solver + packing, h200) - 0.1
