@@ -101,7 +101,7 @@ def _merge(options: argparse.Namespace) -> None:
         if options.report:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the report is printed instead
-                print(merge_report(adapted))
+                print(merge_report(adapted, solver=options.solver))
         merged = adapted.merge_and_unload(progressbar=bar, safe_merge=True, into=options.into, solver=options.solver)
     errors = adapted.base_model.merge_errors().values()
     if not errors:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..ops import table as ops
 from ..ops.weight import QuantizedWeight
 from ..quant import quantizer
 from ..quant.hqq_layer import PackedState, quantization_settings
+from ..quant.solver import Solver, check_solver
 from . import fold
 from .fold import MergeInto, check_into
 from .layer import HqqOFTLinear
@@ -136,6 +138,7 @@ def merge_report(
     *,
     adapter_names: list[str] | None = None,
     alternatives: Sequence[float | str] = (8, "dense"),
+    solver: Solver = "hqq",
 ) -> MergeReport:
     """Measure the error of merging each `HqqOFTLinear` of a model; the model is unchanged.
 
@@ -151,14 +154,16 @@ def merge_report(
             layers' outputs are compared too, on the input of each layer's first call.
         adapter_names: the adapters to merge, by default each layer's active ones.
         alternatives: values of `merge_and_unload`'s `into` to measure in addition to the layers' own settings.
+        solver: as for `merge_and_unload`.
 
     Returns:
         The measurements.
 
     Raises:
-        ValueError: the model has no `HqqOFTLinear`; an alternative is not a valid `into`; a layer is already merged or
-            cannot be merged; no layer has an adapter to merge.
+        ValueError: the model has no `HqqOFTLinear`; an alternative is not a valid `into`; `solver` is unknown; a layer
+            is already merged or cannot be merged; no layer has an adapter to merge.
     """
+    check_solver(solver)
     choices: list[MergeInto] = [None]
     for into in alternatives:
         check_into(into)  # type: ignore[arg-type]
@@ -171,12 +176,10 @@ def merge_report(
         raise ValueError(f"{merged[0]} is merged: unmerge first; model.merge_errors() returns its error.")
 
     report = MergeReport()
-    if sample is None:
-        found = {name: _measure(layer, adapter_names, choices, None) for name, layer in layers.items()}
-    else:
-        found = _measure_in_forward(model, layers, sample, adapter_names, choices)
-        for name in layers.keys() - found.keys():
-            found[name] = _measure(layers[name], adapter_names, choices, None)
+    measure = functools.partial(_measure, adapter_names=adapter_names, choices=choices, solver=solver)
+    found = {} if sample is None else _measure_in_forward(model, layers, sample, measure)
+    for name in layers.keys() - found.keys():
+        found[name] = measure(layers[name], None)
     report.layers = {name: measured for name in layers if (measured := found[name]) is not None}
     if not report.layers:
         raise ValueError("no layer has an active adapter to merge.")
@@ -192,7 +195,11 @@ def merge_report(
 
 @torch.no_grad()
 def _measure(
-    layer: HqqOFTLinear, adapter_names: list[str] | None, choices: list[MergeInto], x: Tensor | None
+    layer: HqqOFTLinear,
+    x: Tensor | None,
+    adapter_names: list[str] | None,
+    choices: list[MergeInto],
+    solver: Solver,
 ) -> LayerReport | None:
     order = layer._adapters_after_merge(adapter_names)
     if not order:
@@ -223,7 +230,7 @@ def _measure(
             stored = exact.to(base.compute_dtype)
             size[into] = stored.nbytes
         else:
-            state, _ = quantizer.requantize(base, exact, into)
+            state, _ = quantizer.requantize(base, exact, into, solver)
             stored, size[into] = ops.dequantize(state.weight(), exact.dtype), _bytes(state)
         merged[into], share[into] = effect(stored), surviving(stored)
     bits = quantization_settings(base)["weight_quant_params"]["nbits"]
@@ -240,18 +247,17 @@ def _measure_in_forward(
     model: nn.Module,
     layers: dict[str, HqqOFTLinear],
     sample: Any,
-    adapter_names: list[str] | None,
-    choices: list[MergeInto],
+    measure: Callable[[HqqOFTLinear, Tensor], LayerReport | None],
 ) -> dict[str, LayerReport | None]:
     """Run the sample and measure each layer in a pre-forward hook, so that only one layer's input is held at a time."""
     found: dict[str, LayerReport | None] = {}
 
-    def measure(name: str, layer: HqqOFTLinear, args: tuple[Any, ...]) -> None:
+    def once(name: str, layer: HqqOFTLinear, args: tuple[Any, ...]) -> None:
         if name not in found:
-            found[name] = _measure(layer, adapter_names, choices, args[0])
+            found[name] = measure(layer, args[0])
 
     handles = [
-        layer.register_forward_pre_hook(lambda module, args, name=name: measure(name, module, args))
+        layer.register_forward_pre_hook(lambda module, args, name=name: once(name, module, args))
         for name, layer in layers.items()
     ]
     training = {module: module.training for module in model.modules()}

@@ -102,6 +102,21 @@ def test_a_merge_that_loses_more_than_the_adapter_adds_warns_with_alternatives()
         assert part in str(report)
 
 
+def test_the_solver_of_the_report_is_that_of_the_merge():
+    model = adapted(nbits=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        reports = {solver: merge_report(model, alternatives=(3,), solver=solver) for solver in ("hqq", "search")}
+    for solver, report in reports.items():
+        model.merge_adapter(solver=solver)
+        for name, error in model.merge_errors().items():
+            assert report.layers[f"base_model.model.{name}"].merged[None].weight == pytest.approx(error)
+        model.unmerge_adapter()
+    for name in reports["hqq"].layers:
+        ours, theirs = (reports[solver].layers[name].merged for solver in ("search", "hqq"))
+        assert all(ours[into].weight < theirs[into].weight for into in (None, 3))
+
+
 def test_a_small_change_that_is_rounded_away_warns():
     with pytest.warns(UserWarning, match="Less than half of the adapter's change survives a merge in 4 of 4 layers"):
         report = merge_report(adapted(std=0.003))
@@ -141,6 +156,7 @@ def test_a_sample_may_miss_layers_or_be_a_tensor_and_the_training_mode_is_kept()
         (lambda model: model.merge_adapter(), {}, ValueError, "q_proj is merged: unmerge first"),
         (lambda model: None, {"alternatives": [7]}, ValueError, r"into must be None, 'dense' or one of \[8, 6"),
         (lambda model: None, {"alternatives": ["thin"]}, ValueError, "got 'thin'"),
+        (lambda model: None, {"solver": "best"}, ValueError, "solver must be .* got 'best'"),
         (lambda model: None, {"adapter_names": ["other"]}, ValueError, "no layer has an active adapter to merge"),
         (lambda model: hqq_oft.revert(model), {}, ValueError, "has no HqqOFTLinear to merge"),
     ],
