@@ -1,4 +1,4 @@
-// The operators `quantize` and `quantize_band` of hqq_oft_native for CPU tensors, as in hqq_oft/ops/reference.py.
+// The operator `quantize` of hqq_oft_native for CPU tensors, as in hqq_oft/ops/reference.py.
 
 #include <cmath>
 #include <optional>
@@ -20,10 +20,10 @@ int64_t iterations_taken(const double* errors, int64_t iterations) {
   return iterations;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_band(const Tensor& w_in, int64_t levels, int64_t bits,
-                                                                 int64_t group_size, int64_t axis, bool round_zero,
-                                                                 int64_t iterations, ScalarType dtype,
-                                                                 const std::optional<Tensor>& of_the_whole) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& w_in, int64_t levels, int64_t bits,
+                                                            int64_t group_size, int64_t axis, bool round_zero,
+                                                            int64_t iterations, ScalarType dtype,
+                                                            const std::optional<Tensor>& of_the_whole) {
   STD_TORCH_CHECK(w_in.dim() == 2 && group_size > 0 && w_in.numel() % group_size == 0 && w_in.numel() > 0,
                   "group_size must divide the weight");
   STD_TORCH_CHECK(bits == 8 || bits == 4 || bits == 3 || bits == 2 || bits == 1, "bits must be 8, 4, 3, 2 or 1");
@@ -70,26 +70,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_band(const Tensor& w
   return {packed, scale_out, zero_out, error, error_sums};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& w, int64_t levels, int64_t bits, int64_t group_size,
-                                                    int64_t axis, bool round_zero, int64_t iterations,
-                                                    ScalarType dtype) {
-  auto [packed, scale, zero, squares, errors] =
-      quantize_band(w, levels, bits, group_size, axis, round_zero, iterations, dtype, std::nullopt);
-  return {packed, scale, zero, squares};
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(hqq_oft_native, m) {
   m.def(
       "quantize(Tensor w, int levels, int bits, SymInt group_size, int axis, bool round_zero, int iterations, "
-      "ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "quantize_band(Tensor w, int levels, int bits, SymInt group_size, int axis, bool round_zero, int iterations, "
       "ScalarType dtype, Tensor? errors) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hqq_oft_native, CPU, m) {
   m.impl("quantize", TORCH_BOX(&quantize));
-  m.impl("quantize_band", TORCH_BOX(&quantize_band));
 }

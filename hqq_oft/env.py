@@ -52,8 +52,7 @@ def _small_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
         "dequantize_rotate": (weight, d, half),
         "linear": (x, weight, d, None, None),
         "linear_backward": (x, x, weight, d, None, True, True),
-        "quantize": (torch.zeros(32, 32, dtype=half, device=device), 16, 4, 32, 1, True, 20, half),
-        "quantize_band": (torch.zeros(32, 32, dtype=half, device=device), 16, 4, 32, 1, True, 20, half, None),
+        "quantize": (torch.zeros(32, 32, dtype=half, device=device), 16, 4, 32, 1, True, 20, half, None),
     }
 
 

@@ -77,7 +77,7 @@ def all_cases() -> list[Case]:
     for (i, (bits, group, axis)), (j, dtype) in product(enumerate(_FORMATS), enumerate(DTYPES)):
         block = _BLOCKS[(i + j) % len(_BLOCKS)]
         layers += [Case("linear", dtype, block, bits=bits, group=group, axis=axis)]
-    for name, layer in product(("dequantize", "dequantize_rotate", "quantize", "quantize_band"), layers):
+    for name, layer in product(("dequantize", "dequantize_rotate", "quantize"), layers):
         cases += [replace(layer, operation=name)]
     for layer in [*layers, Case("linear", block=None), Case("linear", adapters=2)]:
         for name, m in product(("linear", "linear_backward"), _tokens(layer.dtype)):
@@ -128,9 +128,9 @@ def arguments(case: Case, device: torch.device) -> tuple[Any, ...]:
     if d is not None and case.adapters:
         d = torch.stack([d * (adapter + 1) / case.adapters for adapter in range(case.adapters)])
         index = torch.randint(-1, case.adapters, (case.m,), device=device)
-    if case.operation in ("quantize", "quantize_band"):
-        settings = 2**case.bits, case.bits, case.group, case.axis, case.bits == 4, 20, dtype
-        return 0.02 * normal(case.n, case.k), *settings, *([None] if case.operation == "quantize_band" else [])
+    if case.operation == "quantize":
+        settings = 2**case.bits, case.bits, case.group, case.axis, case.bits == 4, 20, dtype, None
+        return 0.02 * normal(case.n, case.k), *settings
     x = normal(case.m, case.k)
     if case.operation == "rotate":
         return x, d, index, False

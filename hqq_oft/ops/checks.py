@@ -59,7 +59,15 @@ def linear(
 
 
 def quantize(
-    w: Tensor, levels: int, bits: int, group_size: int, axis: int, round_zero: bool, iterations: int, dtype: torch.dtype
+    w: Tensor,
+    levels: int,
+    bits: int,
+    group_size: int,
+    axis: int,
+    round_zero: bool,
+    iterations: int,
+    dtype: torch.dtype,
+    errors: Tensor | None,
 ) -> None:
     """Of `quantize`."""
     floating("w", w)
@@ -79,12 +87,6 @@ def quantize(
         raise ValueError(f"{rows} rows of levels cannot be packed {fields} per byte; choose another group_size.")
     if iterations < 0 or not dtype.is_floating_point:
         raise ValueError(f"iterations must be 0 or more and dtype floating, got {iterations} and {dtype}.")
-
-
-def quantize_band(w: Tensor, *settings: Any) -> None:
-    """Of `quantize_band`."""
-    quantize(w, *settings[:-1])
-    iterations, errors = settings[-3], settings[-1]
     if errors is not None and (errors.dtype != torch.float64 or tuple(errors.shape) != (iterations,)):
         raise ValueError(
             f"errors must be a float64 tensor of shape ({iterations},), got {errors.dtype} {tuple(errors.shape)}."

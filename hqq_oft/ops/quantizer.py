@@ -1,4 +1,4 @@
-"""HQQ's quantizer in plain PyTorch: `quantize` and `quantize_band` of `hqq_oft.ops.reference`."""
+"""HQQ's quantizer in plain PyTorch: `quantize` of `hqq_oft.ops.reference`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def quantize(
     round_zero: bool,
     iterations: int,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    errors: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """HQQ's quantizer, in float32: scale from a group's range, zero by half-quadratic optimization.
 
     Each iteration rounds to levels q, shrinks the residuals e, and sets zero = mean(q - scale * (w - shrink(e))), where
@@ -36,7 +37,7 @@ def quantize(
     `optimize_weights_proximal_legacy` of HQQ, whose means are float32 sums in PyTorch's order.
 
     Args:
-        w: `[N, K]`, finite.
+        w: `[N, K]`, finite: a weight, or a band of one that consists of whole groups.
         levels: number of levels, from 0 on.
         bits: width of a stored level.
         group_size: weights per scale and zero.
@@ -44,43 +45,13 @@ def quantize(
         round_zero: round the first zero to an integer.
         iterations: of the solver, at most; 0 keeps the first zero.
         dtype: of the stored scale and zero.
+        errors: float64 `[iterations]`, the mean |e| of each iteration by which the solver stops: those of the weight
+            that `w` is a band of; None: those of `w`.
 
     Returns:
-        Packed levels, scale and zero as HQQ stores them (of `[groups, 1]` or `[1, groups]`), and float64 `[2]`: the
-        squared distance of the quantized weight to `w`, and the square of `w`. Non-finite if `w` is.
-    """
-    matrix = w.float().reshape((-1, group_size) if axis == 1 else (group_size, -1))
-    scale, zero = _first_scale_and_zero(matrix, levels, axis, round_zero)
-    best = math.inf
-    for total, following in islice(_iterate(matrix, scale, zero, levels, axis), iterations):
-        zero, error = following, float((total / w.numel()).float())
-        if not error < best:
-            break
-        best = error
-    return _quantized(matrix, scale, zero, levels, bits, dtype)
-
-
-def quantize_band(
-    w: Tensor,
-    levels: int,
-    bits: int,
-    group_size: int,
-    axis: int,
-    round_zero: bool,
-    iterations: int,
-    dtype: torch.dtype,
-    errors: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`quantize` of a band of a weight: whole groups of it, with the errors of the whole deciding when to stop.
-
-    Args:
-        w: `[N, K]`, the band.
-        levels, bits, group_size, axis, round_zero, iterations, dtype: as for `quantize`.
-        errors: float64 `[iterations]`, the mean |e| of each iteration over the whole weight; None: over `w`.
-
-    Returns:
-        As `quantize`, and float64 `[iterations]`: the sum of |e| over `w` of each iteration, also of those after the
-        solver stops.
+        Packed levels, scale and zero as HQQ stores them (of `[groups, 1]` or `[1, groups]`); float64 `[2]`, the squared
+        distance of the quantized weight to `w` and the square of `w`, non-finite if `w` is; and float64 `[iterations]`,
+        the sum of |e| over `w` of each iteration, also of those after the solver stops.
     """
     matrix = w.float().reshape((-1, group_size) if axis == 1 else (group_size, -1))
     scale, zero = _first_scale_and_zero(matrix, levels, axis, round_zero)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import Planner
-from .quantizer import quantize, quantize_band
+from .quantizer import quantize
 from .weight import QuantizedWeight
 
 
@@ -248,7 +248,6 @@ _ALL = (
     linear,
     linear_backward,
     quantize,
-    quantize_band,
 )
 OPERATIONS: dict[str, Planner] = {
     function.__name__: lambda by_name, *args, function=function: function for function in _ALL

@@ -157,8 +157,16 @@ def _fake_linear_backward(
 
 
 def _fake_quantize(
-    w: Tensor, levels: int, bits: int, group_size: int, axis: int, round_zero: bool, iterations: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    w: Tensor,
+    levels: int,
+    bits: int,
+    group_size: int,
+    axis: int,
+    round_zero: bool,
+    iterations: int,
+    dtype: torch.dtype,
+    errors: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     groups = w.numel() // group_size
     rows, columns = (groups, group_size) if axis == 1 else (group_size, groups)
     elements = (-(-rows // LEVELS_PER_ELEMENT[bits]), columns)
@@ -168,12 +176,8 @@ def _fake_quantize(
         w.new_empty(per_group, dtype=dtype),
         w.new_empty(per_group, dtype=dtype),
         w.new_empty(2, dtype=torch.float64),
+        w.new_empty(iterations, dtype=torch.float64),
     )
-
-
-def _fake_quantize_band(w: Tensor, *settings: Any) -> tuple[Tensor, ...]:
-    quantize_settings, iterations = settings[:-1], settings[-3]
-    return *_fake_quantize(w, *quantize_settings), w.new_empty(iterations, dtype=torch.float64)
 
 
 cayley = Operation(
@@ -249,18 +253,11 @@ linear_backward = Operation(
 
 quantize = Operation(
     "quantize",
-    "Tensor w, int levels, int bits, SymInt group_size, int axis, bool round_zero, int iterations, ScalarType dtype",
-    "(Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake_quantize,
-    check=checks.quantize,
-)
-quantize_band = Operation(
-    "quantize_band",
     "Tensor w, int levels, int bits, SymInt group_size, int axis, bool round_zero, int iterations, ScalarType dtype, "
     "Tensor? errors",
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake_quantize_band,
-    check=checks.quantize_band,
+    fake=_fake_quantize,
+    check=checks.quantize,
 )
 
 _ALL = (
@@ -274,6 +271,5 @@ _ALL = (
     linear,
     linear_backward,
     quantize,
-    quantize_band,
 )
 OPERATIONS = {operation.name: operation for operation in _ALL}

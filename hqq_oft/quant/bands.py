@@ -13,7 +13,8 @@ from ..ops.packing import LEVELS_PER_ELEMENT, set_rows
 from ..ops.quantizer import iterations_taken
 from ..ops.weight import QuantizedWeight
 
-ELEMENTS = 1 << 20  # of a band, at least: a float32 band of this size stays in a core's cache
+# Of a band, at least. On a CPU a float32 band of this size stays in a core's cache; elsewhere it pays for launches.
+CPU_ELEMENTS, ELEMENTS = 1 << 20, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Bands:
         """First and last group of each band; one band if the weight is small, or cannot be divided into bands."""
         weight = self.weight
         unit = weight.groups_of_a_band
-        step = -(-ELEMENTS // (unit * weight.group_size)) * unit
+        least = CPU_ELEMENTS if weight.device.type == "cpu" else ELEMENTS
+        step = -(-least // (unit * weight.group_size)) * unit
         return [(first, min(first + step, weight.groups)) for first in range(0, weight.groups, step)]
 
 
@@ -71,7 +73,7 @@ def quantize(
 
     def solve(i: int, mean_errors: Tensor | None) -> None:
         first, last = spans[i]
-        part, scale_part, zero_part, squares[i], errors[i] = ops.quantize_band(
+        part, scale_part, zero_part, squares[i], errors[i] = ops.quantize(
             bands.transform(weight.band(first, last)),
             levels,
             8 if weight.axis == 1 else bits,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -34,8 +33,8 @@ def quantize(
     Computed by the operation `quantize`. Settings that it does not know (quantized scale and zero, one scale for the
     whole weight, another solver), float64 and non-finite weights are left to HQQ's own quantizer; so is everything if a
     backend without that operation is selected by name. `Bands` give the same result as their dense weight, which is
-    computed where they cannot be quantized one by one: in those cases, on other devices than the CPU, where bands would
-    not be whole rows (groups that do not divide N, with `axis=0`), and for other groups than those of the bands.
+    computed where they cannot be quantized one by one: in those cases, where bands would not be whole rows (groups that
+    do not divide N, with `axis=0`), for other groups than those of the bands, and by `"search"`.
 
     Args:
         dense: the weight.
@@ -61,17 +60,19 @@ def quantize(
         if isinstance(dense, Tensor):
             dense = dense.detach().to(device)
             dense = dense.clone() if dense.is_inference() else dense
-            if not _operation_serves("quantize", settings, dense.dtype):
+            if not _operation_serves(settings, dense.dtype):
                 return _quantize_by_hqq(dense, settings, dtype, device)
         nbits, axis, group_size = weight["nbits"], weight["axis"], weight["group_size"]
+        group = group_size or dense.shape[axis]
         packing = Quantizer.bit_to_packing[nbits]
         levels, bits = round(2**nbits - 1) + 1, PACKING_BITS[packing]
         rest = (bool(weight["round_zero"]), _HQQ_ITERATIONS if weight["optimize"] else 0, dtype)
         if isinstance(dense, Bands):
             packed, scale, zero, squares = bands.quantize(dense, levels, bits, *rest)
+        elif solver == "search":
+            packed, scale, zero, squares = search(dense, levels, bits, group, axis, *rest, old)
         else:
-            solve = functools.partial(search, old=old) if solver == "search" else ops.quantize
-            packed, scale, zero, squares = solve(dense, levels, bits, group_size or dense.shape[axis], axis, *rest)
+            packed, scale, zero, squares, _ = ops.quantize(dense, levels, bits, group, axis, *rest, None)
         distance, size = squares.tolist()
         if not math.isfinite(distance) and solver == "hqq":
             return _quantize_by_hqq(dense, settings, dtype, device)
@@ -104,16 +105,15 @@ def _bands_serve(settings: dict[str, Any], dense: Bands) -> bool:
     weight, quantized = _DEFAULTS | settings["weight_quant_params"], dense.weight
     group_size = weight["group_size"] or quantized.shape[weight["axis"]]
     return (
-        quantized.device.type == "cpu"  # elsewhere no kernel has the operation `quantize_band`
-        and (weight["axis"], group_size) == (quantized.axis, quantized.group_size)
+        (weight["axis"], group_size) == (quantized.axis, quantized.group_size)
         and len(dense.spans()) > 1
-        and _operation_serves("quantize_band", settings, torch.float32)
+        and _operation_serves(settings, torch.float32)
     )
 
 
 def check_searchable(settings: dict[str, Any], dtype: torch.dtype) -> None:
     """Raise ValueError unless `solver="search"` can quantize a weight of this dtype with HQQ's `quant_config`."""
-    if not _operation_serves("quantize", settings, dtype) or not settings["weight_quant_params"].get("optimize", True):
+    if not _operation_serves(settings, dtype) or not settings["weight_quant_params"].get("optimize", True):
         raise ValueError(
             f"solver='search' does not serve a weight in {dtype} with {settings}; it accepts float32, float16 and "
             "bfloat16, BaseQuantizeConfig(nbits=..., group_size=..., axis=...) with scales and zeros that are not "
@@ -121,12 +121,12 @@ def check_searchable(settings: dict[str, Any], dtype: torch.dtype) -> None:
         )
 
 
-def _operation_serves(operation: str, settings: dict[str, Any], dtype: torch.dtype) -> bool:
-    """Whether an operation does what HQQ would do with a weight of this dtype."""
+def _operation_serves(settings: dict[str, Any], dtype: torch.dtype) -> bool:
+    """Whether the operation `quantize` does what HQQ would do with a weight of this dtype."""
     weight = _DEFAULTS | settings["weight_quant_params"]
     selected = backends.selected_backend()
     return (
-        (selected == "auto" or backends.registry()[selected].why_not(operation) is None)
+        (selected == "auto" or backends.registry()[selected].why_not("quantize") is None)
         and dtype != torch.float64
         and set(weight) <= {*_DEFAULTS, "nbits", "group_size"}
         and weight["channel_wise"]

@@ -71,7 +71,7 @@ def search(
         As `quantize`. Groups are independent of each other but for candidate 2, for which HQQ's solver stops at the
         same iteration in all groups of `w`.
     """
-    _, *by_hqq, _ = ops.quantize(w, levels, bits, group_size, axis, round_zero, iterations, dtype)
+    _, *by_hqq, _, _ = ops.quantize(w, levels, bits, group_size, axis, round_zero, iterations, dtype, None)
     candidates = [by_hqq] if old is None else [old, by_hqq]
     matrix = w.reshape((-1, group_size) if axis == 1 else (group_size, -1))
     stored = torch.empty(matrix.shape, dtype=torch.uint8, device=w.device)

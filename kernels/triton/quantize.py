@@ -8,6 +8,7 @@ is written per group and iteration. No product is contracted with a sum (`enable
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -27,13 +28,12 @@ _ROWS, _COLUMNS = 16, 64  # packed elements of a program that packs
 
 
 @triton.jit
-def iterations_taken(errors_ptr, elements, ITERATIONS: tl.constexpr):
+def iterations_taken(errors_ptr, ITERATIONS: tl.constexpr):
     """After how many iterations the solver stops: the first whose error is not less than the one before, in float32."""
     PADDED: tl.constexpr = triton.next_power_of_2(ITERATIONS)
     o_i = tl.arange(0, PADDED)
-    size = elements.to(tl.float64)
-    error = (tl.load(errors_ptr + o_i, mask=o_i < ITERATIONS, other=0.0) / size).to(tl.float32)
-    before = (tl.load(errors_ptr + o_i - 1, mask=(o_i > 0) & (o_i < ITERATIONS), other=0.0) / size).to(tl.float32)
+    error = tl.load(errors_ptr + o_i, mask=o_i < ITERATIONS, other=0.0).to(tl.float32)
+    before = tl.load(errors_ptr + o_i - 1, mask=(o_i > 0) & (o_i < ITERATIONS), other=0.0).to(tl.float32)
     goes_on = (o_i < ITERATIONS) & (error < tl.where(o_i == 0, float("inf"), before))
     return tl.minimum(tl.min(tl.where(goes_on, ITERATIONS, o_i), 0) + 1, ITERATIONS)
 
@@ -41,7 +41,7 @@ def iterations_taken(errors_ptr, elements, ITERATIONS: tl.constexpr):
 @triton.jit
 def quantize_pack_kernel(
     w_ptr, scale_ptr, zeros_ptr, errors_ptr, packed_ptr, scale_out_ptr, zero_out_ptr, squares_ptr,
-    rows, width, packed_rows, elements,
+    rows, width, packed_rows,
     TOP: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr, AXIS: tl.constexpr, ITERATIONS: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -50,12 +50,12 @@ def quantize_pack_kernel(
     W is [rows, width], a group per row (axis 1) or column (axis 0). Grid: (tiles of rows, tiles of columns).
 
     Args:
-        errors_ptr: float64 [ITERATIONS], of the whole weight.
+        errors_ptr: float64 [ITERATIONS], mean errors of the whole weight.
         squares_ptr: float64 [2, programs]: sums of the squares of errors and of W.
     """
     taken = 0
     if ITERATIONS > 0:
-        taken = iterations_taken(errors_ptr, elements, ITERATIONS)
+        taken = iterations_taken(errors_ptr, ITERATIONS)
     o_r = tl.program_id(0) * BR + tl.arange(0, BR)
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
     m_c = o_c < width
@@ -101,7 +101,8 @@ def plan_quantize(
     round_zero: bool,
     iterations: int,
     dtype: torch.dtype,
-) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    errors: Tensor | None,
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """Of `hqq_oft.ops.reference.quantize`."""
     check_device(w, by_name)
     if group_size > _LONGEST:
@@ -142,8 +143,8 @@ def plan_quantize(
         num_stages=1,
     )
 
-    def quantize(w: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        w = w.contiguous()
+    def quantize(w: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        w, mean_errors = w.contiguous(), settings[-1]
         inverse = empty(w, (groups,), torch.float32)
         zeros = empty(w, (iterations + 1, groups), torch.float32)
         errors = empty(w, (iterations, programs), torch.float64)
@@ -155,8 +156,10 @@ def plan_quantize(
         per_group = (groups, 1) if axis == 1 else (1, groups)
         scale, zero = empty(w, per_group, dtype), empty(w, per_group, dtype)
         squares = empty(w, (2, grid[0] * grid[1]), torch.float64)
-        pack(w, inverse, zeros, errors.sum(1), packed, scale, zero, squares, rows, width, packed_rows, elements)
-        return packed, scale, zero, squares.sum(1)
+        sums = errors.sum(1)
+        means = sums / elements if mean_errors is None else mean_errors
+        pack(w, inverse, zeros, means, packed, scale, zero, squares, rows, width, packed_rows)
+        return packed, scale, zero, squares.sum(1), sums
 
     return quantize
 

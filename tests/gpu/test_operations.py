@@ -150,7 +150,7 @@ def test_no_tokens(name, device):
 def test_quantized_bytes_are_those_of_the_processor(sd, group, bits, axis, device):
     w = torch.randn(768, 512) * sd
     for dtype in DTYPES:
-        args = w.to(dtype), 2**bits, bits, group, axis, bits == 4, 20, torch.bfloat16
+        args = w.to(dtype), 2**bits, bits, group, axis, bits == 4, 20, torch.bfloat16, None
         expected, found = reference.quantize(*args), run("quantize", (args[0].to(device), *args[1:]))
         for theirs, ours in zip(expected[:3], found[:3], strict=True):
             assert torch.equal(ours.cpu(), theirs)

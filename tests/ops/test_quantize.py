@@ -133,8 +133,8 @@ def test_packing_is_the_inverse_of_unpacking(bits):
 def test_opcheck():
     for bits, axis in ((4, 1), (3, 0)):
         args = (weight(0.02), 2**bits, bits, 64, axis, True, 20, torch.bfloat16)
-        torch.library.opcheck(torch.ops.hqq_oft.quantize.default, args)
-        torch.library.opcheck(torch.ops.hqq_oft.quantize_band.default, (*args, torch.ones(20).double()))
+        for errors in (None, torch.ones(20).double()):
+            torch.library.opcheck(torch.ops.hqq_oft.quantize.default, (*args, errors))
 
 
 @pytest.mark.parametrize(
@@ -150,19 +150,15 @@ def test_opcheck():
         ({"axis": 2}, "axis must be 0 or 1, got 2"),
         ({"iterations": -1}, "iterations must be 0 or more"),
         ({"dtype": torch.int8}, "dtype floating"),
+        ({"errors": torch.ones(20)}, r"errors must be a float64 tensor of shape \(20,\), got"),
+        ({"errors": torch.ones(19).double()}, r"errors must be a float64 tensor of shape \(20,\), got"),
     ],
 )
 def test_invalid_arguments_are_refused(change, message):
     valid = {"w": torch.ones(8, 64), "levels": 16, "bits": 4, "group_size": 64, "axis": 1, "round_zero": True}
-    args = {**valid, "iterations": 20, "dtype": torch.float32, **change}
+    args = {**valid, "iterations": 20, "dtype": torch.float32, "errors": None, **change}
     with pytest.raises((TypeError, ValueError), match=message):
         ops.quantize(*args.values())
-
-
-@pytest.mark.parametrize("errors", [torch.ones(20), torch.ones(19).double()])
-def test_errors_of_another_kind_are_refused(errors):
-    with pytest.raises(ValueError, match=r"errors must be a float64 tensor of shape \(20,\), got"):
-        ops.quantize_band(torch.ones(8, 64), 16, 4, 64, 1, True, 20, torch.float32, errors)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -173,7 +169,7 @@ def test_weights_that_are_not_finite_give_an_error_that_is_not(value, name):
         w.view(-1)[position] = value
         with backend(name):
             for axis in (0, 1):
-                squares = ops.quantize(w, 16, 4, 64, axis, True, 20, torch.float32)[3]
+                squares = ops.quantize(w, 16, 4, 64, axis, True, 20, torch.float32, None)[3]
                 assert not torch.isfinite(squares).all()
 
 

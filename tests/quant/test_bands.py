@@ -26,14 +26,19 @@ BITS = [8, 6, 4, 3, 2, 1.58, 1]
 @pytest.fixture
 def small_bands(monkeypatch):
     """Bands of few rows; the number of those that were quantized, the repeated ones included."""
-    computed, quantize_band = [], ops.quantize_band
-    monkeypatch.setattr(bands, "ELEMENTS", 1500)
+    computed, original, by_bands = [], ops.quantize, bands.quantize
+    monkeypatch.setattr(bands, "CPU_ELEMENTS", 1500)
 
     def counted(*args):
         computed.append(args)
-        return quantize_band(*args)
+        return original(*args)
 
-    monkeypatch.setattr(ops, "quantize_band", counted)
+    def quantize(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "quantize", counted)
+            return by_bands(*args)
+
+    monkeypatch.setattr(bands, "quantize", quantize)
     return computed
 
 
@@ -50,7 +55,7 @@ def adapted_layer(k=128, **settings):
 def merged_at_once(monkeypatch, layer, **arguments):
     """The bytes and the error of a merge of the whole weight; the layer is unmerged again."""
     with monkeypatch.context() as patch:
-        patch.setattr(bands, "ELEMENTS", 1 << 40)
+        patch.setattr(bands, "CPU_ELEMENTS", 1 << 40)
         layer.merge(**arguments)
     merged = stored(layer), layer.merge_error
     layer.unmerge()
@@ -150,7 +155,7 @@ def test_lossy_ways_are_banded_too(monkeypatch, small_bands, action):
 
     other = copy.deepcopy(layer)
     with monkeypatch.context() as patch:
-        patch.setattr(bands, "ELEMENTS", 1 << 40)
+        patch.setattr(bands, "CPU_ELEMENTS", 1 << 40)
         act(other)
     assert not small_bands
     act(layer)
@@ -207,7 +212,7 @@ class Peak(TorchDispatchMode):
 
 @pytest.mark.parametrize(("nbits", "axis"), [(4, 1), (3, 1), (8, 1), (4, 0)])
 def test_a_merge_takes_the_memory_of_two_bands_and_of_the_packed_weight(monkeypatch, nbits, axis):
-    monkeypatch.setattr(bands, "ELEMENTS", 1 << 14)
+    monkeypatch.setattr(bands, "CPU_ELEMENTS", 1 << 14)
     layer = adapted_layer(group_size=64, k=512, nbits=nbits, axis=axis)
     base, band = layer.base_layer, (1 << 14 if axis == 1 else 64 * 512)
     state = [base.W_q, base.meta["scale"], base.meta["zero"]]

@@ -9,7 +9,7 @@ from hqq.core.quantize import BaseQuantizeConfig
 from hqq_oft import BackendError, backend, triton_kernels
 from hqq_oft.ops import reference
 from hqq_oft.ops import table as ops
-from hqq_oft.quant import hqq_layer
+from hqq_oft.quant import quantizer
 
 PROGRAM = 128  # groups of an interpreted program
 STOPS_EARLY = 54  # a seed, found by trying
@@ -22,8 +22,8 @@ def weight(groups, group, axis, sd, dtype=torch.float32):
     return (w if axis == 1 else w.T.contiguous()).to(dtype)
 
 
-def arguments(w, bits, group, axis, levels=None, iterations=20, dtype=torch.bfloat16):
-    return w, levels or 2**bits, bits, group, axis, bits == 4, iterations, dtype
+def arguments(w, bits, group, axis, levels=None, iterations=20, dtype=torch.bfloat16, errors=None):
+    return w, levels or 2**bits, bits, group, axis, bits == 4, iterations, dtype, errors
 
 
 def assert_bytes(args):
@@ -31,7 +31,7 @@ def assert_bytes(args):
     for theirs, ours in zip(expected[:3], found[:3], strict=True):
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs)
-    torch.testing.assert_close(found[3], expected[3], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[3:], expected[3:], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +79,12 @@ def test_the_solver_stops_where_the_error_of_the_whole_weight_does_not_fall():
     late = solved_without_a_stop(args[0])
     assert not torch.equal(stopped, late)
     assert_bytes(args)
+
+
+@pytest.mark.parametrize("falling", [0, 1, 7, 20])
+def test_a_band_stops_by_the_errors_of_the_whole_weight(falling):
+    errors = torch.cat([1 / torch.arange(1, falling + 1.0), torch.ones(20 - falling)]).double()
+    assert_bytes(arguments(weight(24, 16, 1, 0.02), 2, 16, 1, errors=errors))
 
 
 def solved_without_a_stop(w):
@@ -129,11 +135,11 @@ def test_what_is_not_supported_is_refused_with_the_reason():
 def test_layers_are_quantized_by_the_kernels(nbits, group_size, axis, monkeypatch):
     settings = BaseQuantizeConfig(nbits=nbits, group_size=group_size, axis=axis)
     del settings["offload_meta"]
-    monkeypatch.setattr(hqq_layer, "_quantize_by_hqq", None)
+    monkeypatch.setattr(quantizer, "_quantize_by_hqq", None)
     w = torch.randn(16, 128) * 0.02
-    ours, error = hqq_layer.quantize(w, settings, torch.bfloat16, "cpu")
+    ours, error = quantizer.quantize(w, settings, torch.bfloat16, "cpu")
     with backend("reference"):
-        theirs, expected = hqq_layer.quantize(w, settings, torch.bfloat16, "cpu")
+        theirs, expected = quantizer.quantize(w, settings, torch.bfloat16, "cpu")
     assert torch.equal(ours.packed, theirs.packed)
     for name in ("scale", "zero"):
         assert torch.equal(ours.meta[name], theirs.meta[name])

@@ -130,15 +130,9 @@ def plan_dequantize(by_name: bool, weight: QuantizedWeight, dtype: torch.dtype) 
 def plan_quantize(by_name: bool, w: Tensor, *settings: Any) -> Any:
     """Of `hqq_oft.ops.reference.quantize`."""
     _check(w)
-    _check_result(settings[-1])
+    *_, dtype, _ = settings
+    _check_result(dtype)
     return _lib.quantize
-
-
-def plan_quantize_band(by_name: bool, w: Tensor, *settings: Any) -> Any:
-    """Of `hqq_oft.ops.reference.quantize_band`."""
-    _check(w)
-    _check_result(settings[-2])
-    return _lib.quantize_band
 
 
 def plan_dequantize_rotate(by_name: bool, weight: QuantizedWeight, d: Tensor, dtype: torch.dtype) -> Any:
@@ -290,5 +284,4 @@ OPERATIONS: dict[str, Planner] = {
     "linear": plan_linear,
     "linear_backward": plan_linear_backward,
     "quantize": plan_quantize,
-    "quantize_band": plan_quantize_band,
 }
