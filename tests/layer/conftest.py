@@ -4,7 +4,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from calls import planners_of
 from helpers import around_operations
+
+from hqq_oft.ops import backends
 
 
 def pytest_generate_tests(metafunc):
@@ -20,6 +23,12 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(autouse=True)
 def _on_backend(request, monkeypatch):
     monkeypatch.setenv("HQQ_OFT_BACKEND", request.param)
+    if request.param != "triton":
+        yield
+        return
+    # Interpreted, the quantizer's iterations take seconds; tests/triton_kernels merges with it.
+    with planners_of("triton", quantize=backends.registry()["reference"].operations["quantize"]):
+        yield
 
 
 @pytest.fixture

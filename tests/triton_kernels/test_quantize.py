@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import hqq_layer, oft_layer, packed_bytes
 from hqq.core.quantize import BaseQuantizeConfig
 
 from hqq_oft import BackendError, backend, triton_kernels
 from hqq_oft.ops import reference
 from hqq_oft.ops import table as ops
-from hqq_oft.quant import quantizer
+from hqq_oft.quant import bands, quantizer
 
 PROGRAM = 128  # groups of an interpreted program
 STOPS_EARLY = 54  # a seed, found by trying
@@ -145,3 +146,16 @@ def test_layers_are_quantized_by_the_kernels(nbits, group_size, axis, monkeypatc
         assert torch.equal(ours.meta[name], theirs.meta[name])
     assert error == pytest.approx(expected, rel=1e-5)
     assert "quantize" in triton_kernels.OPERATIONS
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_merge_by_bands_gives_the_bytes_of_the_whole(axis, monkeypatch):
+    layer = oft_layer(hqq_layer(64, 32, nbits=4, axis=axis, group_size=16), std=0.1, oft_block_size=16)
+    merged = []
+    for elements in (bands.CPU_ELEMENTS, 512):
+        monkeypatch.setattr(bands, "CPU_ELEMENTS", elements)
+        layer.merge()
+        merged.append(packed_bytes(layer.get_base_layer()))
+        layer.unmerge()
+    whole, banded = merged
+    assert all(torch.equal(whole[name], banded[name]) for name in whole)
