@@ -77,6 +77,18 @@ def test_two_processes_of_accelerate_train_as_one_with_the_doubled_batch(folder)
     assert losses(two.stdout) == pytest.approx(losses(one.stdout), rel=2e-4)
 
 
+def test_solvers_are_compared(folder):
+    out = folder / "solvers.png"
+    texts = [folder / "text.txt"] * 2
+    done = run("-m", "examples.solvers", folder / "model", *texts, "--bits", "4", "2", "--tokens", "64", "--out", out)
+    pattern = r"(\d) bits, (\w+): 7 layers in .* s, mean error of a weight (.*)%, .* model ([\d.]+), ([\d.]+) nats"
+    rows = re.findall(pattern, done.stdout)
+    assert [row[:2] for row in rows] == [("4", "hqq"), ("4", "search"), ("2", "hqq"), ("2", "search")]
+    assert float(rows[3][2]) < float(rows[2][2])
+    assert 0 < float(rows[0][3]) == float(rows[0][4]) < float(rows[2][3])
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
 def test_too_little_text_and_an_unknown_adapter_exit_with_a_message(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(EXAMPLES)
     (tmp_path / "short.txt").write_text("short")
