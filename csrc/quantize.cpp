@@ -43,7 +43,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& w_in, 
     for (int64_t task = 0; task < solver.tasks(); ++task) totals[i] += errors.data()[task * iterations + i];
     means.data()[i] = totals[i] / static_cast<double>(elements);
   }
-  const double* decisive = of_the_whole ? static_cast<const double*>(of_the_whole->const_data_ptr()) : means.data();
+  std::optional<Tensor> given;
+  if (of_the_whole) given = compact(*of_the_whole);
+  const double* decisive = given ? static_cast<const double*>(given->const_data_ptr()) : means.data();
   float* zero = zeros.data() + iterations_taken(decisive, iterations) * groups;
 
   std::vector<int64_t> shape = axis == 1 ? std::vector<int64_t>{groups, 1} : std::vector<int64_t>{1, groups};

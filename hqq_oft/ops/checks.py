@@ -82,15 +82,21 @@ def quantize(
         raise ValueError(f"axis must be 0 or 1, got {axis}.")
     if group_size < 1 or w.numel() % group_size:
         raise ValueError(f"group_size must divide the {w.shape[0]}x{w.shape[1]} weights, got {group_size}.")
-    rows, fields = w.numel() // group_size if axis == 1 else group_size, LEVELS_PER_ELEMENT[bits]
-    if bits != 3 and rows % fields:
-        raise ValueError(f"{rows} rows of levels cannot be packed {fields} per byte; choose another group_size.")
+    packable(w.numel() // group_size if axis == 1 else group_size, bits)
     if iterations < 0 or not dtype.is_floating_point:
         raise ValueError(f"iterations must be 0 or more and dtype floating, got {iterations} and {dtype}.")
     if errors is not None and (errors.dtype != torch.float64 or tuple(errors.shape) != (iterations,)):
         raise ValueError(
             f"errors must be a float64 tensor of shape ({iterations},), got {errors.dtype} {tuple(errors.shape)}."
         )
+    same_device(w=w, errors=errors)
+
+
+def packable(rows: int, bits: int) -> None:
+    """Rows of levels fill whole elements; words of ten 3-bit levels may have room for more."""
+    fields = LEVELS_PER_ELEMENT[bits]
+    if bits != 3 and rows % fields:
+        raise ValueError(f"{rows} rows of levels cannot be packed {fields} per byte; choose another group_size.")
 
 
 def floating(name: str, value: Tensor) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops import checks
 from ..ops import table as ops
 from ..ops.packing import LEVELS_PER_ELEMENT, set_rows
 from ..ops.quantizer import iterations_taken
@@ -64,6 +65,7 @@ def quantize(
     """
     weight, spans = bands.weight, bands.spans()
     rows, columns = weight.level_shape
+    checks.packable(rows, bits)
     packed = weight.packed.new_zeros(
         (-(-rows // LEVELS_PER_ELEMENT[bits]), columns), dtype=torch.int32 if bits == 3 else torch.uint8
     )
@@ -93,9 +95,10 @@ def quantize(
     for i in range(len(spans)):
         solve(i, None)
     mean_errors = errors.sum(dim=0) / (rows * columns)
-    taken = iterations_taken(mean_errors)
-    for i, (first, last) in enumerate(spans):
-        if iterations_taken(errors[i] / ((last - first) * weight.group_size)) != taken:
+    sizes = errors.new_tensor([(last - first) * weight.group_size for first, last in spans])
+    taken, *of_bands = map(iterations_taken, torch.cat([mean_errors[None], errors / sizes[:, None]]).cpu())
+    for i, of_band in enumerate(of_bands):
+        if of_band != taken:
             solve(i, mean_errors)
     shape = (-1, 1) if weight.axis == 1 else (1, -1)
     return packed, scale.reshape(shape), zero.reshape(shape), squares.sum(dim=0)

@@ -14,6 +14,7 @@ from hqq.core.quantize import BaseQuantizeConfig, HQQLinear, Quantizer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
 from ..ops.packing import LEVELS_PER_ELEMENT, PACKING_BITS
 from . import hqq_layer, quantizer
@@ -322,8 +323,8 @@ def _place_rest(model: nn.Module, dtype: torch.dtype | None, device: torch.devic
 
     Non-persistent buffers, such as the frequencies of rotary embeddings, keep their dtype.
     """
-    if dtype is not None and hasattr(getattr(model, "config", None), "dtype"):
-        model.config.dtype = dtype
+    if dtype is not None and isinstance(config := getattr(model, "config", None), PretrainedConfig):
+        config.dtype = dtype
     for module in model.modules():
         if isinstance(module, HQQLinear):
             if device is not None:

@@ -82,7 +82,8 @@ class MergeableLayer(AdaptedLayer):
             adapter_names: the adapters to merge, by default the active ones. Unknown names are ignored; already merged
                 ones are skipped with a warning.
             into: bits of the merged weight, by default those of the layer; unmerging restores the layer's own.
-            solver: `"hqq"` quantizes as HQQ does, `"search"` with a smaller error, as in `quantize_model`.
+            solver: `"hqq"` quantizes as HQQ does, `"search"` with a smaller error, as in `quantize_model`. What `"hqq"`
+                merged is merged again by `"search"`, and not the other way round.
 
         Raises:
             ValueError: `safe_merge` found NaN or infinity (the message names the adapter); the layer wraps another
@@ -97,8 +98,9 @@ class MergeableLayer(AdaptedLayer):
             )
         fold.check_into(into)
         with self._lock:
-            order = self._adapters_after_merge(adapter_names, again=into is not None)
-            if not order or (into is None and set(order) == set(self.merged_adapters)):
+            again = into is not None or solver not in ("hqq", self._merge.solver)
+            order = self._adapters_after_merge(adapter_names, again)
+            if not order or (not again and set(order) == set(self.merged_adapters)):
                 return
             base = self.base_layer
             pristine = self._merge.pristine if self.merged else PackedState.of(base)
@@ -110,7 +112,7 @@ class MergeableLayer(AdaptedLayer):
                 )
             if pristine is not None and self.keep_pristine != "device":
                 pristine = pristine.to("cpu") if self.keep_pristine == "cpu" else None
-            self._publish(packed, MergeState(tuple(order), pristine, error))
+            self._publish(packed, MergeState(tuple(order), pristine, error, solver))
         left_out = [name for name in self.active_adapters if name in self.oft_R and name not in order]
         if left_out:
             warnings.warn(

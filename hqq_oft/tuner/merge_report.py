@@ -160,8 +160,9 @@ def merge_report(
         The measurements.
 
     Raises:
-        ValueError: the model has no `HqqOFTLinear`; an alternative is not a valid `into`; `solver` is unknown; a layer
-            is already merged or cannot be merged; no layer has an adapter to merge.
+        ValueError: the model has no `HqqOFTLinear`; an alternative is not a valid `into`; `solver` is unknown, or
+            does not serve a layer's settings; a layer is already merged or cannot be merged; no layer has an adapter to
+            merge.
     """
     check_solver(solver)
     choices: list[MergeInto] = [None]
@@ -210,10 +211,11 @@ def _measure(
     rows = None if x is None else x.reshape(-1, x.shape[-1]).to(exact)
     output = None if rows is None else rows @ exact.T
 
-    def effect(weight: Tensor) -> Effect:
+    def effect(weight: Tensor, error: float | None = None) -> Effect:
+        error = fold.relative_distance(weight, exact) if error is None else error
         if rows is None or output is None:
-            return Effect(fold.relative_distance(weight, exact), None)
-        return Effect(fold.relative_distance(weight, exact), fold.relative_distance(rows @ weight.to(exact).T, output))
+            return Effect(error, None)
+        return Effect(error, fold.relative_distance(rows @ weight.to(exact).T, output))
 
     before = ops.dequantize(pristine, exact.dtype)
     change = (exact - before).flatten()
@@ -226,13 +228,14 @@ def _measure(
     share: dict[MergeInto, float] = {}
     size: dict[MergeInto, int] = {}
     for into in choices:
+        error = None
         if into == "dense":
             stored = exact.to(base.compute_dtype)
             size[into] = stored.nbytes
         else:
-            state, _ = quantizer.requantize(base, exact, into, solver)
+            state, error = quantizer.requantize(base, exact, into, solver)
             stored, size[into] = ops.dequantize(state.weight(), exact.dtype), _bytes(state)
-        merged[into], share[into] = effect(stored), surviving(stored)
+        merged[into], share[into] = effect(stored, error), surviving(stored)
     bits = quantization_settings(base)["weight_quant_params"]["nbits"]
     return LayerReport(bits, effect(before), merged, share, size)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.weight import QuantizedWeight
 from ..quant.hqq_layer import PackedState
+from ..quant.solver import Solver
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,13 @@ class MergeState:
         adapters: names of the merged adapters, in the order in which their rotations are applied.
         pristine: the packed weight from before the merge, or None where it was discarded.
         error: relative quantization error of the merged weight; None while nothing is merged.
+        solver: that quantized the merged weight.
     """
 
     adapters: tuple[str, ...] = ()
     pristine: PackedState | None = None
     error: float | None = None
+    solver: Solver = "hqq"
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,7 +47,7 @@ def quantize_pack_kernel(
 ):  # fmt: skip
     """Levels of a tile of packed elements, [BR, BC], scale and zero as stored, and the squared error of the weight.
 
-    W is [rows, width], a group per row (axis 1) or column (axis 0). Grid: (tiles of rows, tiles of columns).
+    W is [rows, width], a group per row (axis 1) or column (axis 0). Grid: (tiles along groups, the others).
 
     Args:
         errors_ptr: float64 [ITERATIONS], mean errors of the whole weight.
@@ -56,8 +56,9 @@ def quantize_pack_kernel(
     taken = 0
     if ITERATIONS > 0:
         taken = iterations_taken(errors_ptr, ITERATIONS)
-    o_r = tl.program_id(0) * BR + tl.arange(0, BR)
-    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    # Groups, of which there may be more than a grid's second dimension takes, are along the first.
+    o_r = tl.program_id(1 - AXIS) * BR + tl.arange(0, BR)
+    o_c = tl.program_id(AXIS) * BC + tl.arange(0, BC)
     m_c = o_c < width
     groups = rows if AXIS == 1 else width
     p_zero = zeros_ptr + taken.to(tl.int64) * groups if ITERATIONS > 0 else zeros_ptr
@@ -71,7 +72,7 @@ def quantize_pack_kernel(
             by, z = tl.load(scale_ptr + o_g, mask=m_g, other=1.0), tl.load(p_zero + o_g, mask=m_g, other=0.0)
             stored_by = narrow(tl.div_rn(tl.full(by.shape, 1.0, tl.float32), by), scale_out_ptr.dtype.element_ty)
             stored_z = narrow(z, zero_out_ptr.dtype.element_ty)
-            if tl.program_id(AXIS) == 0:
+            if tl.program_id(1) == 0:
                 tl.store(scale_out_ptr + o_g, stored_by, mask=m_g)
                 tl.store(zero_out_ptr + o_g, stored_z, mask=m_g)
             by, stored_by = tl.expand_dims(by, AXIS), tl.expand_dims(stored_by.to(tl.float32), AXIS)
@@ -128,6 +129,7 @@ def plan_quantize(
     streamed = Launch(quantize_streamed_kernel, (programs,), **constants, HELD=held, num_warps=4, num_stages=1)
     bc = min(_COLUMNS, triton.next_power_of_2(width))
     grid = triton.cdiv(packed_rows, _ROWS), triton.cdiv(width, bc)
+    grid = grid if axis == 1 else grid[::-1]
     pack = Launch(
         quantize_pack_kernel,
         grid,
@@ -157,7 +159,7 @@ def plan_quantize(
         scale, zero = empty(w, per_group, dtype), empty(w, per_group, dtype)
         squares = empty(w, (2, grid[0] * grid[1]), torch.float64)
         sums = errors.sum(1)
-        means = sums / elements if mean_errors is None else mean_errors
+        means = sums / elements if mean_errors is None else mean_errors.contiguous()
         pack(w, inverse, zeros, means, packed, scale, zero, squares, rows, width, packed_rows)
         return packed, scale, zero, squares.sum(1), sums
 

@@ -117,7 +117,7 @@ def power(a):
     exponent = tl.where(high, exponent + 1.0, exponent)
     s = (m - 1.0) / (m + 1.0)
     s2 = s * s
-    log = s2 / 11.0 + 0.1111111111111111
+    log = s2 * (1.0 / 11) + 0.1111111111111111
     log = log * s2 + 0.14285714285714285
     log = log * s2 + 0.2
     log = log * s2 + 0.3333333333333333
@@ -125,9 +125,9 @@ def power(a):
     y = (s * log * 2.8853900817779268 + exponent) * -0.3
     whole = (y + 6755399441055744.0) - 6755399441055744.0
     f = (y - whole) * 0.69314718055994531
-    result = f / 9.0 + 1.0
+    result = f * (1.0 / 9) + 1.0
     for i in tl.static_range(8, 0, -1):
-        result = result * f / (i * 1.0) + 1.0
+        result = result * f * (1.0 / i) + 1.0
     scale = ((whole.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
     return (result * scale).to(tl.float32)
 

@@ -38,6 +38,7 @@ def test_a_band_stops_by_the_errors_of_the_whole_weight(falling, axis, shape):
     errors = torch.cat([1 / torch.arange(1, falling + 1.0), torch.ones(20 - falling)]).double()
     args = (torch.randn(shape) * 0.02, 4, 2, 64, axis, False, 20, torch.bfloat16, errors)
     assert_bytes(args)
+    assert_bytes((*args[:-1], errors[:, None].expand(-1, 2).contiguous()[:, 0]))  # not contiguous
     assert quantizer.iterations_taken(errors) == min(max(falling, 1) + 1, 20)
 
 

@@ -151,6 +151,7 @@ def test_opcheck():
         ({"iterations": -1}, "iterations must be 0 or more"),
         ({"dtype": torch.int8}, "dtype floating"),
         ({"errors": torch.ones(20)}, r"errors must be a float64 tensor of shape \(20,\), got"),
+        ({"errors": torch.ones(20, device="meta").double()}, "errors is on meta"),
         ({"errors": torch.ones(19).double()}, r"errors must be a float64 tensor of shape \(20,\), got"),
     ],
 )

@@ -235,3 +235,12 @@ def test_rows_of_levels_are_read_and_set_in_place(bits):
         levels[first:last] = others[first:last]
         assert torch.equal(packed, pack(levels.float(), bits))
         assert torch.equal(unpack(packed, bits, rows), levels.to(packed.dtype))
+
+
+def test_levels_that_cannot_be_packed_are_refused_before_anything_is_computed(small_bands):
+    config = BaseQuantizeConfig(nbits=8, group_size=None, axis=1)
+    layer = oft_layer(HQQLinear(nn.Linear(64, 37), config, compute_dtype=torch.float32, device="cpu"))
+    with pytest.raises(ValueError, match="37 rows of levels cannot be packed 2 per byte; choose another group_size"):
+        layer.merge(into=4)
+    assert small_bands == []
+    assert not layer.merged

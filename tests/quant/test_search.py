@@ -280,3 +280,16 @@ def test_a_merge_that_is_refused_changes_nothing(patched):
         layers(model)[0].merge(solver="best")
     assert not any(layer.merged for layer in layers(model))
     assert all(layer.get_base_layer().W_q is w for layer, w in zip(layers(model), before, strict=True))
+
+
+def test_a_merged_layer_is_merged_again_by_a_search_and_not_back():
+    layer = oft_layer(hqq_layer(64, 128, nbits=2), std=0.1)
+    layer.merge(solver="search")
+    searched, error = layer.get_base_layer().W_q, layer.merge_error
+    layer.unmerge()
+    layer.merge()
+    assert layer.merge_error > error
+    for solver in ("search", "hqq"):
+        layer.merge(solver=solver)
+        assert layer.merge_error == error
+        assert torch.equal(layer.get_base_layer().W_q, searched)

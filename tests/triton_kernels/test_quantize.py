@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import hqq_layer, oft_layer, packed_bytes
 from hqq.core.quantize import BaseQuantizeConfig
+from hqq_oft.triton_kernels import quantize
 
 from hqq_oft import BackendError, backend, triton_kernels
 from hqq_oft.ops import reference
@@ -86,6 +87,8 @@ def test_the_solver_stops_where_the_error_of_the_whole_weight_does_not_fall():
 def test_a_band_stops_by_the_errors_of_the_whole_weight(falling):
     errors = torch.cat([1 / torch.arange(1, falling + 1.0), torch.ones(20 - falling)]).double()
     assert_bytes(arguments(weight(24, 16, 1, 0.02), 2, 16, 1, errors=errors))
+    apart = errors[:, None].expand(-1, 2).contiguous()[:, 0]
+    assert_bytes(arguments(weight(24, 16, 0, 0.02), 2, 16, 0, errors=apart))
 
 
 def solved_without_a_stop(w):
@@ -132,6 +135,12 @@ def test_what_is_not_supported_is_refused_with_the_reason():
         ops.quantize(*arguments(torch.ones(2, 16), 4, 12, 1))
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_head_of_a_large_vocabulary_fits_the_grids(axis):
+    w = torch.empty(1).expand(128256, 8192)
+    quantize.plan_quantize(True, *arguments(w, 4, 64, axis))
+
+
 @pytest.mark.parametrize(("nbits", "group_size", "axis"), [(4, 64, 1), (1.58, None, 0), (3, None, 1)])
 def test_layers_are_quantized_by_the_kernels(nbits, group_size, axis, monkeypatch):
     settings = BaseQuantizeConfig(nbits=nbits, group_size=group_size, axis=axis)
@@ -151,11 +160,14 @@ def test_layers_are_quantized_by_the_kernels(nbits, group_size, axis, monkeypatc
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_merge_by_bands_gives_the_bytes_of_the_whole(axis, monkeypatch):
     layer = oft_layer(hqq_layer(64, 32, nbits=4, axis=axis, group_size=16), std=0.1, oft_block_size=16)
-    merged = []
+    merged, sizes, original = [], [], ops.quantize
+    monkeypatch.setattr(ops, "quantize", lambda w, *args: sizes.append(w.numel()) or original(w, *args))
     for elements in (bands.CPU_ELEMENTS, 512):
         monkeypatch.setattr(bands, "CPU_ELEMENTS", elements)
         layer.merge()
         merged.append(packed_bytes(layer.get_base_layer()))
         layer.unmerge()
+    assert sizes[0] == 2048
+    assert 512 <= max(sizes[1:]) < 2048
     whole, banded = merged
     assert all(torch.equal(whole[name], banded[name]) for name in whole)
