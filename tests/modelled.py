@@ -156,7 +156,8 @@ def quantizing(iterations: int = 20) -> str:
     lines = [header(columns)]
     for axis in (1, 0):
         w = tensor(n, k, dtype=torch.bfloat16)
-        call = planned(quantize.plan_quantize, w, 2**bits, bits, group, axis, True, iterations, torch.bfloat16)
+        settings = 2**bits, bits, group, axis, True, iterations, torch.bfloat16, None
+        call = planned(quantize.plan_quantize, w, *settings)
         (solve, solvers), _, (pack, packers) = record([("", call)])
         times = []
         for launch, grid in ((solve, solvers), (pack, packers)):

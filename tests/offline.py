@@ -141,10 +141,10 @@ def _cases(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], 
     yield "4 bits axis 1 M=16 b=32 mixed", planned(product, halves(16, k), four, mixed, None, index)
     yield "4 bits axis 1 N=1024 M=16 b=32", planned(product, halves(16, k), small, d32, None, None)
     for bits, group, axis in ((4, 64, 1), (4, 64, 0), (4, 128, 1), (8, 64, 1), (3, 64, 1), (3, 24, 1), (1, 1024, 1)):
-        settings = 2**bits, bits, group, axis, bits == 4, 20, dtype
+        settings = 2**bits, bits, group, axis, bits == 4, 20, dtype, None
         yield f"{bits} bits group {group} axis {axis}", planned(quantize.plan_quantize, halves(3072, k), *settings)
     float32 = tensor(3072, k, dtype=f32)
-    yield "float32 4 bits", planned(quantize.plan_quantize, float32, 16, 4, 64, 1, True, 20, dtype)
+    yield "float32 4 bits", planned(quantize.plan_quantize, float32, 16, 4, 64, 1, True, 20, dtype, None)
 
 
 # --- What it takes ---------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ from bench import report, table
 RESULTS = Path(report.__file__).with_name("results")
 PHASES = ("decoding", "training",
           "forward", "backward", "full", "dequantize", "dequantize_rotate", "rotate", "rotate without requantizing",
-          "training process", "first step beyond the second")  # fmt: skip
+          "training process", "first step beyond the second", "quantize", "requantize", "whole", "merge")  # fmt: skip
 NAMES = ("hqq_oft", "hqq_oft, no rotation", "dense", "PEFT OFT", "PEFT LoRA r=16", "GemLite", "PyTorch int4", "PEFT",
-         "copy")  # fmt: skip
+         "copy", "HQQ")  # fmt: skip
 
 
 def row_of(case, contender, p50, phase="forward", mode="eager", suite="layer", **more):

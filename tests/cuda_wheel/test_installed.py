@@ -39,8 +39,6 @@ def test_the_cuda_kernels_are_built():
     assert torch._C._dispatch_has_computed_kernel_for_dispatch_key("hqq_oft_native::decode", "CUDA")
 
 
-def test_triton_serves_every_operation_but_the_quantizer_on_the_device():
-    serving = {name: env.serving(name, torch.device("cuda", 0))[0] for name in OPERATIONS}
-    assert serving.pop("quantize") == "reference"
-    assert set(serving.values()) == {"triton"}
+def test_triton_serves_every_operation_on_the_device():
+    assert {env.serving(name, torch.device("cuda", 0))[0] for name in OPERATIONS} == {"triton"}
     assert DEVICE_NAME in env.report()
