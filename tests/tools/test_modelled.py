@@ -89,8 +89,8 @@ def test_the_page_lists_every_layer_and_number_of_tokens(page):
     assert len(rows) == 6 * 6 * 2
     for row in rows:  # no launch takes less than its bytes or its instructions
         instructions, h100, h200, modelled_h100, modelled_h200 = map(float, row[-6:-1])
-        assert modelled_h100 >= max(instructions, h100) - 0.1
-        assert modelled_h200 >= max(instructions, h200) - 0.1
+        assert modelled_h100 >= max(instructions, h100) - 0.2
+        assert modelled_h200 >= max(instructions, h200) - 0.2
 
 
 def test_the_quantizer_takes_few_instructions_and_no_less_time_than_its_bytes(printed):
@@ -98,5 +98,5 @@ def test_the_quantizer_takes_few_instructions_and_no_less_time_than_its_bytes(pr
     assert [row[0] for row in rows] == [1, 0]
     for _, per_weight, solver, packing, h100, h200, modelled_h100, modelled_h200 in rows:
         assert 8 < per_weight <= 18
-        assert modelled_h100 >= max(solver + packing, h100) - 0.1
-        assert modelled_h200 >= max(solver + packing, h200) - 0.1
+        assert modelled_h100 >= max(solver + packing, h100) - 0.2
+        assert modelled_h200 >= max(solver + packing, h200) - 0.2
