@@ -72,4 +72,5 @@ def whole_job(session: Any, what: str, config: LlamaConfig | None) -> Iterator[J
         total["quantize"] += count * once(lambda: _by_hqq(problem.dense, MAIN), place)["p50_us"]  # noqa: B023
         total["merge"] += count * once(peft.merge, place)["p50_us"]
     for name, phase in ((HQQ, "quantize"), (PEFT, "merge")):
-        yield Job(name, phase, columns={"status": "measured", "mode": "one of each shape", "p50_us": total[phase]})
+        columns = {"status": "measured", "mode": "eager", "repeats": 1, "p50_us": total[phase]}
+        yield Job(name, phase, columns=columns | {"note": "one layer of each shape, its time multiplied"})

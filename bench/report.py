@@ -123,7 +123,8 @@ def _suite(rows: pd.DataFrame) -> str:
         lines.append((case, where, f"{name}{_time(first.p50_us)}{rate}", spread, limit, multiples))
     notes = rows[rows.note.notna()].drop_duplicates(["contender", "note", "N"])
     found = _markdown("case, phase, ours, 20 to 80%, of limit, others in times of ours", lines)
-    return "\n".join([found, "", *(f"- {r.contender}, {r.N:.0f}x{r.K:.0f}: {r.note}" for r in notes.itertuples())])
+    said = (f"- {r.contender}{'' if r.N != r.N else f', {r.N:.0f}x{r.K:.0f}'}: {r.note}" for r in notes.itertuples())
+    return "\n".join([found, "", *said])
 
 
 def _time(us: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -23,7 +24,8 @@ FEW = ["--steps", "3", "--pretrain-steps", "3", "--evaluation-batches", "1"]
 
 def run(*options):
     command = [sys.executable, "-m", "examples.demo", *FEW, *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads would wait for those of other tests
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment)
 
 
 def losses(folder):
