@@ -22,7 +22,8 @@ from ._launch import INTERPRETED, Launch, check_device, empty
 from ._pieces import narrow
 from .quantize_solver import NO_FRACTION, quantize_held_kernel, quantize_streamed_kernel, rounded
 
-_LONGEST_HELD = {0: 64, 1: 128}  # weights of a group that registers hold, by axis
+# Weights of a group that registers hold, by axis; with Triton 3.6 a column of 64 spills.
+_LONGEST_HELD = {0: 32 if triton.__version__.startswith("3.6.") else 64, 1: 128}
 _LONGEST = 2**19  # weights of a group; sums of more have longer runs
 _ROWS, _COLUMNS = 16, 64  # packed elements of a program that packs
 
