@@ -127,7 +127,7 @@ def plan_quantize(
         "enable_fp_fusion": False,
     }
     in_registers = Launch(quantize_held_kernel, (programs,), **constants, num_warps=1, num_stages=1)
-    streamed = Launch(quantize_streamed_kernel, (programs,), **constants, HELD=held, num_warps=4, num_stages=1)
+    streamed = Launch(quantize_streamed_kernel, (programs,), **constants, HELD=held, num_warps=8, num_stages=1)
     bc = min(_COLUMNS, triton.next_power_of_2(width))
     grid = triton.cdiv(packed_rows, _ROWS), triton.cdiv(width, bc)
     grid = grid if axis == 1 else grid[::-1]
