@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -89,8 +90,7 @@ class QuantizationSettings:
         usual = settings.for_hqq()
         found = {**weight, **{key: value for key, value in config.items() if key != "weight_quant_params"}}
         expected = {**usual.pop("weight_quant_params"), **usual}
-        odd = [f"{key}={value!r}" for key, value in found.items() if value != expected.get(key)]
-        if odd:
+        if odd := [f"{key}={value!r}" for key, value in found.items() if value != expected.get(key)]:
             raise ValueError(f"quant_config: {', '.join(odd)} is not supported; {accepted}.")
         return settings
 
@@ -234,10 +234,7 @@ def _plan(
     if isinstance(skip_modules, str):
         raise ValueError(f"skip_modules must be a list of names, got the string {skip_modules!r}.")
     settings_of = {pattern: _overridden(default, pattern, values) for pattern, values in overrides.items()}
-    uses: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     places: dict[nn.Linear, list[str]] = {}
     unmatched = set(overrides)
     for name, module in model.named_modules(remove_duplicate=False):
@@ -274,8 +271,7 @@ def _overridden(
 ) -> QuantizationSettings | None:
     if values is None:
         return None
-    unknown = set(values) - set(vars(default))
-    if unknown:
+    if unknown := set(values) - set(vars(default)):
         raise ValueError(f"overrides[{pattern!r}]: {sorted(unknown)} are not among {sorted(vars(default))}.")
     try:
         return QuantizationSettings(**{**vars(default), **values})

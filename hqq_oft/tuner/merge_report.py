@@ -219,9 +219,9 @@ def _measure(
 
     before = ops.dequantize(pristine, exact.dtype)
     change = (exact - before).flatten()
+    whole = change @ change
 
     def surviving(weight: Tensor) -> float:
-        whole = change @ change
         return 1.0 if whole == 0 else float(change @ (weight.to(exact) - before).flatten() / whole)
 
     merged: dict[MergeInto, Effect] = {}
