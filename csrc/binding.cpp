@@ -231,11 +231,12 @@ void multiply_some(const uint16_t* x, int64_t M, const Weight& w, const Source* 
 void multiply_many(const uint16_t* x, int64_t M, const Blocks* blocks, const Weight& w, const Source* bias,
                    uint16_t* y) {
   int64_t most = rows_at_once(M, w.K);
+  int64_t chunk = ProductTokensBF16::chunk_of(w.K, blocks ? blocks->b : 1, kernels().tokens_chunk);
   Buffer<uint16_t> columns(ProductTokensBF16::vectors(most) * ProductTokensBF16::kRowsOfX * w.K);
   for (int64_t m = 0; m < M; m += most) {
     int64_t count = smaller(M - m, most);
-    run(kernels().prepare_tokens_bf16, PrepareTokensBF16{x + m * w.K, count, w.K, columns.data(), blocks});
-    run(kernels().product_tokens_bf16, ProductTokensBF16{columns.data(), w, bias, y + m * w.N, count});
+    run(kernels().prepare_tokens_bf16, PrepareTokensBF16{x + m * w.K, count, w.K, columns.data(), blocks, chunk});
+    run(kernels().product_tokens_bf16, ProductTokensBF16{columns.data(), w, bias, y + m * w.N, count, chunk});
   }
 }
 

@@ -23,6 +23,11 @@ inline __m512bh broadcast_pair(const uint16_t* p) {
   return as_bf16(_mm512_set1_epi32(pair));
 }
 
+// Part of a row that will be read soon; harmless past the end.
+inline void prefetch_row(const uint16_t* row, int64_t columns) {
+  for (int64_t j = 0; j < columns; j += 32) _mm_prefetch(reinterpret_cast<const char*>(row + j), _MM_HINT_T0);
+}
+
 // Levels 0 ... 2^bits - 1, repeated.
 inline Vec level_vector(int64_t bits) {
   alignas(64) float level[kLanes];

@@ -57,38 +57,60 @@ inline void columns_of(const uint16_t* x, int64_t stride, int64_t n, int64_t col
   }
 }
 
+// The same of x + x * D. `copy` and `sums` are scratch for sixteen rows.
+inline void rotated_columns_of(const uint16_t* x, int64_t stride, int64_t n, const uint16_t* d, int64_t b,
+                               int64_t columns, uint16_t* copy, float* sums, uint16_t* out) {
+  for (int64_t r = kLanes; r < 2 * kLanes; ++r) prefetch_row(x + r * stride, columns);
+  if (n < kLanes) {  // tiles are read whole
+    for (int64_t r = 0; r < n; ++r) __builtin_memcpy(copy + r * columns, x + r * stride, columns * sizeof *copy);
+    x = copy, stride = columns;
+  }
+  multiply_blocks(x, stride, d, b, columns / b, sums, columns);
+  for (int64_t j = 0; j < columns; j += 32) {
+    __m512i v[16];
+    each<16>([&](int i) {
+      auto own = reinterpret_cast<const BF16*>(x + i * stride + j);
+      v[i] = i < n ? rounded_sums(own, sums + i * columns + j) : _mm512_setzero_si512();
+    });
+    transpose(v);
+    each<16>([&](int i) { _mm512_storeu_si512(out + j * kLanes + i * 32, v[i]); });
+  }
+}
+
 // Pairs of columns as 32-bit words, sixteen rows of x in a vector: [chunk of columns][vector][pair][16]. Lanes past the
 // last row are zero.
 void prepare_tokens_bf16(const PrepareTokensBF16& op, int64_t begin, int64_t end, float* scratch) {
   int64_t vectors = Tokens::vectors(op.M), b = op.blocks ? op.blocks->b : 0;
   bool by_tiles = op.blocks && in_tiles(*op.blocks);
   float* sums = scratch;
-  auto plain = reinterpret_cast<uint16_t*>(sums + Tokens::kColumns * Tokens::kRowsOfX);
-  uint16_t* d = plain + Tokens::kColumns * Tokens::kRowsOfX;
+  auto plain = reinterpret_cast<uint16_t*>(sums + op.together() * Tokens::kRowsOfX);
+  uint16_t* d = plain + op.together() * Tokens::kRowsOfX;
   [[maybe_unused]] TileRegisters registers;
   for (int64_t task = begin; task < end; ++task) {
-    int64_t first = task % op.chunks() * Tokens::kColumns, columns = smaller(Tokens::kColumns, op.K - first);
-    int64_t vector = task / op.chunks() * op.kVectors, last = smaller(vector + op.kVectors, vectors);
-    if (b) pack_pairs(*op.blocks, 0, first / b, columns / b, d);
-    for (; vector < last; ++vector) {
-      int64_t m = vector * kLanes, n = smaller(kLanes, op.M - m);
-      const uint16_t* x = op.x + m * op.K + first;
-      uint16_t* out = op.columns + (first * vectors + vector * columns) * kLanes;
-      if (by_tiles) {
-        for (int64_t r = 0; r < n; ++r) copy_row(x + r * op.K, columns, plain + r * columns, sums + r * columns);
-        add_rotated(plain, columns, d, b, columns / b, sums);
-        for (int64_t r = 0; r < n; ++r) round_row(sums + r * columns, columns, plain + r * columns);
-        columns_of(plain, columns, n, columns, out);
-      } else {
-        columns_of(x, op.K, n, columns, b ? plain : out);
-        for (int64_t j = 0; b && j < columns; j += b) rotate_pairs(plain + j * kLanes, d + j * b, b, out + j * kLanes);
+    int64_t first = task % op.chunks() * op.chunk, columns = smaller(op.chunk, op.K - first);
+    int64_t first_vector = task / op.chunks() * op.kVectors, last_vector = smaller(first_vector + op.kVectors, vectors);
+    int64_t together = smaller(op.together(), columns);
+    for (int64_t column = 0; column < columns; column += together) {
+      if (b) pack_pairs(*op.blocks, 0, (first + column) / b, together / b, d);
+      for (int64_t vector = first_vector; vector < last_vector; ++vector) {
+        int64_t m = vector * kLanes, n = smaller(kLanes, op.M - m);
+        const uint16_t* x = op.x + m * op.K + first + column;
+        uint16_t* out = op.columns + (first * vectors + vector * columns + column) * kLanes;
+        if (by_tiles) {
+          rotated_columns_of(x, op.K, n, d, b, together, plain, sums, out);
+          continue;
+        }
+        columns_of(x, op.K, n, together, b ? plain : out);
+        for (int64_t j = 0; b && j < together; j += b)
+          rotate_pairs(plain + j * kLanes, d + j * b, b, out + j * kLanes);
       }
     }
   }
 }
 
-// Weights of the tile's rows, `columns` of them from `column` on: [band][row][columns].
-inline void decode_rows(const Weight& w, const RowTile& tile, int64_t column, int64_t columns, Vec levels,
+// Weights of the tile's rows, `columns` of them from `column` on: [band][row][columns]. Those that are decoded next are
+// `next` bytes ahead.
+inline void decode_rows(const Weight& w, const RowTile& tile, int64_t column, int64_t columns, int64_t next, Vec levels,
                         uint16_t* out) {
   constexpr int64_t kBytes = 64;  // within one group
   int64_t groups = w.K / w.group_size;
@@ -110,42 +132,47 @@ inline void decode_rows(const Weight& w, const RowTile& tile, int64_t column, in
           }
         }
         // prefetching past the end is harmless
-        _mm_prefetch(reinterpret_cast<const char*>(from + j + Tokens::kColumns), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(from + j + next), _MM_HINT_T1);
       }
     }
   });
 }
 
 #ifdef __AMX_BF16__
-// totals[vector][row] += w_row . x over the pairs of columns, for the tile's rows of W.
-inline void multiply_tokens(const uint16_t* w, const uint16_t* x, int64_t pairs, int64_t vectors, float* totals) {
+// totals[vector][row] += w_row . x over the pairs of columns, from zero or not, for the tile's rows of W.
+inline void multiply_tokens(const uint16_t* w, const uint16_t* x, int64_t pairs, int64_t vectors, bool from_zero,
+                            float* totals) {
   Tiles rows{w, 2 * pairs, kBandRows * 2 * pairs, 2 * kTile};
   for (int64_t v = 0; v < vectors; v += 2) {
     Tiles columns{x + v * pairs * 32, 32, pairs * 32, 32 * kTile};
-    TileSums sums{totals + v * kTwoBands * kLanes, kLanes, kBandRows * kLanes, kTwoBands * kLanes};
+    TileSums sums{totals + v * kTwoBands * kLanes, kLanes, kBandRows * kLanes, kTwoBands * kLanes, from_zero};
     (v + 1 < vectors ? tile_dots<2, 2> : tile_dots<2, 1>)(rows, columns, pairs, sums);
   }
 }
 #else
 // totals[vector][row] += w_row . x over the pairs of columns, for ROWS rows of W and VECTORS vectors of rows of x.
 template <int ROWS, int VECTORS>
-void token_dots(const uint16_t* w, const uint16_t* x, int64_t pairs, float* totals) {
+void token_dots(const uint16_t* w, const uint16_t* x, int64_t pairs, bool from_zero, float* totals) {
   Vec acc[ROWS][VECTORS];
-  each<ROWS, VECTORS>([&](int r, int v) { acc[r][v] = load(totals + (v * kTwoBands + r) * kLanes); });
+  each<ROWS, VECTORS>([&](int r, int v) {
+    acc[r][v] = from_zero ? set(0) : load(totals + (v * kTwoBands + r) * kLanes);
+  });
   add_dots<ROWS, VECTORS>(w, pairs, 1, x, pairs, pairs, acc);
   each<ROWS, VECTORS>([&](int r, int v) { store(totals + (v * kTwoBands + r) * kLanes, acc[r][v]); });
 }
 
 // 24 accumulators, three vectors of x and one of W, of 32 registers.
 constexpr int64_t kMostVectors = 3;
-using TokenDots = void (*)(const uint16_t*, const uint16_t*, int64_t, float*);
+using TokenDots = void (*)(const uint16_t*, const uint16_t*, int64_t, bool, float*);
 constexpr TokenDots kTokenDots[kMostVectors + 1] = {nullptr, token_dots<kRowsAtATime, 1>, token_dots<kRowsAtATime, 2>,
                                                     token_dots<kRowsAtATime, 3>};
 
-inline void multiply_tokens(const uint16_t* w, const uint16_t* x, int64_t pairs, int64_t vectors, float* totals) {
+inline void multiply_tokens(const uint16_t* w, const uint16_t* x, int64_t pairs, int64_t vectors, bool from_zero,
+                            float* totals) {
   share_out(vectors, kMostVectors, [&](int64_t v, int64_t count) {
     for (int64_t r = 0; r < kTwoBands; r += kRowsAtATime)
-      kTokenDots[count](w + r * 2 * pairs, x + v * pairs * 32, pairs, totals + (v * kTwoBands + r) * kLanes);
+      kTokenDots[count](w + r * 2 * pairs, x + v * pairs * 32, pairs, from_zero,
+                        totals + (v * kTwoBands + r) * kLanes);
   });
 }
 #endif
@@ -171,22 +198,23 @@ inline void store_tile(const ProductTokensBF16& op, const RowTile& tile, int64_t
 void product_tokens_bf16(const ProductTokensBF16& op, int64_t begin, int64_t end, float* scratch) {
   const Weight& w = op.w;
   auto weights = reinterpret_cast<uint16_t*>(scratch);
-  float* totals = scratch + kTwoBands * Tokens::kColumns / 2;
+  float* totals = scratch + kTwoBands * op.chunk / 2;
   Vec levels = level_vector(w.bits);
   [[maybe_unused]] TileRegisters registers;
   int64_t all_vectors = Tokens::vectors(op.M), groups = op.tile_groups(), together = op.tiles_of_a_task();
   for (int64_t task = begin; task < end; ++task) {
     int64_t band_pair = task % w.band_pairs(), first_tile = task / w.band_pairs() % groups * together;
     int64_t tiles = smaller(together, w.row_tiles() - first_tile);
-    int64_t first_vector = task / w.band_pairs() / groups * op.kVectors;
-    int64_t vectors = smaller(op.kVectors, all_vectors - first_vector);
-    for (int64_t i = 0, size = tiles * op.totals(); i < size; i += kLanes) store(totals + i, set(0));
-    for (int64_t column = 0; column < w.K; column += Tokens::kColumns) {
-      int64_t columns = smaller(Tokens::kColumns, w.K - column);
+    int64_t first_vector = task / w.band_pairs() / groups * op.vectors_of_a_task();
+    int64_t vectors = smaller(op.vectors_of_a_task(), all_vectors - first_vector);
+    for (int64_t column = 0; column < w.K; column += op.chunk) {
+      int64_t columns = smaller(op.chunk, w.K - column);
       const uint16_t* x = op.x + (column * all_vectors + first_vector * columns) * kLanes;
+      int64_t next = tiles == 1 && column + columns < w.K ? columns : kBandRows * w.K;
       for (int64_t i = 0; i < tiles; ++i) {
-        decode_rows(w, RowTile(w, band_pair, first_tile + i), column, columns, levels, weights);
-        multiply_tokens(weights, x, columns / 2, vectors, totals + i * op.totals());
+        decode_rows(w, RowTile(w, band_pair, first_tile + i), column, columns, next, levels,
+                    weights);
+        multiply_tokens(weights, x, columns / 2, vectors, column == 0, totals + i * op.totals());
       }
     }
     for (int64_t i = 0; i < tiles; ++i)

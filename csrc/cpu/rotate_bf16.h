@@ -91,15 +91,18 @@ inline void rotate_rows(const Rotate& op, int64_t position, int64_t column, int6
 
 inline void rotate_rows_in_tiles(const Rotate& op, int64_t position, int64_t n, int64_t column, int64_t count,
                                  const uint16_t* pairs, uint16_t* copy) {
-  int64_t stride = op.blocks.tile_stride(), columns = count * op.blocks.b;
-  auto y = reinterpret_cast<float*>(copy + kTile * stride);
-  auto from = static_cast<const uint16_t*>(op.x.data) + column;
+  int64_t stride = op.blocks.tile_stride(), columns = count * op.blocks.b, x_stride = op.x_stride;
+  auto sums = reinterpret_cast<float*>(copy + kTile * stride);
+  auto from = static_cast<const uint16_t*>(op.x.data) + column, x = from + position * x_stride;
   auto to = static_cast<uint16_t*>(op.y.data) + column;
+  if (op.rows.order || n < kTile) {  // not a tile in memory
+    for (int64_t r = 0; r < n; ++r)
+      __builtin_memcpy(copy + r * stride, from + op.rows.row(position + r) * x_stride, columns * sizeof *copy);
+    x = copy, x_stride = stride;
+  }
+  multiply_blocks(x, x_stride, pairs, op.blocks.b, count, sums, stride);
   for (int64_t r = 0; r < n; ++r)
-    copy_row(from + op.rows.row(position + r) * op.x_stride, columns, copy + r * stride, y + r * stride);
-  add_rotated(copy, stride, pairs, op.blocks.b, count, y);
-  for (int64_t r = 0; r < n; ++r)
-    round_row(y + r * stride, columns, to + op.rows.row(position + r) * op.y_stride);
+    store_rounded(reinterpret_cast<const BF16*>(x + r * x_stride), sums + r * stride, columns, to + op.rows.row(position + r) * op.y_stride);
 }
 
 // `copy` is scratch for sixteen rows in bfloat16 and float32.
@@ -154,7 +157,8 @@ void dequantize_bf16(const Dequantize& op, int64_t begin, int64_t end, float* sc
   int64_t stride = blocks.tile_stride();
   auto pairs = reinterpret_cast<uint16_t*>(scratch);
   float* plain = scratch + blocks.packed_floats();
-  auto rounded = reinterpret_cast<uint16_t*>(plain + kTileRows * stride);
+  float* sums = plain + kTileRows * stride;
+  auto rounded = reinterpret_cast<uint16_t*>(sums + kTileRows * stride);
   [[maybe_unused]] TileRegisters registers;
   for_tiles(
       op, begin, end, plain, [&](int64_t first, int64_t count) { pack_pairs(blocks, 0, first, count, pairs); },
@@ -164,9 +168,9 @@ void dequantize_bf16(const Dequantize& op, int64_t begin, int64_t end, float* sc
           out[r] = static_cast<uint16_t*>(op.out.data) + (rows[r] - op.first_row) * op.out_stride + column;
         if (in_tiles(blocks)) {
           int64_t columns = count * blocks.b;
-          for (int64_t r = 0; r < n; ++r) round_row(plain + r * stride, columns, rounded + r * stride);
-          add_rotated(rounded, stride, pairs, blocks.b, count, plain);
-          for (int64_t r = 0; r < n; ++r) round_row(plain + r * stride, columns, out[r]);
+          for (int64_t r = 0; r < n; ++r) narrow(plain + r * stride, {rounded + r * stride, DType::bf16}, columns);
+          multiply_blocks(rounded, stride, pairs, blocks.b, count, sums, stride);
+          for (int64_t r = 0; r < n; ++r) store_rounded(plain + r * stride, sums + r * stride, columns, out[r]);
           return;
         }
         int64_t r = 0;

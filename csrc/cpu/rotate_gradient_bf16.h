@@ -17,9 +17,8 @@ inline void interleave_rows(const Source& from, int64_t row_stride, const RowsBy
   for (int64_t r = 0; r < n; r += 2, out += 2 * columns) {
     const uint16_t* one = data + rows.row(position + r) * row_stride;
     const uint16_t* other = r + 1 < n ? data + rows.row(position + r + 1) * row_stride : nullptr;
-    for (int64_t j = 0; j < columns; j += 2 * kLanes)  // prefetching past the end is harmless
-      for (int64_t next = kGradientRows; next < kGradientRows + 2; ++next)
-        _mm_prefetch(reinterpret_cast<const char*>(one + next * row_stride + j), _MM_HINT_T0);
+    prefetch_row(one + kGradientRows * row_stride, columns);
+    prefetch_row(one + (kGradientRows + 1) * row_stride, columns);
     for (int64_t j = 0; j < columns; j += kLanes) {
       __m512i low = _mm512_cvtepu16_epi32(load_32(one + j));
       __m512i high = other ? _mm512_cvtepu16_epi32(load_32(other + j)) : _mm512_setzero_si512();
@@ -61,7 +60,10 @@ inline void transpose_rows(const Source& from, int64_t row_stride, const RowsByA
   constexpr __mmask32 kUpper = 0xaaaaaaaa;
   auto data = static_cast<const uint16_t*>(from.data) + column;
   const uint16_t* row[kGradientRows];
-  for (int64_t r = 0; r < n; ++r) row[r] = data + rows.row(position + r) * row_stride;
+  for (int64_t r = 0; r < n; ++r) {
+    row[r] = data + rows.row(position + r) * row_stride;
+    prefetch_row(row[r] + kGradientRows * row_stride, columns);
+  }
   for (int64_t j = 0; j < columns; j += 2 * kLanes, out += 2 * kLanes * kGradientRows) {
     __m512i even[16], odd[16];  // rows, then pairs of columns
     each<16>([&](int i) {

@@ -41,6 +41,7 @@ struct Tiles {
 struct TileSums {
   float* data;
   int64_t row, below, beside;
+  bool from_zero = false;
 
   int64_t row_bytes() const { return 4 * row; }
 };
@@ -50,10 +51,17 @@ template <int ROWS, int COLUMNS>
 void tile_dots(Tiles a, Tiles b, int64_t pairs, TileSums c) {
   constexpr bool kTwoRows = ROWS == 2, kTwoColumns = COLUMNS == 2;
   __asm__ volatile("" ::: "memory");  // as above
-  _tile_loadd(0, c.data, c.row_bytes());
-  if constexpr (kTwoColumns) _tile_loadd(1, c.data + c.beside, c.row_bytes());
-  if constexpr (kTwoRows) _tile_loadd(2, c.data + c.below, c.row_bytes());
-  if constexpr (kTwoRows && kTwoColumns) _tile_loadd(3, c.data + c.below + c.beside, c.row_bytes());
+  if (c.from_zero) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, c.data, c.row_bytes());
+    if constexpr (kTwoColumns) _tile_loadd(1, c.data + c.beside, c.row_bytes());
+    if constexpr (kTwoRows) _tile_loadd(2, c.data + c.below, c.row_bytes());
+    if constexpr (kTwoRows && kTwoColumns) _tile_loadd(3, c.data + c.below + c.beside, c.row_bytes());
+  }
   for (int64_t p = 0; p < pairs; p += kTile, a.data += a.step, b.data += b.step) {
     _tile_loadd(4, a.data, a.row_bytes());
     _tile_loadd(6, b.data, b.row_bytes());

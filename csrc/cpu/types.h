@@ -161,7 +161,7 @@ struct Dequantize {
   int64_t chunk_rows() const { return rotated ? kChunkRows : kTileRows; }
   int64_t tasks() const { return slices() * ceil_div(order().positions(), chunk_rows()); }
   int64_t scratch() const {
-    return rotated ? blocks.packed_floats() + padded(blocks.b) + 2 * kTileRows * blocks.tile_stride()
+    return rotated ? blocks.packed_floats() + padded(blocks.b) + 3 * kTileRows * blocks.tile_stride()
                    : padded(slice_columns());
   }
   int64_t cost() const { return chunk_rows() * slice_columns() * (rotated ? blocks.b : 4); }
@@ -255,25 +255,34 @@ struct PrepareTileBF16 {
 // that they are read less often.
 constexpr int64_t tiles_for(int64_t elements) { return elements > (int64_t{1} << 19) ? 4 : 1; }
 
+// Rows of x or dy in a task of a product with n results per row. The fewer results, the more it matters that a thread
+// multiplies the rows that it has rearranged, in its own cache; the more, that weights are decoded less often.
+constexpr int64_t rows_for(int64_t n) { return n < 2048 ? 256 : 512; }
+
 // The same for many rows of x.
 struct ProductTokensBF16 {
-  const uint16_t* x;  // [chunks of kColumns, vectors, pairs of columns, kRowsOfX, 2]
+  const uint16_t* x;  // [chunks of columns, vectors, pairs of columns, kRowsOfX, 2]
   Weight w;
   const Source* bias;
   uint16_t* y;  // bfloat16, as x
   int64_t M;
+  int64_t chunk;  // columns decoded at a time, into the L1 cache
 
-  static constexpr int64_t kColumns = 256;  // decoded at a time, into the L1 cache
-  static constexpr int64_t kRowsOfX = 16;   // in a vector
-  static constexpr int64_t kVectors = 32;   // in a task, whose totals stay in the L2 cache
+  static constexpr int64_t kColumns = 64;  // a chunk's are a multiple of these
+  static constexpr int64_t kRowsOfX = 16;  // in a vector
 
+  // About equal chunks of at most `most` columns, of whole blocks of b <= most.
+  static int64_t chunk_of(int64_t K, int64_t b, int64_t most) {
+    int64_t unit = larger(kColumns, b), units = K / unit;
+    return ceil_div(units, ceil_div(units, most / unit)) * unit;
+  }
   static int64_t vectors(int64_t M) { return ceil_div(M, kRowsOfX); }
-  int64_t vectors_of_a_task() const { return smaller(vectors(M), kVectors); }
+  int64_t vectors_of_a_task() const { return smaller(vectors(M), rows_for(w.N) / kRowsOfX); }
   int64_t tiles_of_a_task() const { return smaller(tiles_for(vectors_of_a_task() * kRowsOfX * w.K), w.row_tiles()); }
   int64_t tile_groups() const { return ceil_div(w.row_tiles(), tiles_of_a_task()); }
   int64_t totals() const { return kTwoBands * kRowsOfX * vectors_of_a_task(); }  // of a tile
-  int64_t tasks() const { return w.band_pairs() * tile_groups() * ceil_div(vectors(M), kVectors); }
-  int64_t scratch() const { return kTwoBands * kColumns / 2 + tiles_of_a_task() * totals(); }
+  int64_t tasks() const { return w.band_pairs() * tile_groups() * ceil_div(vectors(M), vectors_of_a_task()); }
+  int64_t scratch() const { return kTwoBands * chunk / 2 + tiles_of_a_task() * totals(); }
   int64_t cost() const { return tiles_of_a_task() * kTwoBands * w.K * vectors_of_a_task() * 4; }
 };
 
@@ -283,21 +292,24 @@ struct PrepareTokensBF16 {
   int64_t M, K;
   uint16_t* columns;
   const Blocks* blocks;  // or null
+  int64_t chunk;
 
   static constexpr int64_t kVectors = 8;  // in a task
+  static constexpr int64_t kLargestBlock = 256;
 
   // Whether a chunk of columns consists of whole blocks, of bfloat16, of whole vectors.
   static bool rotates(const Blocks& blocks) {
-    return blocks.d.type == DType::bf16 && blocks.b % ProductTokensBF16::kRowsOfX == 0 &&
-           ProductTokensBF16::kColumns % blocks.b == 0;
+    return blocks.d.type == DType::bf16 && blocks.b % ProductTokensBF16::kRowsOfX == 0 && kLargestBlock % blocks.b == 0;
   }
-  int64_t chunks() const { return ceil_div(K, ProductTokensBF16::kColumns); }
+  int64_t chunks() const { return ceil_div(K, chunk); }
+  // Columns rearranged at a time: what is needed of D stays in the L1 cache.
+  int64_t together() const { return blocks ? larger(ProductTokensBF16::kColumns, blocks->b) : chunk; }
   int64_t tasks() const { return chunks() * ceil_div(ProductTokensBF16::vectors(M), kVectors); }
   int64_t scratch() const {
-    return blocks ? ProductTokensBF16::kColumns / 2 * (3 * ProductTokensBF16::kRowsOfX + blocks->b) : 0;
+    return blocks ? together() / 2 * (3 * ProductTokensBF16::kRowsOfX + blocks->b) : 0;
   }
   int64_t cost() const {
-    return kVectors * ProductTokensBF16::kRowsOfX * ProductTokensBF16::kColumns * (blocks ? 1 + blocks->b / 4 : 1);
+    return kVectors * ProductTokensBF16::kRowsOfX * chunk * (blocks ? 1 + blocks->b / 4 : 1);
   }
 };
 
@@ -311,11 +323,9 @@ struct ProductTransposedBF16 {
 
   static constexpr int64_t kPairs = 288;   // of rows of W decoded at a time, into the L2 cache
   static constexpr int64_t kColumns = 64;  // of W in a task: within one group
-  static constexpr int64_t kTokens = 512;  // of dy, whose totals stay in the L2 cache
 
   int64_t columns() const { return w.K / kColumns; }
-  // Rows of dy in a task: fewer if there are few columns, so that tasks can be shared out.
-  int64_t tokens() const { return smaller(columns() < 16 ? kTokens / 2 : kTokens, M); }
+  int64_t tokens() const { return smaller(rows_for(w.K), M); }  // in a task
   int64_t tiles_of_a_task() const { return smaller(tiles_for(tokens() * w.N), columns()); }
   int64_t tile_groups() const { return ceil_div(columns(), tiles_of_a_task()); }
   int64_t tasks() const { return tile_groups() * ceil_div(M, tokens()); }
@@ -329,9 +339,12 @@ struct PreparePairsBF16 {
   int64_t M, N, band_rows;
   uint16_t* pairs;
 
-  int64_t tasks() const { return ceil_div(N / 2, ProductTransposedBF16::kPairs); }
+  static constexpr int64_t kTokens = 128;  // rows of dy in a task
+
+  int64_t chunks() const { return ceil_div(N / 2, ProductTransposedBF16::kPairs); }
+  int64_t tasks() const { return chunks() * ceil_div(M, kTokens); }
   int64_t scratch() const { return 0; }
-  int64_t cost() const { return 2 * ProductTransposedBF16::kPairs * M; }
+  int64_t cost() const { return 2 * ProductTransposedBF16::kPairs * smaller(kTokens, M); }
 };
 
 // D = R - I from skew parameters v [stored, b(b-1)/2]; coefficients[k] multiplies Q^(k + 1); unused by the exact map.
@@ -414,7 +427,8 @@ struct PackLevels {
 // Kernels of one instruction set. Each runs tasks begin ... end with `scratch()` floats of its own, 64-byte aligned.
 struct Kernels {
   const char* name;
-  int64_t tokens_from;  // rows of x from which `product_tokens_bf16` is faster than `product_tile_bf16`
+  int64_t tokens_from;   // rows of x from which `product_tokens_bf16` is faster than `product_tile_bf16`
+  int64_t tokens_chunk;  // columns that it decodes at a time, at most
   void (*rotate)(const Rotate&, int64_t begin, int64_t end, float* scratch);
   void (*rotate_gradient)(const RotateGradient&, int64_t begin, int64_t end, float* scratch);
   void (*dequantize)(const Dequantize&, int64_t begin, int64_t end, float* scratch);

@@ -14,6 +14,7 @@ namespace hqq_oft::cpu {
 extern const Kernels amx_bf16_kernels{
     "amx_bf16",
     8,
+    576,
     amx_bf16::rotate_bf16,
     amx_bf16::rotate_gradient_bf16,
     amx_bf16::dequantize_bf16,

@@ -8,6 +8,7 @@ namespace hqq_oft::cpu {
 extern const Kernels avx2_kernels{
     "avx2",
     0,
+    0,
     avx2::rotate,
     avx2::rotate_gradient,
     avx2::dequantize,

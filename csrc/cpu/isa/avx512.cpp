@@ -8,6 +8,7 @@ namespace hqq_oft::cpu {
 extern const Kernels avx512_kernels{
     "avx512",
     0,
+    0,
     avx512::rotate,
     avx512::rotate_gradient,
     avx512::dequantize,

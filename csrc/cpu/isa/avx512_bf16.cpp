@@ -14,6 +14,7 @@ namespace hqq_oft::cpu {
 extern const Kernels avx512_bf16_kernels{
     "avx512_bf16",
     64,
+    256,
     avx512_bf16::rotate_bf16,
     avx512_bf16::rotate_gradient_bf16,
     avx512_bf16::dequantize_bf16,

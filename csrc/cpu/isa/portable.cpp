@@ -8,6 +8,7 @@ namespace hqq_oft::cpu {
 extern const Kernels portable_kernels{
     "portable",
     0,
+    0,
     portable::rotate,
     portable::rotate_gradient,
     portable::dequantize,
