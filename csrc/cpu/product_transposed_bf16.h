@@ -37,8 +37,8 @@ void prepare_pairs_bf16(const PreparePairsBF16& op, int64_t begin, int64_t end, 
   }
 }
 
-// Decoded weights of pairs of rows, 64 columns: [half][pair][32 columns][2 rows]. Half of the columns are multiplied at a
-// time, from the L1 cache.
+// Decoded weights of pairs of rows, 64 columns: [half][pair][32 columns][2 rows]. Half of the columns are multiplied at
+// a time, from the L1 cache.
 constexpr int64_t kHalf = Transposed::kColumns / 2;
 
 // `count` pairs from `first` on, columns from `column` on; those that are decoded next are `next` bytes ahead.

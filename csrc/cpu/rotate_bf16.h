@@ -102,7 +102,8 @@ inline void rotate_rows_in_tiles(const Rotate& op, int64_t position, int64_t n, 
   }
   multiply_blocks(x, x_stride, pairs, op.blocks.b, count, sums, stride);
   for (int64_t r = 0; r < n; ++r)
-    store_rounded(reinterpret_cast<const BF16*>(x + r * x_stride), sums + r * stride, columns, to + op.rows.row(position + r) * op.y_stride);
+    store_rounded(reinterpret_cast<const BF16*>(x + r * x_stride), sums + r * stride, columns,
+                  to + op.rows.row(position + r) * op.y_stride);
 }
 
 // `copy` is scratch for sixteen rows in bfloat16 and float32.

@@ -1,6 +1,7 @@
 // Rotations of bfloat16 rows, and the gradient of D, with AMX: for blocks of whole tiles, any number of rows.
 //
-// Rows of x are one operand as they are, D in pairs along the summation index the other; x is added in float32. For the gradient, which is summed over rows, x is transposed.
+// Rows of x are one operand as they are, D in pairs along the summation index the other; x is added in float32. For the
+// gradient, which is summed over rows, x is transposed.
 #pragma once
 
 #include "bf16_levels.h"
@@ -26,8 +27,8 @@ inline void store_rounded(const T* x, const float* sums, int64_t columns, uint16
 #ifdef __AMX_BF16__
 inline bool in_tiles(const Blocks& blocks) { return blocks.b % kTileColumns == 0; }
 
-// sums = x * D for sixteen rows of `count` blocks, with D as of `pack_pairs`. All of them are stored before one is read:
-// a load that soon follows a tile's store waits for it.
+// sums = x * D for sixteen rows of `count` blocks, with D as of `pack_pairs`. All of them are stored before one is
+// read: a load that soon follows a tile's store waits for it.
 inline void multiply_blocks(const uint16_t* x, int64_t x_stride, const uint16_t* pairs, int64_t b, int64_t count,
                             float* sums, int64_t stride) {
   for (int64_t block = 0; block < count; ++block, x += b, sums += b, pairs += b * b)
