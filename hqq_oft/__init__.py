@@ -7,7 +7,9 @@ from .checkpoint.load import load_quantized
 from .checkpoint.save import save_quantized
 from .ops.backends import BackendError, Unsupported, backend
 from .ops.weight import QuantizedWeight
-from .quant.model import QuantizationReport, QuantizationSettings, quantize_model
+from .quant.model import quantize_model
+from .quant.report import QuantizationReport
+from .quant.settings import QuantizationSettings
 from .tuner.convert import ConversionReport, convert, revert
 from .tuner.distributed import full_adapter_state_dict
 from .tuner.layer import HqqOFTLinear

@@ -74,7 +74,7 @@ def _quantize(options: argparse.Namespace) -> None:
         axis=options.axis,
         compute_dtype=DTYPES.get(options.dtype),
         device=options.device,
-        skip_modules=options.skip or ["lm_head"],
+        skip_modules=options.skip or (),
         overrides=dict(options.override),
         solver=options.solver,
         progress=not options.quiet,
@@ -216,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
         "--skip",
         action="append",
         metavar="NAME",
-        help="a layer to leave dense; can be repeated (default: lm_head); --skip - skips none",
+        help="a layer to leave dense, besides heads and routers; can be repeated",
     )
     quantize.add_argument(
         "--override",

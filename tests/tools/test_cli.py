@@ -46,7 +46,14 @@ def logits(model):
 
 def test_quantize(folder, tmp_path, capsys):
     arguments = ["--group-size", "16", "--nbits", "3", "--axis", "0", "--dtype", "bfloat16", "--max-shard-size", "8KB"]
-    arguments += ["--override", "down_proj=nbits:8,axis:1", "--override", "model.layers.1.*=dense", "--skip", "-"]
+    arguments += [
+        "--override",
+        "down_proj=nbits:8,axis:1",
+        "--override",
+        "model.layers.1.*=dense",
+        "--override",
+        "lm_head=nbits:3",
+    ]
     assert cli.main(["quantize", str(folder / "dense"), str(tmp_path / "out"), *arguments]) == 0
     model = load_quantized(tmp_path / "out")
     layers = {name: module.meta for name, module in model.named_modules() if isinstance(module, HQQLinear)}
