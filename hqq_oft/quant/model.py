@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from . import hqq_layer, quantizer
 from .report import QuantizationReport, stored_bytes
-from .selection import select
+from .selection import check_layer, select
 from .settings import Overrides, QuantizationSettings
 from .solver import Solver, check_solver
 
@@ -91,8 +91,9 @@ def quantize_model(
     known_skips = getattr(quant_config, "skip_modules", None) or ()
     report = QuantizationReport(bytes_before=stored_bytes(model))
     places = select(model, default, skip_modules, overrides or {}, report, known_skips)
-    if solver == "search":
-        for linear, (name, *_) in places.items():
+    for linear, (name, *_) in places.items():
+        check_layer(name, linear)
+        if solver == "search":
             quantizer.check_searchable(report.quantized[name].for_hqq(), linear.weight.dtype)
     bar = tqdm(places.items(), disable=None if progress else True, desc="Quantizing", unit="layer")
     for done, (linear, names) in enumerate(bar):

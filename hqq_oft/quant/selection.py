@@ -31,7 +31,7 @@ def select(
     """The layers to quantize, each with all its names. Adds every linear layer and dense weight to the report.
 
     Args:
-        model: the model; it is not changed.
+        model: the model, which may be on the meta device; it is not changed.
         default: settings of layers without an override.
         skip_modules: names of modules to leave dense; each must match a module.
         overrides: as for `quantize_model`.
@@ -79,8 +79,6 @@ def select(
                 raise ValueError(f"{name}: {why}; {_ANOTHER_GROUP.format(name)}")
             report.kept[name] = unpackable[name] = why
         else:
-            if module not in places:
-                check_layer(name, module)
             report.quantized[name] = settings
             places.setdefault(module, []).append(name)
     if unused:
