@@ -17,7 +17,16 @@ from ._installation import __version__
 from .checkpoint.atomic_directory import check_replaceable, staged_directory
 from .checkpoint.files import CONFIG
 from .checkpoint.save import copy_into, save_quantized
-from .cli_inputs import COMPANIONS, CommandError, check_device, check_settings, local_directory, silenced
+from .cli_inputs import (
+    COMPANIONS,
+    CommandError,
+    check_adapter,
+    check_device,
+    check_settings,
+    load_dense,
+    local_directory,
+    silenced,
+)
 from .quant.settings import QuantizationSettings
 from .quant.solver import Solver
 
@@ -58,8 +67,7 @@ def _quantize(options: argparse.Namespace) -> None:
     assert issubclass(model_class, PreTrainedModel)
     settings = QuantizationSettings(options.nbits, options.group_size, options.axis)
     check_settings(model_class, config, settings, options.skip or [], dict(options.override))
-    # Read as stored, the weights are pages of the mapped files: each enters memory when its layer is quantized.
-    model = model_class.from_pretrained(str(source), dtype="auto", use_safetensors=True, trust_remote_code=False)
+    model = load_dense(model_class, source)
     report = quantize_model(
         model,
         nbits=options.nbits,
@@ -85,8 +93,7 @@ def _merge(options: argparse.Namespace) -> None:
 
     source, target = _directories(options)
     adapter = local_directory(options.adapter)
-    if not (adapter / "adapter_config.json").is_file():
-        raise CommandError(f"{adapter} contains no adapter_config.json: give the directory of a PEFT adapter.")
+    check_adapter(adapter)
     model = load_quantized(source, device=options.device, progress=not options.quiet)
     bar = sys.stderr.isatty() and not options.quiet
     with patch_peft():

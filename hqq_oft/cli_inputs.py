@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from .checkpoint.files import read_json
 from .quant.report import QuantizationReport
 from .quant.selection import select
 from .quant.settings import QuantizationSettings
@@ -71,6 +72,30 @@ def check_settings(
         outline = model_class(config)
     outline.tie_weights()
     select(outline, settings, skip, overrides, QuantizationReport())
+
+
+def check_adapter(directory: Path) -> None:
+    """Raise CommandError unless the directory holds an OFT adapter of PEFT."""
+    path = directory / "adapter_config.json"
+    if not path.is_file():
+        raise CommandError(f"{directory} contains no {path.name}: give the directory of a PEFT adapter.")
+    if (kind := read_json(path).get("peft_type")) != "OFT":
+        raise CommandError(f"{directory} holds a {kind} adapter; only OFT adapters can be merged.")
+
+
+def load_dense(model_class: Any, source: Path) -> Any:
+    """The model in the dtypes that it is stored in, whose weights are pages of the mapped files until they are changed.
+
+    Raises:
+        CommandError: a weight is missing, which transformers would initialize with random numbers.
+    """
+    model, loaded = model_class.from_pretrained(
+        str(source), dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    if missing := sorted(loaded["missing_keys"]):
+        others = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise CommandError(f"{source} lacks weights of {model_class.__name__}: {', '.join(missing[:5])}{others}.")
+    return model
 
 
 @contextmanager

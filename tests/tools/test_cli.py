@@ -15,7 +15,7 @@ from helpers import randomize
 from hqq.core.quantize import HQQLinear
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import filter_repo_objects
-from peft import OFTConfig, PeftModel, get_peft_model
+from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
 from small_llama import VOCABULARY, small_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
@@ -40,6 +40,10 @@ def folder(tmp_path_factory):
         adapted = get_peft_model(load_quantized(root / "four"), config)
         randomize(adapted, 0.1)
         adapted.save_pretrained(root / "adapter")
+    get_peft_model(small_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(root / "lora")
+    missing = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight")
+    state = {name: value for name, value in small_llama().state_dict().items() if name not in missing}
+    small_llama().save_pretrained(root / "incomplete", state_dict=state)
     return root
 
 
@@ -150,6 +154,11 @@ FAILURES = {
     ),
     "a device that is none": (["quantize", "{folder}/dense", "{tmp}/out", "--device", "nowhere"], "nowhere"),
     "a dense model to merge into": (["merge", "{folder}/dense", "{folder}/adapter", "{tmp}/out"], "is not for HQQ"),
+    "a LoRA adapter": (["merge", "{folder}/four", "{folder}/lora", "{tmp}/out"], "lora holds a LORA adapter; only OFT"),
+    "missing weights": (
+        ["quantize", "{folder}/incomplete", "{tmp}/out", "--group-size", "16"],
+        "lacks weights of LlamaForCausalLM: model.layers.0.mlp.up_proj.weight, model.layers.1.input_layernorm.weight.",
+    ),
     "no adapter": (["merge", "{folder}/four", "{folder}/four", "{tmp}/out"], "contains no adapter_config.json: give"),
 }
 
