@@ -1,22 +1,21 @@
 """Orthogonal Fine-Tuning (OFT) on HQQ-quantized linear layers: a drop-in layer for PEFT."""
 
-from importlib import metadata as _metadata
-
 from . import functional
+from ._installation import __version__
 from .checkpoint.files import CheckpointError
 from .checkpoint.load import load_quantized
 from .checkpoint.save import save_quantized
 from .ops.backends import BackendError, Unsupported, backend
 from .ops.weight import QuantizedWeight
-from .quant.model import QuantizationReport, QuantizationSettings, quantize_model
+from .quant.model import quantize_model
+from .quant.report import QuantizationReport
+from .quant.settings import QuantizationSettings
 from .tuner.convert import ConversionReport, convert, revert
 from .tuner.distributed import full_adapter_state_dict
 from .tuner.layer import HqqOFTLinear
 from .tuner.merge_report import LayerReport, MergeReport, merge_report
 from .tuner.patch import PatchHandle, dispatch_hqq, patch_peft, unpatch_peft
 from .tuner.rotation_modes import frozen_rotations, share_rotations
-
-__version__ = _metadata.version("hqq-oft")
 
 __all__ = [
     "BackendError",
@@ -30,6 +29,7 @@ __all__ = [
     "QuantizationSettings",
     "QuantizedWeight",
     "Unsupported",
+    "__version__",
     "backend",
     "convert",
     "dispatch_hqq",

@@ -182,7 +182,7 @@ def test_adapters_trained_before_saving_fit_the_loaded_model(tmp_path):
 
 PEAK = """
 import re, sys, torch, hqq_oft
-from hqq_oft.quant.model import stored_bytes
+from hqq_oft.quant.report import stored_bytes
 
 def status(field):
     return int(re.search(rf"{field}:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024

@@ -1,0 +1,94 @@
+"""Which layers of a model are not quantized unless the user names them: heads, float32 modules, routers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedModel
+
+HEADS = frozenset({"lm_head", "score", "classifier"})
+"""Names of heads in models that are not transformers' own; the last two are those that PEFT trains in whole."""
+
+
+def kept_by_default(model: nn.Module) -> dict[str, str]:
+    """The reason for each linear layer of the model, by name, that stays dense by default.
+
+    Those are:
+
+    * output heads: `get_output_embeddings()` of the model and of the models inside it;
+    * other heads: what a model such as `BertForSequenceClassification` has outside its base model, and modules with a
+      name in `HEADS`;
+    * modules in `_keep_in_fp32_modules` and `_keep_in_fp32_modules_strict`;
+    * routers and gates of a mixture of experts.
+    """
+    linears = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
+    reasons: dict[str, str] = {}
+    for name in linears:
+        if HEADS.intersection(name.split(".")):
+            reasons[name] = "it is a head by its name"
+    for name in _routers(model):
+        reasons.setdefault(name, "it routes tokens to experts")
+    owners = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, PreTrainedModel)}
+    for name, linear in linears.items():
+        for prefix in _prefixes(name):
+            if (owner := owners.get(prefix)) is None:
+                continue
+            inside = name[len(prefix) + 1 :] if prefix else name
+            if linear is _output_embeddings(owner):
+                reasons[name] = f"it is the output head of {type(owner).__name__}"
+            elif (key := _float32_key(owner, inside)) is not None:
+                reasons[name] = f"{type(owner).__name__} keeps {key!r} in float32"
+        nearest = next((owners[prefix] for prefix in _prefixes(name) if prefix in owners), None)
+        if nearest is not None and name not in reasons and _is_outside_base(nearest, linear):
+            reasons[name] = f"it is in the head of {type(nearest).__name__}"
+    return reasons
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """Names of the modules that contain the module `name`, innermost first; the last is the whole model, `""`."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _output_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        return model.get_output_embeddings()
+    except (NotImplementedError, AttributeError):  # models without a head
+        return None
+
+
+def _float32_key(model: PreTrainedModel, name: str) -> str | None:
+    """The entry of the model's lists of float32 modules that matches a layer, as transformers matches it."""
+    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        for key in getattr(model, attribute, None) or ():
+            pattern = re.escape(key).replace(r"\*", ".*")
+            if re.search(rf"(^|\.){pattern}($|\.)", f"{name}.weight"):
+                return str(key)
+    return None
+
+
+def _is_outside_base(model: PreTrainedModel, linear: nn.Module) -> bool:
+    base = model.base_model
+    return base is not model and isinstance(base, nn.Module) and all(linear is not module for module in base.modules())
+
+
+def _routers(model: nn.Module) -> Iterator[str]:
+    for prefix, parent in model.named_modules(remove_duplicate=False):
+        experts = number_of_experts(getattr(parent, "experts", None))
+        routes = re.search("router|gating", type(parent).__name__, re.IGNORECASE) is not None
+        for name, child in parent.named_children():
+            # A shared expert is weighted by a layer with one output.
+            if isinstance(child, nn.Linear) and (routes or (experts and child.out_features in (1, experts))):
+                yield f"{prefix}.{name}" if prefix else name
+
+
+def number_of_experts(experts: object) -> int:
+    """Number of experts in a list or in a module with three-dimensional parameters; 0 if it is neither."""
+    if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
+        return len(experts)
+    if not isinstance(experts, nn.Module):
+        return 0
+    return next((parameter.shape[0] for parameter in experts.parameters() if parameter.dim() == 3), 0)
