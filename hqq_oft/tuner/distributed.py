@@ -1,19 +1,29 @@
-"""Adapters of models with FSDP-sharded parameters."""
+"""Models with FSDP-sharded parameters: their state dicts, accelerate's preparation of them, their adapters."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import accelerate.accelerator
+import torch
+import torch.distributed as dist
+from hqq.core.quantize import HQQLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from ..quant.hqq_layer import move_meta
 
 
 def full_adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
     """The full parameters of one adapter in host memory, whether or not `fully_shard` has sharded them.
 
     A collective: every process must call it, and gets all parameters. One process then writes an ordinary checkpoint:
-    `model.save_pretrained(folder, state_dict=state)`. PyTorch's own `get_model_state_dict` does not work with HQQ
-    layers, whose state dicts contain more than parameters and buffers.
+    `model.save_pretrained(folder, state_dict=state)`.
 
     Args:
         model: a `PeftModel`.
@@ -44,3 +54,59 @@ def full_adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> 
     if not state:
         raise ValueError(f"the model has no adapter {adapter_name!r}.")
     return state
+
+
+def patches() -> Iterator[tuple[object, str, Any]]:
+    """What `patch_peft` replaces, so that sharded HQQ layers can be prepared, saved and loaded: owner, name, value."""
+    # HQQ's state dicts hold settings, which are neither parameters nor buffers: PyTorch's distributed checkpoints and
+    # accelerate expect nothing else. The state of a sharded layer is its parameters, which FSDP manages; scale and zero
+    # are constants of the base model, whole in every process.
+    for name in ("state_dict", "_load_from_state_dict"):
+        yield HQQLinear, name, _module_method_if_sharded(getattr(HQQLinear, name), getattr(nn.Module, name))
+    if hasattr(accelerate.accelerator, "fsdp2_prepare_model"):  # since accelerate 1.6
+        yield (
+            accelerate.accelerator,
+            "fsdp2_prepare_model",
+            _keeping_constants(accelerate.accelerator.fsdp2_prepare_model),
+        )
+
+
+def _module_method_if_sharded(hqq_method: Callable[..., Any], module_method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(hqq_method)
+    def method(self: HQQLinear, *args: Any, **kwargs: Any) -> Any:
+        return (module_method if isinstance(self.W_q, DTensor) else hqq_method)(self, *args, **kwargs)
+
+    return method
+
+
+def _keeping_constants(prepare_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    @functools.wraps(prepare_model)
+    def prepare(accelerator: Any, model: nn.Module) -> nn.Module:
+        if not accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+            return prepare_model(accelerator, model)
+        with _constants_of_first_process(model, accelerator.device):
+            return prepare_model(accelerator, model)
+
+    return prepare
+
+
+@contextmanager
+def _constants_of_first_process(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Set what HQQ layers hold besides parameters to the first process's, on `device`, after the block.
+
+    With `cpu_ram_efficient_loading`, only the first process has the weights. In the block accelerate moves the model to
+    the meta device and broadcasts its parameters.
+    """
+    kept = []
+    for layer in [module for module in model.modules() if isinstance(module, HQQLinear)]:
+        state: list[Any] = [None]
+        if dist.get_rank() == 0:
+            bias = None if layer.bias is None or isinstance(layer.bias, nn.Parameter) else layer.bias.cpu()
+            state = [(move_meta(layer.meta, "cpu"), bias)]
+        dist.broadcast_object_list(state, src=0)
+        kept.append((layer, *state[0]))
+    yield
+    for layer, meta, bias in kept:
+        layer.meta, layer.device = move_meta(meta, device), str(device)
+        if bias is not None:
+            layer.bias = bias.to(device)

@@ -18,6 +18,7 @@ from peft.tuners.oft.model import OFTModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from . import distributed
 from .layer import HqqOFTLinear
 from .model import adopt, replace_module
 
@@ -78,6 +79,8 @@ class _Patch:
         self._set(OFTModel, "_create_new_module", _patched_create_new_module(OFTModel._create_new_module))
         for tuner_class in (OFTModel, MixedModel):
             self._set(tuner_class, "_replace_module", _patched_replace_module(tuner_class._replace_module))
+        for owner, name, value in distributed.patches():
+            self._set(owner, name, value)
         module = peft_hqq_module
         if module is None:
             module = types.ModuleType(_HQQ_MODULE, "HQQ layers of PEFT's OFT, served by hqq_oft.")
