@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from tqdm import tqdm
 
+from ..quant.marks import mark_quantized
 from ..quant.model import check_compute_dtype
 from .files import CONFIG, Checkpoint, CheckpointError, read_json
 from .layer_format import FIELDS, StoredLayer
@@ -78,7 +79,7 @@ def load_quantized(
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(str(directory))
-    model.hqq_quantized = True
+    mark_quantized(model)
     return model.eval()
 
 
@@ -146,7 +147,9 @@ def _plan(outline: Any, checkpoint: Checkpoint, config_path: Path) -> _Plan:
     plan, expected = _Plan(), set()
     for name, module in outline.named_modules():
         if isinstance(module, nn.Linear) and f"{name}.W_q" in checkpoint:
-            plan.layers[name] = StoredLayer.read(checkpoint, name, module)
+            plan.layers[name] = StoredLayer.read(
+                checkpoint, name, (module.out_features, module.in_features), module.bias is not None
+            )
             fields = set(FIELDS) - (set() if module.bias is not None else {"bias"})
             expected |= {f"{name}.{field}" for field in fields}
     computed = _computed(outline)

@@ -15,7 +15,7 @@ from hqq.core.quantize import HQQLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..quant import hqq_layer
+from ..quant.marks import quantization_config
 from .atomic_directory import staged_directory
 from .files import CONFIG, write_checkpoint
 from .layer_format import tensors_of
@@ -116,15 +116,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _config(model: Any) -> dict[str, Any]:
-    """Contents of `config.json`, with the fields that transformers 4.57 requires for HQQ models."""
+    """Contents of `config.json`."""
     config = json.loads(model.config.to_json_string())
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, HQQLinear)}
-    first = next(iter(layers.values()))
     config["architectures"] = [type(model).__name__]
-    config["quantization_config"] = {
-        "quant_method": "hqq",
-        # of the first layer; each layer's settings are stored with its weight
-        "quant_config": {**hqq_layer.quantization_settings(first), "offload_meta": False},
-        "skip_modules": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
-    }
+    config["quantization_config"] = quantization_config(model)
     return config

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from ..ops.packing import LEVELS_PER_ELEMENT, PACKING_BITS
 from . import hqq_layer, quantizer
+from .marks import mark_quantized
 from .solver import Solver, check_solver
 
 logger = logging.getLogger("hqq_oft")
@@ -213,7 +214,8 @@ def quantize_model(
             logger.warning("%s.", said)
             raise
     _place_rest(model, compute_dtype, device)
-    model.hqq_quantized = True  # type: ignore[assignment]  # so that PEFT does not cast the model
+    if any(isinstance(module, HQQLinear) for module in model.modules()):
+        mark_quantized(model)
     report.bytes_after = stored_bytes(model)
     return report
 
