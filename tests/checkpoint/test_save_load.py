@@ -228,7 +228,11 @@ def test_an_unsupported_model_is_refused_before_anything_is_written(tmp_path):
         (adapted, ValueError, r"the model has adapters: merge them with model.merge_and_unload\(\)"),
         (adapted.base_model.model, ValueError, "the model has adapters"),
         (small_llama(), ValueError, "the model has no HQQ layer: call quantize_model first"),
-        (nn.Sequential(hqq_layer()), TypeError, "expected a transformers model, got Sequential, which has no config"),
+        (
+            nn.Sequential(hqq_layer()),
+            TypeError,
+            "expected a transformers or diffusers model, got Sequential, which has no config",
+        ),
         (offloaded, ValueError, "lm_head.weight is on the meta device"),
     ]:
         with pytest.raises(error, match=message):
@@ -450,6 +454,13 @@ def test_an_incomplete_or_invalid_directory_is_refused(stored, case):
     with pytest.raises(error, match=message) as raised:
         load_quantized(stored, progress=False)
     assert str(stored) in str(raised.value)
+
+
+def test_a_diffusers_model_needs_diffusers(stored, monkeypatch):
+    edit(stored, "config.json", _class_name="FluxTransformer2DModel")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ImportError, match="'FluxTransformer2DModel' is a model of diffusers, which is not installed"):
+        load_quantized(stored, progress=False)
 
 
 def test_nothing_is_read_before_all_sizes_are_checked(stored, monkeypatch):
