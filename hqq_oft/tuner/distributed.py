@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import accelerate.accelerator
-import torch
 import torch.distributed as dist
 from hqq.core.quantize import HQQLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -82,31 +80,31 @@ def _module_method_if_sharded(hqq_method: Callable[..., Any], module_method: Cal
 def _keeping_constants(prepare_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     @functools.wraps(prepare_model)
     def prepare(accelerator: Any, model: nn.Module) -> nn.Module:
-        if not accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
-            return prepare_model(accelerator, model)
-        with _constants_of_first_process(model, accelerator.device):
-            return prepare_model(accelerator, model)
+        # With `cpu_ram_efficient_loading` only the first process has the weights: accelerate moves the model to the
+        # meta device and broadcasts the parameters.
+        broadcast = accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
+        layers = [module for module in model.modules() if isinstance(module, HQQLinear)]
+        constants = [_of_first_process(layer) if broadcast else _constants(layer) for layer in layers]
+        prepared = prepare_model(accelerator, model)
+        for layer, (meta, bias) in zip(layers, constants, strict=True):
+            layer.meta, layer.device = move_meta(meta, accelerator.device), str(accelerator.device)
+            if bias is not None:
+                layer.bias = bias.to(accelerator.device)
+        return prepared
 
     return prepare
 
 
-@contextmanager
-def _constants_of_first_process(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Set what HQQ layers hold besides parameters to the first process's, on `device`, after the block.
+def _constants(layer: HQQLinear) -> tuple[dict[str, Any], Tensor | None]:
+    """What an HQQ layer holds besides parameters: meta data, and a bias that HQQ made."""
+    return layer.meta, None if isinstance(layer.bias, nn.Parameter) else layer.bias
 
-    With `cpu_ram_efficient_loading`, only the first process has the weights. In the block accelerate moves the model to
-    the meta device and broadcasts its parameters.
-    """
-    kept = []
-    for layer in [module for module in model.modules() if isinstance(module, HQQLinear)]:
-        state: list[Any] = [None]
-        if dist.get_rank() == 0:
-            bias = None if layer.bias is None or isinstance(layer.bias, nn.Parameter) else layer.bias.cpu()
-            state = [(move_meta(layer.meta, "cpu"), bias)]
-        dist.broadcast_object_list(state, src=0)
-        kept.append((layer, *state[0]))
-    yield
-    for layer, meta, bias in kept:
-        layer.meta, layer.device = move_meta(meta, device), str(device)
-        if bias is not None:
-            layer.bias = bias.to(device)
+
+def _of_first_process(layer: HQQLinear) -> tuple[dict[str, Any], Tensor | None]:
+    """The `_constants` of the first process, in host memory; a collective."""
+    state: list[Any] = [None]
+    if dist.get_rank() == 0:
+        meta, bias = _constants(layer)
+        state = [(move_meta(meta, "cpu"), None if bias is None else bias.cpu())]
+    dist.broadcast_object_list(state, src=0)
+    return state[0]
