@@ -51,7 +51,6 @@ def main(options: argparse.Namespace) -> None:
         save_steps=STEPS // 2,
         logging_steps=1,
         use_cpu=world == 1,
-        bf16=options.bf16,
         report_to=[],
         disable_tqdm=True,
     )
@@ -77,7 +76,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, losses and adapter")
     parser.add_argument("--resume", type=Path, help="checkpoint of an earlier run")
     parser.add_argument("--only-first", action="store_true", help="only the first process has the weights")
-    parser.add_argument("--bf16", action="store_true", help="mixed precision")
     main(parser.parse_args())
     if dist.is_initialized():
         gc.collect()
