@@ -9,7 +9,8 @@ DEMO ?=
 BENCH ?=
 GPU_ARGS ?=
 
-.PHONY: help venv native check format docs test test-asan test-matrix test-triton-3.6 test-cuda-wheel coverage offline
+.PHONY: help venv native check format docs test test-asan test-matrix test-triton-3.6 test-training test-cuda-wheel
+.PHONY: coverage offline
 .PHONY: demo clean
 .PHONY: bench-cpu bench-host bench-model gpu gpu-pack gpu-test gpu-tune
 
@@ -101,6 +102,17 @@ test-triton-3.6: $(OLD_TRITON)/.installed ## compile the kernels with Triton 3.6
 $(OLD_TRITON)/.installed: $(STAMP)
 	$(call behind_own,$(@D))
 	$(@D)/bin/python -m pip install --quiet triton==3.6.0 'numpy<2.3'
+	touch $@
+
+# The libraries that people train with.
+TRAINING := .venv-matrix/training
+
+test-training: $(TRAINING)/.installed ## test training with TRL, sentence-transformers, Lightning and diffusers
+	$(TRAINING)/bin/python -m pytest $(PYTEST_ARGS) tests/training
+
+$(TRAINING)/.installed: $(STAMP)
+	$(call behind_own,$(@D))
+	$(@D)/bin/python -m pip install --quiet -c constraints.txt trl sentence-transformers lightning diffusers
 	touch $@
 
 # The environment of a GPU user: a CUDA build of PyTorch, which brings Triton. The CUDA runtime and the driver are stubs.

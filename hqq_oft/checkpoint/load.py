@@ -16,7 +16,9 @@ from accelerate import init_empty_weights
 from torch import nn
 from tqdm import tqdm
 
+from ..quant.marks import mark_quantized
 from ..quant.model import check_compute_dtype
+from . import diffusers_models
 from .files import CONFIG, Checkpoint, CheckpointError, read_json
 from .layer_format import FIELDS, StoredLayer
 
@@ -32,7 +34,7 @@ def load_quantized(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Any:
-    """Load a model that was saved by `save_quantized`, or by transformers 4.57 with an `HqqConfig`.
+    """Load a transformers or diffusers model from `save_quantized`, or from transformers 4.57 with an `HqqConfig`.
 
     No code from the directory is executed. Names, shapes and dtypes of all tensors are validated against `config.json`
     before the first weight is read, and sizes are validated before memory is allocated. If `save_quantized` stored
@@ -46,12 +48,13 @@ def load_quantized(
         progress: show a progress bar on a terminal.
 
     Returns:
-        The transformers model, in evaluation mode.
+        The model, in evaluation mode.
 
     Raises:
         FileNotFoundError: the directory contains no model.
         CheckpointError: a file is damaged, truncated or inconsistent; the message names the file and the tensor.
-        ValueError: the installed transformers does not have the model class.
+        ValueError: the installed transformers or diffusers does not have the model class.
+        ImportError: the model is one of diffusers, which is not installed.
         TypeError: `compute_dtype` is not a floating dtype.
         OSError: a file can't be read.
     """
@@ -63,22 +66,22 @@ def load_quantized(
         raise FileNotFoundError(f"{directory} contains no {CONFIG}: no saved model.")
     model_class, config = _read_config(config_path)
     with Checkpoint(directory) as checkpoint:
-        layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+        setting, layers = _number_of_layers(config)
         if layers > len(checkpoint):
             raise CheckpointError(
-                f"{config_path}: num_hidden_layers is {layers}, more than the number of tensors ({len(checkpoint)})."
+                f"{config_path}: {setting} is {layers}, more than the number of tensors ({len(checkpoint)})."
             )
         # Build on the meta device first, so that nothing is allocated before all sizes match the stored tensors.
-        outline = _build(model_class, config, torch.device("meta"))
+        outline = _build(config_path, model_class, config, torch.device("meta"))
         plan = _plan(outline, checkpoint, config_path)
         del outline
-        model = _build(model_class, config, init_empty_weights(include_buffers=False))
+        model = _build(config_path, model_class, config, init_empty_weights(include_buffers=False))
         _fill(model, plan, checkpoint, compute_dtype, device, progress)
-    if (directory / "generation_config.json").is_file() and model.can_generate():
+    if (directory / "generation_config.json").is_file() and hasattr(model, "can_generate") and model.can_generate():
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(str(directory))
-    model.hqq_quantized = True
+    mark_quantized(model)
     return model.eval()
 
 
@@ -89,6 +92,8 @@ def _read_config(path: Path) -> tuple[Any, Any]:
     raw = read_json(path)
     if (raw.get("quantization_config") or {}).get("quant_method") != "hqq":
         raise CheckpointError(f"{path}: quantization_config is not for HQQ: the model is dense or uses another method.")
+    if diffusers_models.CLASS_NAME in raw:
+        return diffusers_models.read_class(path, raw)
     architectures = raw.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
     model_class = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -104,8 +109,17 @@ def _read_config(path: Path) -> tuple[Any, Any]:
         raise CheckpointError(f"{path}: not a valid configuration of {name} ({error}).") from error
 
 
-def _build(model_class: Any, config: Any, where: AbstractContextManager[Any]) -> Any:
+def _number_of_layers(config: Any) -> tuple[str, int]:
+    """The setting that gives the number of layers, and its value."""
+    if isinstance(config, dict):
+        return diffusers_models.number_of_layers(config)
+    return "num_hidden_layers", getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+
+
+def _build(path: Path, model_class: Any, config: Any, where: AbstractContextManager[Any]) -> Any:
     with where:
+        if isinstance(config, dict):
+            return diffusers_models.build(path, model_class, config)
         model = model_class(copy.deepcopy(config))
     model.tie_weights()
     return model
@@ -146,7 +160,9 @@ def _plan(outline: Any, checkpoint: Checkpoint, config_path: Path) -> _Plan:
     plan, expected = _Plan(), set()
     for name, module in outline.named_modules():
         if isinstance(module, nn.Linear) and f"{name}.W_q" in checkpoint:
-            plan.layers[name] = StoredLayer.read(checkpoint, name, module)
+            plan.layers[name] = StoredLayer.read(
+                checkpoint, name, (module.out_features, module.in_features), module.bias is not None
+            )
             fields = set(FIELDS) - (set() if module.bias is not None else {"bias"})
             expected |= {f"{name}.{field}" for field in fields}
     computed = _computed(outline)

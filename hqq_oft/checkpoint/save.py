@@ -15,7 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .._installation import __version__
-from ..quant import hqq_layer
+from ..quant.marks import quantization_config
+from . import diffusers_models
 from .atomic_directory import staged_directory
 from .files import CONFIG, write_checkpoint
 from .layer_format import tensors_of
@@ -37,8 +38,8 @@ def save_quantized(
     all.
 
     Args:
-        model: a transformers model, from `quantize_model`, `load_quantized`, `merge_and_unload`, or transformers 4.57
-            with an `HqqConfig`.
+        model: a transformers or diffusers model, from `quantize_model`, `load_quantized`, `merge_and_unload`, or
+            transformers 4.57 with an `HqqConfig`.
         directory: the directory to create.
         max_shard_size: maximum size of the tensors in one file: bytes, or a string such as `"500MB"`.
         overwrite: replace an existing model.
@@ -46,7 +47,7 @@ def save_quantized(
 
     Raises:
         FileExistsError: the directory exists and is not empty, and `overwrite` is False or it contains no model.
-        TypeError: the model is not a transformers model.
+        TypeError: the model is neither a transformers nor a diffusers model.
         ValueError: the model has adapters or no HQQ layer; `max_shard_size` is invalid; a tensor is on the meta device.
         OSError: a file can't be read or written. On any of these errors nothing on disk has changed.
     """
@@ -91,8 +92,8 @@ def _check_model(model: nn.Module) -> None:
             "the model has adapters: merge them with model.merge_and_unload(), or remove them with "
             "model.unload() and save them with model.save_pretrained()."
         )
-    if not hasattr(getattr(model, "config", None), "to_json_string"):
-        raise TypeError(f"expected a transformers model, got {type(model).__name__}, which has no config.")
+    if not (hasattr(getattr(model, "config", None), "to_json_string") or diffusers_models.is_diffusers_model(model)):
+        raise TypeError(f"expected a transformers or diffusers model, got {type(model).__name__}, which has no config.")
     if not any(isinstance(module, HQQLinear) for module in model.modules()):
         raise ValueError("the model has no HQQ layer: call quantize_model first, or use model.save_pretrained.")
 
@@ -116,15 +117,11 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _config(model: Any) -> dict[str, Any]:
-    """Contents of `config.json`, with the fields that transformers 4.57 requires for HQQ models."""
-    config = json.loads(model.config.to_json_string())
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, HQQLinear)}
-    first = next(iter(layers.values()))
-    config["architectures"] = [type(model).__name__]
-    config["quantization_config"] = {
-        "quant_method": "hqq",
-        # of the first layer; each layer's settings are stored with its weight
-        "quant_config": {**hqq_layer.quantization_settings(first), "offload_meta": False},
-        "skip_modules": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
-    }
+    """Contents of `config.json`."""
+    if diffusers_models.is_diffusers_model(model):
+        config = json.loads(model.to_json_string())
+    else:
+        config = json.loads(model.config.to_json_string())
+        config["architectures"] = [type(model).__name__]
+    config["quantization_config"] = quantization_config(model)
     return config

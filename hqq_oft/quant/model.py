@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from . import hqq_layer, quantizer
+from .marks import mark_quantized
 from .report import QuantizationReport, stored_bytes
 from .selection import check_layer, select
 from .settings import Overrides, QuantizationSettings
@@ -111,7 +112,8 @@ def quantize_model(
             logger.warning("%s.", said)
             raise
     _place_rest(model, compute_dtype, device)
-    model.hqq_quantized = True  # type: ignore[assignment]  # so that PEFT does not cast the model
+    if any(isinstance(module, HQQLinear) for module in model.modules()):
+        mark_quantized(model)
     report.bytes_after = stored_bytes(model)
     if report.quantized_share < 0.5:
         largest = [f"{name} {share:.0%}" for name, share in report.dense_shares().items() if share >= 0.05]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -150,6 +151,22 @@ class AdaptedLayer:
         names = (active,) if isinstance(active, str) else dict.fromkeys(active)
         found = [(name, modules.get(name)) for name in names]  # another thread may be deleting one
         return [(name, module) for name, module in found if module is not None]
+
+    @contextmanager
+    def _adapters_onloaded(self) -> Iterator[None]:
+        """Load the parameters that accelerate offloads, which it does itself only for forwards of their module."""
+        adapters = list(self._modules["oft_R"]._modules.values())
+        hooks: list[tuple[OFTRotationModule, Any]] = [
+            (module, getattr(module, "_hf_hook", None)) for module in adapters
+        ]
+        offloaded = [(module, hook) for module, hook in hooks if getattr(hook, "offload", False)]
+        try:
+            for module, hook in offloaded:
+                hook.pre_forward(module)
+            yield
+        finally:
+            for module, hook in offloaded:
+                hook.post_forward(module, None)
 
     def _shared_rotation(self, v: Tensor) -> Tensor | None:
         """`D` of the parameter, if it was computed together with other layers' (`hqq_oft.share_rotations`)."""

@@ -168,7 +168,8 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         plain = self._is_plain(outer)
         if plain or torch.compiler.is_compiling():
             return self._forward(plain, x, adapter_names, args, kwargs)
-        with self._lock:  # the other module reads the base layer itself, which must not change meanwhile
+        # The other module reads the base layer itself, which must not change meanwhile.
+        with self._lock, self._adapters_onloaded():
             return self._forward(plain, x, adapter_names, args, kwargs)
 
     @staticmethod

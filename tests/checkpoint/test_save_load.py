@@ -90,7 +90,7 @@ def test_every_loaded_layer_is_bitwise_equal_with_its_settings(tmp_path, nbits, 
         save_file({f"l.{name}": tensor for name, tensor in tensors_of(layer).items()}, path / "model.safetensors")
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         with Checkpoint(path) as checkpoint:
-            found = StoredLayer.read(checkpoint, "l", linear)
+            found = StoredLayer.read(checkpoint, "l", tuple(linear.weight.shape), linear.bias is not None)
             loaded = found.load(checkpoint, "l", linear.bias is not None, torch.device("cpu"))
         assert loaded.W_q.dtype == layer.W_q.dtype
         assert crc32(loaded.W_q) == crc32(layer.W_q)  # compare bytes: as floats, some values may be NaN
@@ -124,7 +124,7 @@ def test_a_weight_viewed_as_floats_loads_in_another_compute_dtype_if_its_rows_al
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     save_file({f"l.{name}": tensor for name, tensor in tensors_of(layer).items()}, tmp_path / "model.safetensors")
     with Checkpoint(tmp_path) as checkpoint:
-        found = StoredLayer.read(checkpoint, "l", linear)
+        found = StoredLayer.read(checkpoint, "l", tuple(linear.weight.shape), linear.bias is not None)
         loaded = found.load(checkpoint, "l", linear.bias is not None, torch.device("cpu"), torch.float32)
         assert loaded.W_q.dtype == loaded.compute_dtype == torch.float32
         assert crc32(loaded.W_q) == crc32(layer.W_q)
@@ -228,7 +228,11 @@ def test_an_unsupported_model_is_refused_before_anything_is_written(tmp_path):
         (adapted, ValueError, r"the model has adapters: merge them with model.merge_and_unload\(\)"),
         (adapted.base_model.model, ValueError, "the model has adapters"),
         (small_llama(), ValueError, "the model has no HQQ layer: call quantize_model first"),
-        (nn.Sequential(hqq_layer()), TypeError, "expected a transformers model, got Sequential, which has no config"),
+        (
+            nn.Sequential(hqq_layer()),
+            TypeError,
+            "expected a transformers or diffusers model, got Sequential, which has no config",
+        ),
         (offloaded, ValueError, "lm_head.weight is on the meta device"),
     ]:
         with pytest.raises(error, match=message):
@@ -450,6 +454,13 @@ def test_an_incomplete_or_invalid_directory_is_refused(stored, case):
     with pytest.raises(error, match=message) as raised:
         load_quantized(stored, progress=False)
     assert str(stored) in str(raised.value)
+
+
+def test_a_diffusers_model_needs_diffusers(stored, monkeypatch):
+    edit(stored, "config.json", _class_name="FluxTransformer2DModel")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ImportError, match="'FluxTransformer2DModel' is a model of diffusers, which is not installed"):
+        load_quantized(stored, progress=False)
 
 
 def test_nothing_is_read_before_all_sizes_are_checked(stored, monkeypatch):

@@ -1,10 +1,9 @@
-"""Models that transformers itself quantizes: versions 4 make them with `HqqConfig`, later ones do not."""
+"""Models that transformers itself quantizes with `HqqConfig`: versions 4 on their own, version 5 when it is patched."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 from helpers import logits, randomize
 from hqq.core.quantize import HQQLinear
 from peft import OFTConfig, PeftModel, get_peft_model
@@ -12,9 +11,6 @@ from small_llama import VOCABULARY, small_llama
 from transformers import AutoModelForCausalLM, HqqConfig
 
 from hqq_oft import HqqOFTLinear, load_quantized, quantize_model, save_quantized
-
-if int(transformers.__version__.split(".")[0]) >= 5:
-    pytest.skip(f"transformers {transformers.__version__} does not quantize with HQQ", allow_module_level=True)
 
 TOKENS = torch.arange(12).reshape(2, 6) % VOCABULARY
 
