@@ -112,8 +112,7 @@ def quantize_model(
             logger.warning("%s.", said)
             raise
     _place_rest(model, compute_dtype, device)
-    if any(isinstance(module, HQQLinear) for module in model.modules()):
-        mark_quantized(model)
+    mark_quantized(model)
     report.bytes_after = stored_bytes(model)
     if report.quantized_share < 0.5:
         largest = [f"{name} {share:.0%}" for name, share in report.dense_shares().items() if share >= 0.05]
