@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from tqdm import tqdm
 
+from ..quant.linears import expose, mark_origin
 from ..quant.model import check_compute_dtype
 from .files import CONFIG, Checkpoint, CheckpointError, read_json
 from .layer_format import FIELDS, StoredLayer
@@ -69,10 +70,10 @@ def load_quantized(
                 f"{config_path}: num_hidden_layers is {layers}, more than the number of tensors ({len(checkpoint)})."
             )
         # Build on the meta device first, so that nothing is allocated before all sizes match the stored tensors.
-        outline = _build(model_class, config, torch.device("meta"))
+        outline = _build(model_class, config, torch.device("meta"), checkpoint)
         plan = _plan(outline, checkpoint, config_path)
         del outline
-        model = _build(model_class, config, init_empty_weights(include_buffers=False))
+        model = _build(model_class, config, init_empty_weights(include_buffers=False), checkpoint)
         _fill(model, plan, checkpoint, compute_dtype, device, progress)
     if (directory / "generation_config.json").is_file() and model.can_generate():
         from transformers import GenerationConfig
@@ -104,10 +105,11 @@ def _read_config(path: Path) -> tuple[Any, Any]:
         raise CheckpointError(f"{path}: not a valid configuration of {name} ({error}).") from error
 
 
-def _build(model_class: Any, config: Any, where: AbstractContextManager[Any]) -> Any:
+def _build(model_class: Any, config: Any, where: AbstractContextManager[Any], checkpoint: Checkpoint) -> Any:
     with where:
         model = model_class(copy.deepcopy(config))
     model.tie_weights()
+    expose(model, lambda name: f"{name}.W_q" in checkpoint)
     return model
 
 
@@ -180,6 +182,7 @@ def _fill(
     modules = {name: model.get_submodule(name) for name in plan.layers}
     for name, stored in tqdm(plan.layers.items(), disable=None if progress else True, desc="Loading", unit="layer"):
         layer = stored.load(checkpoint, name, modules[name].bias is not None, device, dtype)
+        mark_origin(modules[name], layer)
         for place in places[id(modules[name])]:
             _set(model, place, layer)
     for name, names in plan.dense.items():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,36 +15,40 @@ HEADS = frozenset({"lm_head", "score", "classifier"})
 """Names of heads in models that are not transformers' own; the last two are those that PEFT trains in whole."""
 
 
-def kept_by_default(model: nn.Module) -> dict[str, str]:
-    """The reason for each linear layer of the model, by name, that stays dense by default.
+def kept_by_default(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The reason for each layer of the model, by name, that stays dense by default.
 
-    Those are:
+    `layers` are the modules that hold the layers' weights. Reasons are:
 
     * output heads: `get_output_embeddings()` of the model and of the models inside it;
     * other heads: what a model such as `BertForSequenceClassification` has outside its base model, and modules with a
       name in `HEADS`;
     * modules in `_keep_in_fp32_modules` and `_keep_in_fp32_modules_strict`;
-    * routers and gates of a mixture of experts.
+    * routers and gates of a mixture of experts;
+    * layers whose weight the module around them reads, as the mixers of Mamba do, instead of calling the layer.
     """
-    linears = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
     reasons: dict[str, str] = {}
-    for name in linears:
+    for name in layers:
         if HEADS.intersection(name.split(".")):
             reasons[name] = "it is a head by its name"
+        prefix, _, child = name.rpartition(".")
+        parent: Any = type(model.get_submodule(prefix)) if child and layers[name] is _get(model, name) else nn.Module
+        if child in _weights_read_by(parent):
+            reasons[name] = f"{parent.__name__} reads its weight"
     for name in _routers(model):
-        reasons.setdefault(name, "it routes tokens to experts")
+        reasons[name] = "it routes tokens to experts"
     owners = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, PreTrainedModel)}
-    for name, linear in linears.items():
+    for name, layer in layers.items():
         for prefix in _prefixes(name):
             if (owner := owners.get(prefix)) is None:
                 continue
             inside = name[len(prefix) + 1 :] if prefix else name
-            if linear is _output_embeddings(owner):
+            if layer is _output_embeddings(owner):
                 reasons[name] = f"it is the output head of {type(owner).__name__}"
             elif (key := _float32_key(owner, inside)) is not None:
                 reasons[name] = f"{type(owner).__name__} keeps {key!r} in float32"
         nearest = next((owners[prefix] for prefix in _prefixes(name) if prefix in owners), None)
-        if nearest is not None and name not in reasons and _is_outside_base(nearest, linear):
+        if nearest is not None and name not in reasons and _is_outside_base(nearest, layer):
             reasons[name] = f"it is in the head of {type(nearest).__name__}"
     return reasons
 
@@ -51,6 +58,32 @@ def _prefixes(name: str) -> Iterator[str]:
     while name:
         name = name.rpartition(".")[0]
         yield name
+
+
+def _get(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:  # a layer of experts, which the model has as a slice of a parameter
+        return None
+
+
+# Bloom reads slices of weights, but only if `slow_but_exact` is set.
+_READ = re.compile(r"(?<!isinstance\()self\.(\w+)\.weight\b(?!\[|\.(?:dtype|device)\b)")
+
+
+@functools.cache
+def _weights_read_by(module_class: Any) -> frozenset[str]:
+    """Names of the children of a module whose weights, not just dtypes or devices, its methods read."""
+    names: set[str] = set()
+    for owner in module_class.__mro__[: module_class.__mro__.index(nn.Module)]:
+        for method_name, method in vars(owner).items():
+            if inspect.isfunction(method) and not re.search("init|reset", method_name):
+                try:
+                    source = inspect.getsource(method)
+                except (OSError, TypeError):  # defined in an interactive session
+                    continue
+                names.update(re.findall(_READ, source))
+    return frozenset(names)
 
 
 def _output_embeddings(model: PreTrainedModel) -> nn.Module | None:
@@ -70,9 +103,9 @@ def _float32_key(model: PreTrainedModel, name: str) -> str | None:
     return None
 
 
-def _is_outside_base(model: PreTrainedModel, linear: nn.Module) -> bool:
+def _is_outside_base(model: PreTrainedModel, layer: nn.Module) -> bool:
     base = model.base_model
-    return base is not model and isinstance(base, nn.Module) and all(linear is not module for module in base.modules())
+    return base is not model and isinstance(base, nn.Module) and all(layer is not module for module in base.modules())
 
 
 def _routers(model: nn.Module) -> Iterator[str]:

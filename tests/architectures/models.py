@@ -34,7 +34,7 @@ class Architecture:
         auto: the class whose `from_config` makes the model.
         inputs: makes the arguments of its forward.
         bare: leave `SIZES` out.
-        adjust: changes the configuration.
+        name: if the model type is not enough.
     """
 
     model_type: str
@@ -68,31 +68,33 @@ def image(size: int = 16, **rest: Any) -> Callable[[], dict[str, Tensor]]:
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 PATCHES = {**VISION, "image_size": 16, "patch_size": 8, "num_channels": 3, "initializer_range": 0.2}
 TEXT = {**SIZES, "model_type": "llama"}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
 IMAGE_TOKENS = torch.cat([torch.full((2, 4), 90), tokens()], 1)
 
 DECODERS = [
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3", "olmo", "olmo2", "olmo3", "starcoder2"),
-    *("stablelm", "cohere", "cohere2", "granite", "gpt_neox", "glm", "glm4", "helium", "nemotron", "smollm3", "ernie4_5"),
-    *("seed_oss", "hunyuan_v1_dense", "exaone4", "apertus", "arcee", "codegen", "gptj"),
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3", "olmo", "olmo2"),
+    *("olmo3", "starcoder2", "stablelm", "cohere", "cohere2", "granite", "gpt_neox", "glm", "glm4", "helium"),
+    *("nemotron", "smollm3", "ernie4_5", "seed_oss", "hunyuan_v1_dense", "exaone4", "apertus", "arcee", "biogpt"),
 ]
 ARCHITECTURES = [
-    *(Architecture(name) for name in DECODERS[:-2]),
+    *(Architecture(name) for name in DECODERS),
     Architecture("gemma3_text", {"sliding_window": 8}),
     Architecture("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
     Architecture("gpt_bigcode", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
     Architecture("codegen", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8}),
     Architecture("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8}),
     Architecture("gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}),
-    Architecture("falcon", {**{key: SIZES[key] for key in SIZES if key != "head_dim"}, "new_decoder_architecture": True,
-                            "num_kv_heads": 2}, bare=True),
+    Architecture("falcon", {**{key: SIZES[key] for key in SIZES if key != "head_dim"}, "num_kv_heads": 2,
+                            "new_decoder_architecture": True}, bare=True),
     Architecture("bloom", {"n_layer": 2, "n_head": 4}),
     Architecture("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),
     Architecture("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
-    Architecture("biogpt"),
     Architecture("mamba", {"state_size": 8}),
-    Architecture("mamba2", {"num_heads": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8}),
+    Architecture("mamba2", {"num_heads": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8,
+                            "time_step_limit": (0.0, 8.0)}),
     Architecture("falcon_mamba", {"state_size": 8}),
-    Architecture("recurrent_gemma", {"lru_width": 32, "attention_window_size": 8, "block_types": ["recurrent", "attention"]}),
+    Architecture("recurrent_gemma", {"lru_width": 32, "attention_window_size": 8,
+                                     "block_types": ["recurrent", "attention"]}),
     Architecture("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
     # Mixtures of experts.
     Architecture("mixtral", EXPERTS),
@@ -109,6 +111,7 @@ ARCHITECTURES = [
     Architecture("gpt_oss", {**EXPERTS, "layer_types": ["sliding_attention", "full_attention"]}),
     Architecture("granitemoe", EXPERTS),
     Architecture("granitemoehybrid", {**EXPERTS, "layer_types": ["mamba", "attention"], "mamba_n_heads": 8,
+                                      "time_step_limit": (0.0, 8.0),
                                       "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1,
                                       "shared_intermediate_size": 32, "mamba_chunk_size": 8}),
     Architecture("jamba", {**EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
@@ -129,8 +132,9 @@ ARCHITECTURES = [
     Architecture("modernbert", {"global_attn_every_n_layers": 2}, "AutoModelForMaskedLM"),
     Architecture("electra", {"embedding_size": 32}, "AutoModelForQuestionAnswering"),
     Architecture("xlm-roberta", auto="AutoModel"),
-    *(Architecture(name, {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
-                          "decoder_start_token_id": 0}, "AutoModelForSeq2SeqLM", both) for name in ("t5", "mt5", "umt5")),
+    Architecture("t5", T5, "AutoModelForSeq2SeqLM", both),
+    Architecture("mt5", T5, "AutoModelForSeq2SeqLM", both),
+    Architecture("umt5", T5, "AutoModelForSeq2SeqLM", both),
     Architecture("bart", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
                           "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
                           "forced_eos_token_id": None}, "AutoModelForSeq2SeqLM", both),
