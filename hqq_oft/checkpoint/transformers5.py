@@ -20,8 +20,9 @@ from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
 
 from ..ops import table as ops
 from ..quant import hqq_layer, quantizer
+from ..quant.defaults import kept_by_default
 from ..quant.marks import mark_quantized, reads_weight
-from ..quant.model import QuantizationSettings
+from ..quant.settings import QuantizationSettings
 from .files import LoadedTensors
 from .layer_format import FIELDS, StoredLayer
 
@@ -146,31 +147,25 @@ class HqqQuantizer(HqqHfQuantizer):
     def _choose_layers(self, model: Any) -> None:
         config, skipped = self.quantization_config.quant_config, self.quantization_config.skip_modules or ()
         single = "weight_quant_params" in config  # otherwise dynamic_config: settings by the end of a layer's name
-        in_float32 = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
         tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
-        for name, linear in model.named_modules():
-            if type(linear) is not nn.Linear:
-                continue
+        linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+        kept = kept_by_default(model, linears)
+        for name, linear in linears.items():
             tag = None if single else next((tag for tag in config if f".{name}".endswith(f".{tag}")), None)
             settings = config if single else config.get(tag)
             if settings is None or any(pattern in name for pattern in skipped):
                 continue  # asked for by the user
-            if reads_weight(model, name):
-                reason = "the model reads its weight without calling the layer"
-            elif f"{name}.weight" in tied:
+            weight = settings["weight_quant_params"]
+            reason = kept.get(name)
+            if f"{name}.weight" in tied:
                 reason = "its weight is tied"
-            elif in_float32 & set(name.split(".")):
-                reason = "the model keeps it in float32"
+            reason = reason or QuantizationSettings(weight["nbits"], weight["group_size"], weight["axis"]).why_not(
+                linear
+            )
+            if reason is None:
+                self.settings[name] = {key: value for key, value in settings.items() if key != "offload_meta"}
             else:
-                weight = settings["weight_quant_params"]
-                try:
-                    QuantizationSettings(weight["nbits"], weight["group_size"], weight["axis"]).check(name, linear)
-                except ValueError as error:
-                    reason = str(error)
-                else:
-                    self.settings[name] = {key: value for key, value in settings.items() if key != "offload_meta"}
-                    continue
-            logger.warning("%s stays dense: %s", name, reason)
+                logger.warning("%s stays dense: %s", name, reason)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter of a dense model is a weight to quantize."""

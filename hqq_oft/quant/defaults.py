@@ -3,45 +3,49 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
+
+from .marks import reads_weight
 
 HEADS = frozenset({"lm_head", "score", "classifier"})
 """Names of heads in models that are not transformers' own; the last two are those that PEFT trains in whole."""
 
 
-def kept_by_default(model: nn.Module) -> dict[str, str]:
-    """The reason for each linear layer of the model, by name, that stays dense by default.
+def kept_by_default(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The reason for each layer of the model, by name, that stays dense by default.
 
-    Those are:
+    `layers` are the modules that hold the layers' weights. Reasons are:
 
     * output heads: `get_output_embeddings()` of the model and of the models inside it;
     * other heads: what a model such as `BertForSequenceClassification` has outside its base model, and modules with a
       name in `HEADS`;
     * modules in `_keep_in_fp32_modules` and `_keep_in_fp32_modules_strict`;
-    * routers and gates of a mixture of experts.
+    * routers and gates of a mixture of experts;
+    * layers whose weight the module around them reads, as the mixers of Mamba do, instead of calling the layer.
     """
-    linears = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
     reasons: dict[str, str] = {}
-    for name in linears:
+    for name in layers:
         if HEADS.intersection(name.split(".")):
             reasons[name] = "it is a head by its name"
+        if reads_weight(model, name):
+            reasons[name] = "the module around it reads its weight"
     for name in _routers(model):
-        reasons.setdefault(name, "it routes tokens to experts")
+        reasons[name] = "it routes tokens to experts"
     owners = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, PreTrainedModel)}
-    for name, linear in linears.items():
+    for name, layer in layers.items():
         for prefix in _prefixes(name):
             if (owner := owners.get(prefix)) is None:
                 continue
             inside = name[len(prefix) + 1 :] if prefix else name
-            if linear is _output_embeddings(owner):
+            if layer is _output_embeddings(owner):
                 reasons[name] = f"it is the output head of {type(owner).__name__}"
             elif (key := _float32_key(owner, inside)) is not None:
                 reasons[name] = f"{type(owner).__name__} keeps {key!r} in float32"
         nearest = next((owners[prefix] for prefix in _prefixes(name) if prefix in owners), None)
-        if nearest is not None and name not in reasons and _is_outside_base(nearest, linear):
+        if nearest is not None and name not in reasons and _is_outside_base(nearest, layer):
             reasons[name] = f"it is in the head of {type(nearest).__name__}"
     return reasons
 
@@ -70,9 +74,9 @@ def _float32_key(model: PreTrainedModel, name: str) -> str | None:
     return None
 
 
-def _is_outside_base(model: PreTrainedModel, linear: nn.Module) -> bool:
+def _is_outside_base(model: PreTrainedModel, layer: nn.Module) -> bool:
     base = model.base_model
-    return base is not model and isinstance(base, nn.Module) and all(linear is not module for module in base.modules())
+    return base is not model and isinstance(base, nn.Module) and all(layer is not module for module in base.modules())
 
 
 def _routers(model: nn.Module) -> Iterator[str]:

@@ -15,6 +15,8 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from . import hqq_layer, quantizer
+from .experts import Experts
+from .linears import mark_origin, replace
 from .marks import mark_quantized
 from .report import QuantizationReport, stored_bytes
 from .selection import check_layer, select
@@ -38,12 +40,17 @@ def quantize_model(
     solver: Solver = "hqq",
     progress: bool = True,
 ) -> QuantizationReport:
-    """Quantize the `nn.Linear` layers of a model with HQQ, in place.
+    """Quantize the linear layers of a model with HQQ, in place.
 
-    Each dense weight is freed before the next layer is quantized, so at most one layer's scratch memory is needed in
-    addition to the result. All arguments and layers are validated before the first layer is changed. If a layer fails
-    after that (out of memory, an interrupt), it and all later layers are unchanged, the model remains usable with the
-    earlier layers quantized, and calling again continues with the failed layer.
+    Those are `nn.Linear`, transformers' `Conv1D` (of GPT-2), and the experts that transformers 5 stores as
+    three-dimensional parameters: such a module is replaced by one that has the layers `0.gate_up_proj`, `0.down_proj`,
+    `1.gate_up_proj` and so on.
+
+    Each dense weight is freed before the next layer is quantized (those of one mixture of experts together), so at most
+    one layer's scratch memory is needed in addition to the result. All arguments and layers are validated before the
+    first layer is changed. If a layer fails after that (out of memory, an interrupt), it and all later layers are
+    unchanged, the model remains usable with the earlier layers quantized, and calling again continues with the failed
+    layer.
 
     Layers of other classes, tied weights (an `lm_head` tied to the embedding) and HQQ layers are not changed. Output
     and classification heads, modules that transformers keeps in float32, routers of experts, and layers whose shape
@@ -91,20 +98,22 @@ def quantize_model(
         default = QuantizationSettings.from_hqq(quant_config)
     known_skips = getattr(quant_config, "skip_modules", None) or ()
     report = QuantizationReport(bytes_before=stored_bytes(model))
-    places = select(model, default, skip_modules, overrides or {}, report, known_skips)
-    for linear, (name, *_) in places.items():
-        check_layer(name, linear)
+    selection = select(model, default, skip_modules, overrides or {}, report, known_skips)
+    for linear, (name, *_) in selection.layers.items():
+        check_layer(name, linear, selection.holders[linear])
         if solver == "search":
             quantizer.check_searchable(report.quantized[name].for_hqq(), linear.weight.dtype)
-    bar = tqdm(places.items(), disable=None if progress else True, desc="Quantizing", unit="layer")
+    total = len(selection.layers)
+    bar = tqdm(selection.layers.items(), disable=None if progress else True, desc="Quantizing", unit="layer")
     for done, (linear, names) in enumerate(bar):
         try:
+            _install_experts(model, names, selection.experts)
             error = _quantize_layer(model, linear, names, report.quantized[names[0]], compute_dtype, device, solver)
             report.errors.update(dict.fromkeys(names, error))
             bar.set_postfix(error=f"{error:.1e}", worst=f"{max(report.errors.values()):.1e}")
         except BaseException as error:
             said = (
-                f"quantizing {names[0]} failed: {done} of {len(places)} layers are quantized, it and the rest are "
+                f"quantizing {names[0]} failed: {done} of {total} layers are quantized, it and the rest are "
                 "unchanged. The model remains usable; call quantize_model again to continue"
             )
             if isinstance(error, Exception):
@@ -125,6 +134,13 @@ def quantize_model(
     return report
 
 
+def _install_experts(model: nn.Module, names: list[str], experts: dict[str, Experts]) -> None:
+    """Put the module that has the layer `names` into the model if it is not there yet."""
+    for name in [".".join(name.split(".")[:-2]) for name in names]:
+        if name in experts and model.get_submodule(name) is not experts[name]:
+            replace(model, name, experts[name])
+
+
 def _quantize_layer(
     model: nn.Module,
     linear: nn.Linear,
@@ -138,13 +154,13 @@ def _quantize_layer(
     config = settings.for_hqq()
     del config["offload_meta"]
     config["weight_quant_params"]["group_size"] = settings.group_size or linear.weight.shape[settings.axis]
-    state, error = quantizer.quantize(linear.weight, config, dtype, device, solver)
+    state, error = quantizer.quantize(linear.weight.contiguous(), config, dtype, device, solver)
     bias = None if linear.bias is None else linear.bias.detach().to(device, dtype, copy=True)
     layer = hqq_layer.make_layer(state, bias, config).train(linear.training)
+    mark_origin(linear, layer)
     linear.weight = linear.bias = None  # type: ignore[assignment]  # freed, wherever else `linear` is referenced
     for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        replace(model, name, layer)
     return error
 
 

@@ -87,14 +87,20 @@ def stored_bytes(model: nn.Module) -> int:
     return int(compute_module_sizes(model)[""]) + sum(value.nbytes for value in extra if id(value) not in parameters)
 
 
-def dense_bytes(model: nn.Module, quantized: set[int]) -> dict[str, int]:
-    """Size in bytes of each parameter and buffer by name, except those of HQQ layers and the ids in `quantized`."""
-    seen, sizes = set(quantized), {}
+def dense_bytes(model: nn.Module, quantized: Mapping[int, int]) -> dict[str, int]:
+    """Bytes of each parameter and buffer by name, less those that are quantized.
+
+    Args:
+        model: the model.
+        quantized: how many bytes of a parameter are to be quantized, by its id; those of HQQ layers are left out.
+    """
+    seen: set[int] = set()
+    sizes: dict[str, int] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, HQQLinear):
             continue
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
-                sizes[f"{prefix}.{name}" if prefix else name] = tensor.nbytes
-    return sizes
+                sizes[f"{prefix}.{name}" if prefix else name] = tensor.nbytes - quantized.get(id(tensor), 0)
+    return {name: size for name, size in sizes.items() if size}

@@ -20,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..quant.hqq_layer import forget_quantization, quantization_settings, take_over
+from ..quant.linears import as_in_the_model, fuse_dense
 from ..quant.solver import Solver, check_solver
 from .fold import MergeInto, check_into
 from .layer import HqqOFTLinear
@@ -154,7 +155,7 @@ class HqqOFTModel(OFTModel):
                 errors, dense = self._merge_all(not progressbar, safe_merge, adapter_names, into, solver)
                 for parent, name, child in places:
                     if child in dense:
-                        setattr(parent, name, dense[child])
+                        setattr(parent, name, as_in_the_model(child.get_base_layer(), dense[child]))
                 with warnings.catch_warnings():
                     warnings.filterwarnings(
                         "ignore", message="All adapters are already merged|Already following adapters"
@@ -167,6 +168,7 @@ class HqqOFTModel(OFTModel):
                             base = child.get_base_layer()
                             base.quant_config = quantization_settings(base, into)
                 if dense:
+                    fuse_dense(model)
                     forget_quantization(model)
                 return model
             except BaseException:
