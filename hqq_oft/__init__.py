@@ -15,6 +15,7 @@ from .quant.settings import QuantizationSettings
 from .tuner.convert import ConversionReport, convert, revert
 from .tuner.distributed import full_adapter_state_dict
 from .tuner.layer import HqqOFTLinear
+from .tuner.linear import OFTLinear
 from .tuner.merge_report import LayerReport, MergeReport, merge_report
 from .tuner.patch import dispatch_hqq, patch_peft, unpatch_peft
 from .tuner.rotation_modes import frozen_rotations, share_rotations
@@ -26,6 +27,7 @@ __all__ = [
     "HqqOFTLinear",
     "LayerReport",
     "MergeReport",
+    "OFTLinear",
     "PatchHandle",
     "QuantizationReport",
     "QuantizationSettings",

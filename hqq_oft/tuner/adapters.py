@@ -1,36 +1,127 @@
-"""The adapters of a layer: adding and deleting them, and what a forward takes from each."""
+"""The adapters of a layer: adding and deleting them."""
 
 from __future__ import annotations
 
-import math
+import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from peft.tuners.oft.layer import MultiplicativeDropoutLayer, OFTRotationModule
-from torch import Tensor, nn
+from peft.tuners.oft.layer import MultiplicativeDropoutLayer, OFTLayer, OFTRotationModule
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
-from .. import functional
-from ..ops import table as ops
-from ..ops.weight import require_whole
-from . import rotation_batch
+from .._config import KeepPristine, keep_pristine_from_environment
+from .rotation_cache import RotationCache
 from .settings import AdapterSettings
 from .snapshot import MergeState
 
-# The index of a batch that mixes adapters, by what it is made of, while any layer caches it: one for all layers.
-_indices: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()
 
+class AdaptedLayer(nn.Module, OFTLayer):
+    """The part of this package's layers that has adapters; `HqqOFTLinear` documents the arguments.
 
-class AdaptedLayer:
-    """The part of `HqqOFTLinear` that has adapters."""
+    Subclasses check the base layer, and say where its weight is and in which dtype it computes.
+    """
 
-    if TYPE_CHECKING:  # what PEFT's layer and `nn.Module` have
+    fan_in_fan_out = False
+
+    if TYPE_CHECKING:  # what PEFT's layer has
+        _modules: Any
 
         def __getattr__(self, name: str) -> Any: ...
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        r: int = 8,
+        oft_block_size: int = 0,
+        module_dropout: float = 0.0,
+        init_weights: bool = True,
+        coft: bool = False,
+        eps: float = 6e-5,
+        block_share: bool = False,
+        use_cayley_neumann: bool = False,
+        num_cayley_neumann_terms: int = 5,
+        *,
+        config: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self._check_base_layer(base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer)
+        config = config if config is not None else kwargs.pop("oft_config", None)
+        OFTLayer.__init__(self, base_layer, **kwargs)
+        self._active_adapter = adapter_name
+        self._take_base_layer()
+        self.update_layer(
+            adapter_name,
+            r,
+            config,
+            oft_block_size=oft_block_size,
+            module_dropout=module_dropout,
+            init_weights=init_weights,
+            coft=coft,
+            eps=eps,
+            block_share=block_share,
+            use_cayley_neumann=use_cayley_neumann,
+            num_cayley_neumann_terms=num_cayley_neumann_terms,
+        )
+
+    # --- Of each class -----------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _check_base_layer(base: nn.Module) -> None:
+        """Raise if `base` is not a layer that the class wraps."""
+        raise NotImplementedError
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the base layer's weight is."""
+        raise NotImplementedError
+
+    @property
+    def _compute_dtype(self) -> torch.dtype | None:
+        """The dtype in which the base layer computes, if it is known before a forward."""
+        raise NotImplementedError
+
+    # --- State -------------------------------------------------------------------------------------------------------
+
+    def _take_base_layer(self) -> None:
+        """Initialize missing per-layer state."""
+        state = vars(self)
+        if "_keep_pristine" not in state:
+            self.keep_pristine = keep_pristine_from_environment()
+        self._merge: MergeState = state.get("_merge", MergeState())
+        self._rotations: RotationCache = state.get("_rotations", RotationCache())
+        self._lock = threading.RLock()
+
+    def _release_base_layer(self) -> None:
+        """Undo `_take_base_layer`, or the part of it that succeeded, before the layer becomes PEFT's own."""
+        for name in ("_merge", "_lock", "_rotations"):
+            self.__dict__.pop(name, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        return "oft." + super().__repr__()
+
+    @property
+    def keep_pristine(self) -> KeepPristine:
+        """Where a merge keeps the weight it replaces: `"device"`, `"cpu"` or `"none"`."""
+        return self._keep_pristine
+
+    @keep_pristine.setter
+    def keep_pristine(self, where: KeepPristine) -> None:
+        if where not in get_args(KeepPristine):
+            raise ValueError(f"keep_pristine must be one of {get_args(KeepPristine)}, got {where!r}.")
+        self._keep_pristine = where
+
+    # --- Adapters ----------------------------------------------------------------------------------------------------
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -86,7 +177,7 @@ class AdaptedLayer:
         self._move_to_base_layer(self.oft_R[adapter_name], device)
 
     def _move_to_base_layer(self, module: OFTRotationModule, device: torch.device | None = None) -> None:
-        device = device or self.get_base_layer().W_q.device
+        device = device or self._device
         if module.weight.device.type != "meta" and torch.device(device).type != "meta":
             module.to(device)
 
@@ -111,165 +202,4 @@ class AdaptedLayer:
                         stacklevel=2,
                     )
                 self.set_adapter(active or left[0])
-            super().delete_adapter(adapter_name)  # type: ignore[misc]
-
-    @staticmethod
-    def _cayley_arguments(module: OFTRotationModule) -> dict[str, Any]:
-        """The keyword arguments of `functional.cayley` and `oft_linear` that come from the adapter's settings."""
-        return {
-            "block_size": module.block_size,
-            "terms": module.num_cayley_neumann_terms if module.use_cayley_neumann else None,
-            # constrained OFT's bound on each skew block's Frobenius norm
-            "max_norm": module.eps / math.sqrt(module.weight.shape[0]) if module.coft else None,
-        }
-
-    def _begin_forward(self, name: str, module: OFTRotationModule) -> tuple[Tensor, dict[str, Any]]:
-        """An adapter's parameter and Cayley arguments for one forward; in training with projection and dropout."""
-        v, arguments = module.weight, self._cayley_arguments(module)
-        if self.training:
-            if arguments["max_norm"] is not None and v.requires_grad:
-                # Through `.data`: projecting twice changes nothing, so the graph of an earlier forward that holds the
-                # parameter (accumulation, checkpointing) stays valid, and autograd need not know.
-                ops.project_(v.data, arguments["max_norm"])
-            arguments["keep"] = self._dropout_keep(name, module)
-        return v, arguments
-
-    def _dropout_keep(self, name: str, module: OFTRotationModule) -> Tensor | None:
-        """Bool `[B]` with floor(p * B) randomly chosen blocks False, or None if nothing is dropped."""
-        dropped = self._dropped_blocks(name, module)
-        if dropped == 0:
-            return None
-        return torch.randperm(self.in_features // module.block_size, device=module.weight.device) >= dropped
-
-    def _dropped_blocks(self, name: str, module: OFTRotationModule) -> int:
-        p = getattr(self.oft_dropout._modules.get(name), "p", 0.0)
-        return math.floor(p * (self.in_features // module.block_size) + 1e-6)  # 0.29 * 100 is below 29
-
-    def _active(self) -> list[tuple[str, OFTRotationModule]]:
-        """The active adapters that this layer has, each once, in order."""
-        modules, active = self._modules["oft_R"]._modules, self._active_adapter
-        names = (active,) if isinstance(active, str) else dict.fromkeys(active)
-        found = [(name, modules.get(name)) for name in names]  # another thread may be deleting one
-        return [(name, module) for name, module in found if module is not None]
-
-    @contextmanager
-    def _adapters_onloaded(self) -> Iterator[None]:
-        """Load the parameters that accelerate offloads, which it does itself only for forwards of their module."""
-        adapters = list(self._modules["oft_R"]._modules.values())
-        hooks: list[tuple[OFTRotationModule, Any]] = [
-            (module, getattr(module, "_hf_hook", None)) for module in adapters
-        ]
-        offloaded = [(module, hook) for module, hook in hooks if getattr(hook, "offload", False)]
-        try:
-            for module, hook in offloaded:
-                hook.pre_forward(module)
-            yield
-        finally:
-            for module, hook in offloaded:
-                hook.post_forward(module, None)
-
-    def _shared_rotation(self, v: Tensor) -> Tensor | None:
-        """`D` of the parameter, if it was computed together with other layers' (`hqq_oft.share_rotations`)."""
-        if not self.training or torch.compiler.is_compiling():
-            return None
-        step = rotation_batch.current()
-        return None if step is None else step.rotation(v)
-
-    def _rotations_to_share(self) -> Iterator[rotation_batch.Member]:
-        """The active adapters whose `D`, in a training forward, depends only on their parameter."""
-        if not self.training or self.disable_adapters or self.merged:
-            return
-        dtype = self.get_base_layer().compute_dtype
-        for name, module in self._active():
-            v = module.weight
-            if not self._dropped_blocks(name, module) and rotation_batch.can_share(v):
-                begin = partial(self._begin_forward, name, module)
-                yield rotation_batch.Member(v, self._cayley_arguments(module), dtype, begin)
-
-    def _keeps_rotation(self, name: str, module: OFTRotationModule, x: Tensor) -> bool:
-        """Whether `D` can be cached: in evaluation without a gradient; in a compiled graph if it is frozen."""
-        if self.training or (torch.compiler.is_compiling() and self._rotations.frozen_rotation(name, x.dtype) is None):
-            return False
-        return not (torch.is_grad_enabled() and (x.requires_grad or module._parameters["weight"].requires_grad))
-
-    def _kept_rotation(self, name: str, module: OFTRotationModule, dtype: torch.dtype) -> Tensor:
-        if torch.compiler.is_compiling():
-            return self._rotations.frozen_rotation(name, dtype)
-        settings = (
-            dtype,
-            module.block_share,
-            module.block_size,
-            module.use_cayley_neumann,
-            module.num_cayley_neumann_terms,
-            module.coft,
-            module.eps,
-        )
-        v = module._parameters["weight"]
-        return self._rotations.get(
-            name, v, settings, lambda: functional.cayley(v, dtype=dtype, **self._cayley_arguments(module))
-        )
-
-    def _keep_active_rotations(self) -> None:
-        """Compute and cache `D` of the active adapters, where a forward in evaluation would."""
-        if self.disable_adapters or self.merged:
-            return
-        for name, module in self._active():
-            if rotation_batch.can_share(module.weight):
-                self._kept_rotation(name, module, self.get_base_layer().compute_dtype)
-
-    def _index(
-        self, names: list[str], block_size: int, adapter_names: list[str], rows_per_sample: int, device: torch.device
-    ) -> Tensor:
-        """Int64, for each row the index of its adapter in the stack of `names`, -1 for none."""
-
-        def make() -> Tensor:
-            index = torch.tensor([names.index(name) if name in names else -1 for name in adapter_names])
-            return index.to(device).repeat_interleave(rows_per_sample)
-
-        if torch.compiler.is_compiling():
-            return make()
-        batch = (tuple(names), tuple(adapter_names), rows_per_sample, device)
-
-        def shared() -> Tensor:
-            index = _indices.get(batch)
-            if index is None:
-                index = _indices[batch] = make()
-            return index
-
-        return self._rotations.derived((("index", block_size), *batch), (), shared)
-
-    def _stacked_rotations(self, modules: dict[str, OFTRotationModule], x: Tensor) -> Tensor:
-        """`D` of several adapters of one block size, `[A, B or 1, b, b]`, in the dtype of `x`."""
-        rotations, kept = [], not torch.compiler.is_compiling()
-        for name, module in modules.items():
-            if self._keeps_rotation(name, module, x):
-                rotations.append(self._kept_rotation(name, module, x.dtype))
-            else:
-                kept = False
-                v, arguments = self._begin_forward(name, module)
-                rotations.append(functional.cayley(v, dtype=x.dtype, **arguments))
-
-        def stack() -> Tensor:
-            blocks = max(d.shape[0] for d in rotations)
-            return torch.stack([d.expand(blocks, -1, -1) for d in rotations])
-
-        if not kept:
-            return stack()
-        kind = ("stack", rotations[0].shape[-1])
-        return self._rotations.derived((kind, tuple(modules), x.dtype), tuple(rotations), stack)
-
-    @torch.no_grad()
-    def _rotation(self, name: str) -> Tensor:
-        """The adapter's `D = R - I` for merging: float32, without dropout."""
-        module = self.oft_R[name]
-        require_whole(f"the adapter {name!r}", module.weight)
-        v = module.weight.to(self.get_base_layer().W_q.device)
-        return functional.cayley(v, dtype=torch.float32, **self._cayley_arguments(module))
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """The dense block-diagonal rotation `[K, K]` of an adapter, in the dtype and on the device of its parameter."""
-        module = self.oft_R[adapter]
-        d = functional.cayley(module.weight, **self._cayley_arguments(module))
-        blocks = d + torch.eye(d.shape[-1], dtype=d.dtype, device=d.device)
-        blocks = blocks.expand(self.in_features // d.shape[-1], -1, -1)
-        return torch.block_diag(*blocks).to(module.weight.dtype)
+            super().delete_adapter(adapter_name)

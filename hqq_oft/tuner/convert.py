@@ -1,19 +1,26 @@
-"""`convert` and `revert`: replace PEFT's OFT layers with `HqqOFTLinear` in an existing model, and the reverse."""
+"""`convert` and `revert`: replace PEFT's OFT layers with this package's in an existing model, and the reverse."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from hqq.core.quantize import HQQLinear
 from peft.tuners.oft.layer import Linear as PeftLinear
 from peft.tuners.oft.layer import OFTLayer
 from torch import nn
 
+from .adapters import AdaptedLayer
 from .layer import HqqOFTLinear
+from .linear import OFTLinear
 from .model import match_tuners
-from .patch import peft_hqq_module
 
+HQQ_MODULE = "peft.tuners.oft.hqq"
+# PEFT up to 0.20 has a separate module for HQQ layers; from 0.21 its Linear supports them.
+peft_hqq_module = importlib.import_module(HQQ_MODULE) if importlib.util.find_spec(HQQ_MODULE) else None
 _PeftHqqLayer: type[OFTLayer] = PeftLinear if peft_hqq_module is None else peft_hqq_module.HqqOFTLinear
 
 
@@ -35,21 +42,40 @@ class ConversionReport:
         return "\n".join(lines)
 
 
-def _become(layer: OFTLayer, new_class: type[OFTLayer]) -> None:
-    if isinstance(layer, HqqOFTLinear):
+def our_class(layer: OFTLayer) -> type[AdaptedLayer] | None:
+    """The class of this package that does what this layer of PEFT does; None for convolutions and embeddings."""
+    if isinstance(layer.get_base_layer(), HQQLinear):
+        return HqqOFTLinear
+    # A subclass from elsewhere may do something else.
+    own = type(layer).__module__.startswith("peft.tuners.oft.")
+    return OFTLinear if own and not isinstance(layer.get_base_layer(), (nn.Conv2d, nn.Embedding)) else None
+
+
+def _peft_class(layer: OFTLayer) -> type[OFTLayer]:
+    default = _PeftHqqLayer if isinstance(layer, HqqOFTLinear) else PeftLinear
+    return vars(layer).get("_peft_class", default)
+
+
+def become(layer: OFTLayer, new_class: type[OFTLayer]) -> None:
+    """Change the class of a layer in place, from PEFT's to this package's or back."""
+    old_class = type(layer)
+    if isinstance(layer, AdaptedLayer):
         layer._release_base_layer()
     layer.__class__ = new_class
-    if isinstance(layer, HqqOFTLinear):
+    if isinstance(layer, AdaptedLayer):
         layer._take_base_layer()
+        if not issubclass(old_class, AdaptedLayer):
+            layer.__dict__["_peft_class"] = old_class  # for `revert`
     else:
         layer.fan_in_fan_out = layer.is_target_conv_1d_layer = False
         layer.merged_adapters = []
+        layer.__dict__.pop("_peft_class", None)
 
 
 def _turn(
-    peft_model: nn.Module, new_class: type[OFTLayer], why_keep: Callable[[OFTLayer], str | None]
+    peft_model: nn.Module, new_class: Callable[[OFTLayer], Any], why_keep: Callable[[OFTLayer], str | None]
 ) -> ConversionReport:
-    """Change every OFT layer for which `why_keep` returns None to `new_class`.
+    """Change every OFT layer for which `why_keep` returns None to its `new_class`.
 
     Only the class of a layer changes, not its identity: hooks and their handles, references from other modules and its
     compiled call stay valid.
@@ -76,26 +102,30 @@ def _turn(
         )
     try:
         for layer in classes:
-            _become(layer, new_class)
+            become(layer, new_class(layer))
     except BaseException:
         for layer, old_class in classes.items():
-            _become(layer, old_class)
+            become(layer, old_class)
         raise
     return report
 
 
 def _why_not_convert(layer: OFTLayer) -> str | None:
-    if isinstance(layer, HqqOFTLinear):
-        return "it is already an HqqOFTLinear"
-    if not isinstance(layer.get_base_layer(), HQQLinear):
-        return f"its base layer is a {type(layer.get_base_layer()).__name__}, not an HQQLinear"
+    if isinstance(layer, AdaptedLayer):
+        return f"it is already an {type(layer).__name__}"
+    if our_class(layer) is None:
+        return f"this package has no layer for what {type(layer).__name__} wraps, a {_base_name(layer)}"
     if layer.merged:
         return f"{layer.merged_adapters} are merged into it, and its pristine weight is lost: unmerge first"
     return None
 
 
+def _base_name(layer: OFTLayer) -> str:
+    return type(layer.get_base_layer()).__name__
+
+
 def _why_not_revert(layer: OFTLayer) -> str | None:
-    if not isinstance(layer, HqqOFTLinear):
+    if not isinstance(layer, AdaptedLayer):
         return f"it is PEFT's own {type(layer).__name__}"
     if layer.merged:
         return f"{layer.merged_adapters} are merged into it: unmerge first"
@@ -103,7 +133,7 @@ def _why_not_revert(layer: OFTLayer) -> str | None:
 
 
 def convert(peft_model: nn.Module) -> ConversionReport:
-    """Turn the OFT layers that PEFT put on HQQ layers into `HqqOFTLinear`, in place.
+    """Turn the OFT layers that PEFT put on linear layers into `HqqOFTLinear` and `OFTLinear`, in place.
 
     Parameters are kept, so an existing optimizer stays valid; so are training mode, active adapters and hooks. The
     tuner class is replaced so that unloading HQQ layers and mixed-adapter batches work without `patch_peft`.
@@ -118,16 +148,16 @@ def convert(peft_model: nn.Module) -> ConversionReport:
     Raises:
         ValueError: the model has no OFT adapters.
     """
-    report = _turn(peft_model, HqqOFTLinear, _why_not_convert)
+    report = _turn(peft_model, our_class, _why_not_convert)
     match_tuners(peft_model)
     return report
 
 
 def revert(peft_model: nn.Module) -> ConversionReport:
-    """Turn each `HqqOFTLinear` into PEFT's own layer, in place.
+    """Turn each `HqqOFTLinear` and `OFTLinear` into PEFT's own layer, in place.
 
     Args:
-        peft_model: a model with `HqqOFTLinear` layers, from `convert` or built under `patch_peft`.
+        peft_model: a model with such layers, from `convert` or built under `patch_peft`.
 
     Returns:
         What was replaced, and what was not and why.
@@ -135,6 +165,6 @@ def revert(peft_model: nn.Module) -> ConversionReport:
     Raises:
         ValueError: the model has no OFT adapters.
     """
-    report = _turn(peft_model, _PeftHqqLayer, _why_not_revert)
+    report = _turn(peft_model, _peft_class, _why_not_revert)
     match_tuners(peft_model)
     return report

@@ -1,4 +1,4 @@
-"""Folding rotations into a quantized weight, and taking them out again.
+"""Folding rotations into a weight, and taking them out again.
 
 A merged weight is always computed from the pristine one with the whole product of rotations, and quantized once. The
 pristine packed weight is kept, so that unmerging restores it bit for bit.
@@ -42,16 +42,29 @@ def rotate_weight(weight: QuantizedWeight, rotations: Rotations, check: bool) ->
         ValueError: `check` found a non-finite value; the message names the adapter.
     """
     # (R_1 ... R_n)^T = R_n^T ... R_1^T: the last rotation is applied to the weight first
-    dense = None
+    *others, (name, d) = rotations
+    dense = ops.dequantize_rotate(weight, d, torch.float32)
+    if check:
+        _check_finite(name, dense)
+    return rotate_dense(dense, others, check)
+
+
+@torch.no_grad()
+def rotate_dense(weight: Tensor, rotations: Rotations, check: bool) -> Tensor:
+    """As `rotate_weight` of a dense weight `[N, K]`, in its dtype."""
     for name, d in reversed(rotations):
-        dense = ops.dequantize_rotate(weight, d, torch.float32) if dense is None else ops.rotate(dense, d, None, True)
-        if check and not torch.isfinite(dense).all():
-            raise ValueError(
-                f"NaN or infinity in the merged weights: the adapter {name!r} seems to be broken. Nothing was merged; "
-                "remove or retrain that adapter."
-            )
-    assert dense is not None
-    return dense
+        weight = ops.rotate(weight, d.to(weight.dtype), None, True)
+        if check:
+            _check_finite(name, weight)
+    return weight
+
+
+def _check_finite(name: str, dense: Tensor) -> None:
+    if not torch.isfinite(dense).all():
+        raise ValueError(
+            f"NaN or infinity in the merged weights: the adapter {name!r} seems to be broken. Nothing was merged; "
+            "remove or retrain that adapter."
+        )
 
 
 @torch.no_grad()

@@ -1,34 +1,29 @@
 """`HqqOFTLinear`: PEFT's OFT on an HQQ-quantized linear layer.
 
-This module decides what a forward applies and in which dtype. Its adapters are in `hqq_oft.tuner.adapters`, merging is
-in `hqq_oft.tuner.merge`, the computation in `hqq_oft.functional`.
+This module decides what a forward applies and in which dtype. What it shares with `OFTLinear` is in
+`hqq_oft.tuner.{adapters,rotated,merge}`, merging into packed weights in `hqq_oft.tuner.hqq_merge`, the computation in
+`hqq_oft.functional`.
 """
 
 from __future__ import annotations
 
-import math
-import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from hqq.core.quantize import HQQLinear
-from peft.tuners.oft.layer import OFTLayer, OFTRotationModule
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .. import functional
-from .._config import KeepPristine, keep_pristine_from_environment
 from ..ops.autocast import without_autocast
 from ..ops.weight import QuantizedWeight
 from ..quant import hqq_layer
-from .merge import MergeableLayer
-from .rotation_cache import RotationCache
-from .snapshot import MergeState, Snapshot
+from .hqq_merge import HqqMergeableLayer
+from .snapshot import Snapshot
 
 
-class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
+class HqqOFTLinear(HqqMergeableLayer):
     """OFT on an `HQQLinear`: `y = x * blockdiag(R) * W^T + bias` with `W` packed.
 
     Parameters, state-dict keys (`oft_R.<adapter>.weight`, `[blocks, b(b-1)/2]`) and numerics are those of PEFT's
@@ -60,86 +55,37 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         ValueError: the HQQ layer is not initialised, or a setting is out of range.
     """
 
-    fan_in_fan_out = False
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        r: int = 8,
-        oft_block_size: int = 0,
-        module_dropout: float = 0.0,
-        init_weights: bool = True,
-        coft: bool = False,
-        eps: float = 6e-5,
-        block_share: bool = False,
-        use_cayley_neumann: bool = False,
-        num_cayley_neumann_terms: int = 5,
-        *,
-        config: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__()
-        base = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+    @staticmethod
+    def _check_base_layer(base: nn.Module) -> None:
         if not isinstance(base, HQQLinear):
             raise TypeError(
-                f"HqqOFTLinear needs an hqq.core.quantize.HQQLinear, got {type(base).__name__}; use PEFT's own OFT "
-                "layer for other linear layers."
+                f"HqqOFTLinear needs an hqq.core.quantize.HQQLinear, got {type(base).__name__}; use OFTLinear for "
+                "other linear layers."
             )
         QuantizedWeight.from_hqq(base)  # raises if the layer is empty or inconsistent
-        config = config if config is not None else kwargs.pop("oft_config", None)
-        OFTLayer.__init__(self, base_layer, **kwargs)
-        self._active_adapter = adapter_name
-        self._take_base_layer()
-        self.update_layer(
-            adapter_name,
-            r,
-            config,
-            oft_block_size=oft_block_size,
-            module_dropout=module_dropout,
-            init_weights=init_weights,
-            coft=coft,
-            eps=eps,
-            block_share=block_share,
-            use_cayley_neumann=use_cayley_neumann,
-            num_cayley_neumann_terms=num_cayley_neumann_terms,
-        )
+
+    @property
+    def _device(self) -> torch.device:
+        return self.get_base_layer().W_q.device
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        return self.get_base_layer().compute_dtype
 
     def _take_base_layer(self) -> None:
         """Initialize missing per-layer state, and detach the tensors that HQQ leaves attached in the base layer."""
-        state = vars(self)
-        if "_keep_pristine" not in state:
-            self.keep_pristine = keep_pristine_from_environment()
-        self._merge: MergeState = state.get("_merge", MergeState())
-        self._snapshot: Snapshot | None = None
-        self._rotations: RotationCache = state.get("_rotations", RotationCache())
-        self._lock = threading.RLock()
+        super()._take_base_layer()
+        self._snapshot = None
         hqq_layer.take_over(self.get_base_layer())
         if _after_load not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_after_load)
 
     def _release_base_layer(self) -> None:
-        """Undo `_take_base_layer`, or the part of it that succeeded, before the layer becomes PEFT's own."""
-        for name in ("_merge", "_snapshot", "_lock", "_rotations"):
-            self.__dict__.pop(name, None)
+        super()._release_base_layer()
+        self.__dict__.pop("_snapshot", None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_snapshot")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._lock, self._snapshot = threading.RLock(), None
-
-    @property
-    def keep_pristine(self) -> KeepPristine:
-        """Where a merge keeps the packed weight it replaces: `"device"`, `"cpu"` or `"none"`."""
-        return self._keep_pristine
-
-    @keep_pristine.setter
-    def keep_pristine(self, where: KeepPristine) -> None:
-        if where not in get_args(KeepPristine):
-            raise ValueError(f"keep_pristine must be one of {get_args(KeepPristine)}, got {where!r}.")
-        self._keep_pristine = where
+        return super().__getstate__() | {"_snapshot": None}
 
     # --- Forward -----------------------------------------------------------------------------------------------------
 
@@ -194,7 +140,7 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
     def _forward(self, plain: bool, x: Tensor, adapter_names: list[str] | None, args: Any, kwargs: Any) -> Tensor:
         snapshot = self._current(plain)
         if adapter_names is not None:
-            self._check_adapter_names(snapshot, x, adapter_names)
+            self._check_adapter_names(snapshot.merge, x, adapter_names)
         if self._disable_adapters and snapshot.merge.adapters:
             with self._lock:
                 if self.merged:  # still: another thread may have been first
@@ -212,27 +158,12 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
                 y = self._forward_mixed(snapshot, plain, x, adapter_names, args, kwargs)
         return y if y.dtype is dtype else y.to(dtype)
 
-    def _check_adapter_names(self, snapshot: Snapshot, x: Tensor, adapter_names: list[str]) -> None:
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
-        if snapshot.merge.adapters:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-
     def _forward_active(self, snapshot: Snapshot, plain: bool, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         """Every active adapter's rotation in turn; the last is fused with the product if that is ours to compute."""
         steps = self._active()
         fused = steps.pop() if steps and plain and not (args or kwargs) else None
-        for name, module in steps:
-            if self._keeps_rotation(name, module, x):
-                x = functional.rotate(x, self._kept_rotation(name, module, x.dtype))
-            else:
-                v, arguments = self._begin_forward(name, module)
-                x = functional.oft_rotate(x, v, d=self._shared_rotation(v), **arguments)
+        if steps:
+            x = self._rotate(x, steps)
         if fused is None:
             return snapshot.product(x, *args, **kwargs)
         name, module = fused
@@ -240,26 +171,14 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
             d = self._kept_rotation(name, module, x.dtype)
             return functional.linear(x, snapshot.weight, snapshot.bias, d=d)
         v, arguments = self._begin_forward(name, module)
-        shared = self._shared_rotation(v)
+        shared = self._shared_rotation(v, x.dtype)
         return functional.oft_linear(x, snapshot.weight, snapshot.bias, v=v, d=shared, **arguments)
 
     def _forward_mixed(
         self, snapshot: Snapshot, plain: bool, x: Tensor, adapter_names: list[str], args: Any, kwargs: Any
     ) -> Tensor:
-        """One adapter per sample; a name this layer does not have gets the base layer, as in PEFT's LoRA.
-
-        Adapters of one block size share a stacked `D`; each row of `x` is in at most one stack.
-        """
-        modules = dict(self.oft_R._modules)
-        stacks: dict[int, dict[str, OFTRotationModule]] = {}
-        for name in dict.fromkeys(adapter_names):
-            if name in modules:
-                stacks.setdefault(modules[name].block_size, {})[name] = modules[name]
-        rows = math.prod(x.shape[1:-1])
-        steps = [
-            (self._stacked_rotations(stack, x), self._index(list(stack), size, adapter_names, rows, x.device))
-            for size, stack in stacks.items()
-        ]
+        """One adapter per sample."""
+        steps = self._mixed_rotations(x, adapter_names)
         fused = steps.pop() if steps and plain and not (args or kwargs) else None
         for d, index in steps:
             x = functional.rotate(x, d, adapter_index=index)
@@ -270,15 +189,6 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
 
     # --- nn.Module ---------------------------------------------------------------------------------------------------
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        if self.merged and f"{prefix}base_layer.W_q" in state_dict:
-            raise ValueError(
-                f"Cannot load a base weight into a layer that {self.merged_adapters} are merged into: unmerging would "
-                "restore the old one. Unmerge first."
-            )
-        with self._lock:
-            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HqqOFTLinear:
         """As in `nn.Module`; the packed weight keeps its bytes, and so does the pristine one."""
         with self._lock:
@@ -286,29 +196,10 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
             self._snapshot = None
             super()._apply(fn, recurse)
             base, pristine = self.get_base_layer(), self._merge.pristine
-            if pristine is not None:
+            if isinstance(pristine, hqq_layer.PackedState):
                 device = base.W_q.device if self.keep_pristine == "device" else pristine.packed.device
                 self._merge = replace(self._merge, pristine=pristine.to(device, base.compute_dtype))
         return self
-
-    def train(self, mode: bool = True) -> HqqOFTLinear:
-        """As in `nn.Module`; also clears the rotation cache, unless it is frozen."""
-        if mode or not self._rotations.frozen:
-            self._rotations.clear()
-        return super().train(mode)
-
-    @property
-    def rotations_frozen(self) -> bool:
-        """Whether cached rotations keep their addresses; see `hqq_oft.frozen_rotations`."""
-        return self._rotations.frozen
-
-    @rotations_frozen.setter
-    def rotations_frozen(self, frozen: bool) -> None:
-        self._rotations.frozen = frozen
-
-    def clear_rotations(self) -> None:
-        """Clear the rotation cache of evaluation; only needed after a parameter was changed through `.data`."""
-        self._rotations.clear()
 
     def requires_grad_(self, requires_grad: bool = True) -> HqqOFTLinear:
         """As in `nn.Module`, except for the packed weight, which cannot have a gradient."""
@@ -317,9 +208,6 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
             if parameter is not packed:
                 parameter.requires_grad_(requires_grad)
         return self
-
-    def __repr__(self) -> str:
-        return "oft." + super().__repr__()
 
 
 def _after_load(layer: HqqOFTLinear, incompatible_keys: Any) -> None:

@@ -1,4 +1,4 @@
-"""Tuners for models with `HqqOFTLinear` layers: unloading HQQ layers, atomic merging, mixed-adapter batches."""
+"""Tuners for models with this package's layers: unloading HQQ layers, atomic merging, mixed-adapter batches."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from ..quant.linears import as_in_the_model, fuse_dense
 from ..quant.solver import Solver, check_solver
 from .fold import MergeInto, check_into
 from .layer import HqqOFTLinear
+from .merge import MergeableLayer
 
 logger = logging.getLogger("hqq_oft")
 
@@ -31,7 +32,7 @@ logger = logging.getLogger("hqq_oft")
 class HqqOFTModel(OFTModel):
     """An `OFTModel` that can unload HQQ layers, merges all layers or none, and supports mixed-adapter batches.
 
-    A model's tuner is changed to this class when its first `HqqOFTLinear` is inserted.
+    A model's tuner is changed to this class when its first `HqqOFTLinear` or `OFTLinear` is inserted.
     """
 
     _unloaded_errors: Mapping[str, float] = {}  # `adopt` changes the class of a tuner without running __init__
@@ -202,11 +203,12 @@ class HqqOFTModel(OFTModel):
         if not isinstance(adapter_names, (list, tuple)):
             raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
         layers = [module for module in self.modules() if isinstance(module, OFTLayer)]
-        foreign = sorted({type(layer).__name__ for layer in layers if not isinstance(layer, HqqOFTLinear)})
+        foreign = sorted({type(layer).__name__ for layer in layers if not isinstance(layer, MergeableLayer)})
         if foreign:
             raise ValueError(
-                "`adapter_names` requires every OFT layer to be an HqqOFTLinear, but the model also adapts layers that "
-                f"are not HQQ-quantized ({', '.join(foreign)}), where PEFT ignores it. Target only HQQ layers."
+                "`adapter_names` requires every OFT layer to be an HqqOFTLinear or an OFTLinear, but some of the model "
+                f"are PEFT's own ({', '.join(foreign)}), which ignore it. Call `convert(model)`; target no "
+                "convolutions or embeddings."
             )
         unexpected = set(adapter_names) - {name for layer in layers for name in layer.oft_R} - {"__base__"}
         if unexpected:
@@ -219,7 +221,7 @@ class HqqOFTModel(OFTModel):
         return [
             (module, list(adapter_names) if module in in_encoder else repeated)
             for module in self.modules()
-            if isinstance(module, (HqqOFTLinear, AuxiliaryTrainingWrapper))
+            if isinstance(module, (MergeableLayer, AuxiliaryTrainingWrapper))
         ]
 
 
@@ -233,11 +235,11 @@ def _merge_undone_on_error(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
 
     PEFT's own layers merge into their weight in place, so a copy of it is kept inside the block.
     """
-    ours = [(layer, layer.merge_state()) for layer in layers if isinstance(layer, HqqOFTLinear)]
+    ours = [(layer, layer.merge_state()) for layer in layers if isinstance(layer, MergeableLayer)]
     others = [
         (layer, weight, weight.detach().clone(), list(layer.merged_adapters))
         for layer in layers
-        if not isinstance(layer, HqqOFTLinear)
+        if not isinstance(layer, MergeableLayer)
         and isinstance(weight := getattr(layer.get_base_layer(), "weight", None), nn.Parameter)
     ]
     try:
@@ -273,9 +275,9 @@ def adopt(tuner: nn.Module) -> None:
 
 
 def match_tuners(model: nn.Module) -> None:
-    """Change each tuner in `model` to this package's class if it contains an `HqqOFTLinear`, else to PEFT's."""
+    """Change each tuner in `model` to this package's class if it contains one of its layers, else to PEFT's."""
     for tuner in [module for module in model.modules() if type(module) in {*_OUR_TUNERS, *_PEFT_TUNERS}]:
-        if any(isinstance(module, HqqOFTLinear) for module in tuner.modules()):
+        if any(isinstance(module, MergeableLayer) for module in tuner.modules()):
             adopt(tuner)
         else:
             tuner.__class__ = _PEFT_TUNERS.get(type(tuner), type(tuner))

@@ -1,11 +1,9 @@
-"""`patch_peft`: make PEFT wrap every HQQ layer in an `HqqOFTLinear`."""
+"""`patch_peft`: make PEFT wrap every HQQ layer in an `HqqOFTLinear`, every other linear layer in an `OFTLinear`."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.machinery
-import importlib.util
 import sys
 import types
 from collections.abc import Callable
@@ -21,14 +19,12 @@ from torch import nn
 from .._patching import Patch, PatchHandle
 from ..checkpoint.patch import patch as transformers_patch
 from . import distributed
+from .adapters import AdaptedLayer
+from .convert import HQQ_MODULE, become, our_class, peft_hqq_module
 from .layer import HqqOFTLinear
 from .model import adopt, replace_module
 from .peft_fixes import FIXES
 from .unpatched import watch_for_unpatched_layers
-
-_HQQ_MODULE = "peft.tuners.oft.hqq"
-# PEFT up to 0.20 has a separate module for HQQ layers; from 0.21 its Linear supports them.
-peft_hqq_module = importlib.import_module(_HQQ_MODULE) if importlib.util.find_spec(_HQQ_MODULE) else None
 
 
 def dispatch_hqq(target: nn.Module, adapter_name: str, **kwargs: Any) -> HqqOFTLinear | None:
@@ -46,8 +42,13 @@ def dispatch_hqq(target: nn.Module, adapter_name: str, **kwargs: Any) -> HqqOFTL
 def _patched_create_new_module(original: Callable[..., nn.Module]) -> Any:
     @functools.wraps(original)
     def create(oft_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        new_module = dispatch_hqq(target, adapter_name, config=oft_config)
-        return original(oft_config, adapter_name, target, **kwargs) if new_module is None else new_module
+        new_module: Any = dispatch_hqq(target, adapter_name, config=oft_config)
+        if new_module is None:
+            # PEFT decides which layers it wraps, and how its versions name them.
+            new_module = original(oft_config, adapter_name, target, **kwargs)
+            if (ours := our_class(new_module)) is not None:
+                become(new_module, ours)
+        return new_module
 
     return staticmethod(create)
 
@@ -55,7 +56,7 @@ def _patched_create_new_module(original: Callable[..., nn.Module]) -> Any:
 def _patched_replace_module(original: Callable[..., None]) -> Any:
     @functools.wraps(original)
     def replace(self: nn.Module, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, HqqOFTLinear):
+        if isinstance(new_module, AdaptedLayer):
             adopt(self)  # the model outlives the patch and must still be able to unload
         replace_module(functools.partial(original, self), parent, child_name, new_module, child)
 
@@ -74,10 +75,10 @@ def _change(patch: Patch) -> None:
         patch.set(owner, name, value)
     module = peft_hqq_module
     if module is None:
-        module = types.ModuleType(_HQQ_MODULE, "HQQ layers of PEFT's OFT, served by hqq_oft.")
-        module.__spec__ = importlib.machinery.ModuleSpec(_HQQ_MODULE, None)
-        sys.modules[_HQQ_MODULE] = module
-        patch.on_undo(functools.partial(sys.modules.pop, _HQQ_MODULE, None))
+        module = types.ModuleType(HQQ_MODULE, "HQQ layers of PEFT's OFT, served by hqq_oft.")
+        module.__spec__ = importlib.machinery.ModuleSpec(HQQ_MODULE, None)
+        sys.modules[HQQ_MODULE] = module
+        patch.on_undo(functools.partial(sys.modules.pop, HQQ_MODULE, None))
         patch.set(sys.modules["peft.tuners.oft"], "hqq", module)
     patch.set(module, "HqqOFTLinear", HqqOFTLinear)
     patch.set(module, "dispatch_hqq", dispatch_hqq)
@@ -90,13 +91,14 @@ watch_for_unpatched_layers()
 
 
 def patch_peft() -> PatchHandle:
-    """Have PEFT use `HqqOFTLinear` for every HQQ-quantized target of an `OFTConfig`.
+    """Have PEFT use `HqqOFTLinear` for every HQQ-quantized target of an `OFTConfig`, `OFTLinear` for other linear ones.
 
-    Afterwards `get_peft_model`, `add_adapter`, `load_adapter` and `PeftModel.from_pretrained` build `HqqOFTLinear`;
-    `merge_adapter` changes all layers or none; `merge_and_unload` and `unload` restore HQQ layers (merged, after a
-    merge, as in PEFT); `adapter_names` is passed to the layers; `target_modules="all-linear"` includes HQQ layers;
-    `modules_to_save` that names one is refused; LoRA on an adapted HQQ layer keeps its OFT adapters; and `HqqOFTLinear`
-    and `dispatch_hqq` can be imported from `peft.tuners.oft.hqq` in every PEFT version. It includes
+    Afterwards `get_peft_model`, `add_adapter`, `load_adapter` and `PeftModel.from_pretrained` build these layers, on
+    dense linear layers and on those of bitsandbytes, GPTQ and other quantizers, too; convolutions and embeddings keep
+    PEFT's own. `merge_adapter` changes all layers or none; `merge_and_unload` and `unload` restore HQQ layers (merged,
+    after a merge, as in PEFT); `adapter_names` is passed to the layers; `target_modules="all-linear"` includes HQQ
+    layers; `modules_to_save` that names one is refused; LoRA on an adapted HQQ layer keeps its OFT adapters; and
+    `HqqOFTLinear` and `dispatch_hqq` can be imported from `peft.tuners.oft.hqq` in every PEFT version. It includes
     `patch_transformers`, so that base models stored by transformers or this package load by their path. Idempotent.
 
     Returns:
@@ -106,5 +108,5 @@ def patch_peft() -> PatchHandle:
 
 
 def unpatch_peft() -> None:
-    """Remove the patch, even inside a `with` block; existing models keep their `HqqOFTLinear` layers and tuners."""
+    """Remove the patch, even inside a `with` block; existing models keep their layers and tuners."""
     _patch.remove()

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from . import rotation_batch
-from .layer import HqqOFTLinear
+from .rotated import RotatedLayer
 
 
-def _layers(model: nn.Module) -> list[HqqOFTLinear]:
-    return [module for module in model.modules() if isinstance(module, HqqOFTLinear)]
+def _layers(model: nn.Module) -> list[RotatedLayer]:
+    return [module for module in model.modules() if isinstance(module, RotatedLayer)]
 
 
 class SharedRotations:
@@ -58,7 +58,7 @@ def share_rotations(model: nn.Module) -> SharedRotations:
     sharded by FSDP, compiled layers, the recomputation of gradient checkpointing.
 
     Args:
-        model: the model whose `HqqOFTLinear` layers share; each of its forwards starts a step.
+        model: the model whose `HqqOFTLinear` and `OFTLinear` layers share; each of its forwards starts a step.
 
     Returns:
         A handle with `remove()`, which can be used in a `with` statement.
@@ -68,8 +68,8 @@ def share_rotations(model: nn.Module) -> SharedRotations:
     """
     if not _layers(model):
         raise ValueError(
-            "the model has no HqqOFTLinear layer: there are no rotations to share. Call `patch_peft()` or `convert()` "
-            "first."
+            "the model has no HqqOFTLinear or OFTLinear layer: there are no rotations to share. Call `patch_peft()` or "
+            "`convert()` first."
         )
     return SharedRotations(model)
 
@@ -86,7 +86,7 @@ def frozen_rotations(model: nn.Module) -> Iterator[None]:
     synchronize: streams share the cached rotations.
 
     Args:
-        model: the model whose `HqqOFTLinear` layers to freeze, in evaluation mode.
+        model: the model whose `HqqOFTLinear` and `OFTLinear` layers to freeze, in evaluation mode.
 
     Raises:
         ValueError: the model has no such layer, is in training mode, or is already frozen.
@@ -94,7 +94,8 @@ def frozen_rotations(model: nn.Module) -> Iterator[None]:
     layers = _layers(model)
     if not layers:
         raise ValueError(
-            "the model has no HqqOFTLinear layer: nothing to freeze. Call `patch_peft()` or `convert()` first."
+            "the model has no HqqOFTLinear or OFTLinear layer: nothing to freeze. Call `patch_peft()` or `convert()` "
+            "first."
         )
     if any(layer.training for layer in layers):
         raise ValueError("rotations can only be frozen in evaluation mode: call `model.eval()` first.")

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from hqq.core.quantize import HQQLinear
 from torch import Tensor, nn
 
 from ..ops.weight import QuantizedWeight
-from ..quant.hqq_layer import PackedState
 from ..quant.solver import Solver
+
+
+class BaseState(Protocol):
+    """What a merge changes of a base layer: its weight and all that belongs to it. Never modified in place."""
+
+    def install(self, base: Any) -> None:
+        """Set this state on `base`; all its other attributes are kept."""
+
+    def to(self, device: torch.device | str) -> Any:
+        """The same state on `device`."""
 
 
 @dataclass(frozen=True)
@@ -20,13 +29,13 @@ class MergeState:
 
     Attributes:
         adapters: names of the merged adapters, in the order in which their rotations are applied.
-        pristine: the packed weight from before the merge, or None where it was discarded.
+        pristine: the weight from before the merge, or None where it was discarded.
         error: relative quantization error of the merged weight; None while nothing is merged.
         solver: that quantized the merged weight.
     """
 
     adapters: tuple[str, ...] = ()
-    pristine: PackedState | None = None
+    pristine: BaseState | None = None
     error: float | None = None
     solver: Solver = "hqq"
 

@@ -184,7 +184,7 @@ def test_frozen_rotations_keep_their_memory_addresses(used):
 
 
 def test_freezing_a_training_layer_or_a_model_without_layers_raises():
-    with pytest.raises(ValueError, match="no HqqOFTLinear layer"), frozen_rotations(nn.Linear(2, 2)):
+    with pytest.raises(ValueError, match="no HqqOFTLinear or OFTLinear layer"), frozen_rotations(nn.Linear(2, 2)):
         pass
     with pytest.raises(ValueError, match=r"call `model.eval\(\)` first"), frozen_rotations(oft_layer()):
         pass

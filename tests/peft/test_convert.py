@@ -12,6 +12,7 @@ import torch
 from helpers import adapted, layers, logits, randomize, relative_error
 from hqq.core.quantize import HQQLinear
 from peft import OFTConfig, get_peft_model
+from peft.tuners.oft import layer as peft_layer
 from peft.tuners.oft.model import OFTModel
 from small_llama import quantized_llama, small_llama
 from torch import nn
@@ -119,15 +120,15 @@ def test_layers_that_are_not_converted_are_reported_with_the_reason():
     first = model.base_model.model.model.layers[0].self_attn.q_proj
     first.merge()
     report = hqq_oft.convert(model)
-    assert len(report.replaced) == 3
     prefix = "base_model.model."
+    assert len(report.replaced) == 4
+    assert isinstance(model.base_model.model.lm_head, hqq_oft.OFTLinear)
     assert report.kept == {
         f"{prefix}model.layers.0.self_attn.q_proj": (
             "['default'] are merged into it, and its pristine weight is lost: unmerge first"
         ),
-        f"{prefix}lm_head": "its base layer is a Linear, not an HQQLinear",
     }
-    assert f"  kept {prefix}lm_head: its base layer is a Linear" in str(report)
+    assert f"  kept {prefix}model.layers.0.self_attn.q_proj: ['default'] are merged" in str(report)
     assert "already" in hqq_oft.convert(model).kept[f"{prefix}model.layers.0.self_attn.v_proj"]
 
 
@@ -270,12 +271,15 @@ def test_models_of_transformers_own_integration_convert(tokens):
     assert relative_error(logits(model, tokens), expected) <= 1e-5
 
 
-def test_converting_a_model_without_hqq_layers_changes_nothing():
-    model = get_peft_model(small_llama(), OFTConfig(**USE_1))
-    report = hqq_oft.convert(model)
+def test_convolutions_and_embeddings_keep_pefts_layer():
+    model = nn.ModuleDict({"convolution": nn.Conv2d(8, 4, 3), "embedding": nn.Embedding(5, 8)})
+    targets = ["convolution", "embedding"] if hasattr(peft_layer, "Embedding") else ["convolution"]
+    adapted_model = get_peft_model(model, OFTConfig(r=0, oft_block_size=4, target_modules=targets))
+    report = hqq_oft.convert(adapted_model)
     assert report.replaced == []
-    assert len(report.kept) == 4
-    assert type(model.base_model) is OFTModel
+    assert len(report.kept) == len(targets)
+    assert "this package has no layer for what Conv2d wraps" in str(report)
+    assert type(adapted_model.base_model) is OFTModel
 
 
 def test_only_models_with_oft_are_converted():

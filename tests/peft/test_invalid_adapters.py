@@ -71,7 +71,7 @@ def test_switching_to_an_unknown_adapter_raises():
 @pytest.mark.parametrize("model", [small_llama, lambda: None])
 def test_models_without_layers_have_nothing_to_share_or_gather(model):
     model = model() or torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="the model has no HqqOFTLinear layer"):
+    with pytest.raises(ValueError, match="the model has no HqqOFTLinear or OFTLinear layer"):
         hqq_oft.share_rotations(model)
     with pytest.raises(ValueError, match="the model has no adapter 'default'"):
         hqq_oft.full_adapter_state_dict(model)

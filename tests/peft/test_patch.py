@@ -14,12 +14,15 @@ import pytest
 from helpers import adapted, layers, logits, relative_error
 from hqq.core.quantize import HQQLinear
 from peft import OFTConfig, get_peft_model
+from peft.tuners.oft.layer import Linear as PeftLinear
+from peft.tuners.oft.layer import OFTLayer
 from peft.tuners.oft.model import OFTModel
 from small_llama import quantized_llama, small_llama
 
 import hqq_oft
 from hqq_oft import HqqOFTLinear
 from hqq_oft.tuner import unpatched
+from hqq_oft.tuner.model import HqqOFTModel
 
 # Up to 0.20 PEFT has a layer of its own for HQQ, which raises in forward.
 PEFT_RUNS = packaging.version.parse(peft.__version__).release >= (0, 21)
@@ -100,10 +103,14 @@ def test_a_model_outlives_the_patch(tokens):
     assert not layers(model.merge_and_unload())
 
 
-def test_layers_other_than_hqq_use_pefts_layer():
-    model = get_peft_model(small_llama(), OFTConfig(**USE_1))
-    assert not layers(model)
-    assert type(model.base_model) is OFTModel
+def test_the_patch_puts_the_layer_for_any_linear_layer_on_dense_ones():
+    def classes():
+        model = get_peft_model(small_llama(), OFTConfig(**USE_1))
+        return {type(module) for module in model.modules() if isinstance(module, OFTLayer)}, type(model.base_model)
+
+    assert classes() == ({hqq_oft.OFTLinear}, HqqOFTModel)
+    hqq_oft.unpatch_peft()
+    assert classes() == ({PeftLinear}, OFTModel)
 
 
 @pytest.mark.skipif(peft.__version__.startswith("0.20."), reason="PEFT 0.20 fails before it wraps the layer")

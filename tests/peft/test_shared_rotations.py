@@ -224,5 +224,5 @@ def test_compiled_layers_do_not_share():
 
 
 def test_sharing_in_a_model_without_oft_layers_raises():
-    with pytest.raises(ValueError, match="the model has no HqqOFTLinear layer: there are no rotations to share"):
+    with pytest.raises(ValueError, match="no HqqOFTLinear or OFTLinear layer: there are no rotations to share"):
         share_rotations(nn.Linear(2, 2))
