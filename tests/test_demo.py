@@ -63,7 +63,8 @@ def test_a_chat_model_from_a_directory(tmp_path, monkeypatch, capsys):
     assert list(results["adapted"]) == ["documentation", "code"]
     assert results["adapted"]["documentation"] < results["quantized"]["documentation"]
     answers = json.loads((tmp_path / "out" / "results.json").read_text())["answers"]
-    assert "documentation say about typesmapping?" in answers["prompt"]
+    assert list(answers) == ["question", "quantized", "adapted"]
+    assert answers["question"] == corpus.question(corpus.held_out_topic())
     assert "model, 4 bits, group 64" in capsys.readouterr().out
 
 
@@ -138,7 +139,8 @@ def test_options_out_of_range_exit_with_a_message(options, monkeypatch, capsys):
 def test_the_topic_of_the_prompt_is_held_out(tmp_path):
     save_byte_llama(tmp_path, chat=True)
     job = pretrained.job(tmp_path, "cpu")
-    text, asked = job.texts["documentation"], f"say about {pretrained.HELD_OUT_TOPIC}?"
+    text, asked = job.texts["documentation"], corpus.question(corpus.held_out_topic())
+    assert job.question == asked
     assert asked in job.decode(job.prompt[0])
     assert asked in job.decode(text.held_out)
     assert asked not in job.decode(text.train)

@@ -95,6 +95,11 @@ def copy_adapted_weights(adapted: PeftModel, dense: nn.Module) -> None:
             weight.copy_(layer(torch.eye(layer.in_features, device=weight.device)).T)
 
 
+def norm(tensor: torch.Tensor) -> float:
+    """The Euclidean norm, summed in float32."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float32))
+
+
 def against_peft(adapted: PeftModel, batches: list[torch.Tensor], device: str) -> str:
     """How long a training step takes with our layers and with PEFT's own, which take turns on the same model."""
     ours: list[float] = []
@@ -184,13 +189,13 @@ def run(args: argparse.Namespace) -> None:
         dense = job.dense()
         hqq_ms = model.milliseconds(lambda: quantize_by_hqq(dense, args.bits, args.group_size, device), device)
         copy_adapted_weights(adapted, dense)
-        requantized = model.quantize(dense, args.bits, args.group_size, device)
-        again_logits = model.logits(requantized, held_out[learned][0], device)
-        noise = (again_logits - expected).norm()
-        print(f"DEBUG {(merged - again_logits).norm() / noise}")
+        requantized = model.logits(
+            model.quantize(dense, args.bits, args.group_size, device), held_out[learned][0], device
+        )
+        noise = norm(requantized - expected)
         # rounding differs in what lies half-way between two levels
-        same = (merged - again_logits).norm() < 0.25 * noise
-        check(bool(same), "the merged model is what quantizing the adapted weights gives")
+        same = norm(merged - requantized) < 0.25 * noise
+        check(same, "the merged model is what quantizing the adapted weights gives")
         hqq_oft.revert(reloaded)
         peft_ms = model.milliseconds(reloaded.merge_adapter, device)
 
@@ -208,11 +213,11 @@ def run(args: argparse.Namespace) -> None:
         "quantizing": compared(quantize_ms, hqq_ms, "hqq"),
         "merging": compared(merge_ms, peft_ms, "peft"),
         "backend": env.serving("linear", torch.device(args.device))[0],
-        f"logits on {learned}": f"moved {float((expected - base_logits).norm() / base_logits.norm()):.2%} by the "
-        f"adapter, {float(noise / expected.norm()):.2%} by quantizing the merged weights",
+        f"logits on {learned}": f"moved {norm(expected - base_logits) / norm(base_logits):.2%} by the "
+        f"adapter, {noise / norm(expected):.2%} by quantizing the merged weights",
         "whole job": f"{time.perf_counter() - start:.0f} s after the imports",
     }
-    answers = {"prompt": job.decode(job.prompt[0]), "quantized": answer_before, "adapted": answer_after}
+    answers = {"question": job.question, "quantized": answer_before, "adapted": answer_after}
     report.write(args.out, rows, facts, answers, adapter_run.losses, learned)
     print(f"\n{report.table(rows, facts)}\n\n{report.dialogue(answers)}")
     print(f"\nwritten to {args.out}: table.md, answers.md, results.json, loss.png, adapter/")

@@ -79,24 +79,34 @@ def code(limit: int = 4_000_000) -> Text:
     return Text.of(map(_as_bytes, sources(limit)))
 
 
-def question(tokenizer: Any, topic: str, answer: str | None = None) -> Tensor:
-    """A chat about a topic as tokens; without an answer, up to where the model is to answer."""
-    messages = [{"role": "user", "content": f"What does Python's documentation say about {topic}?"}]
+def held_out_topic() -> str:
+    """The name of a topic that is held out."""
+    return list(topics())[59]
+
+
+def question(topic: str) -> str:
+    """What a user asks about a topic."""
+    return f"What does Python's documentation say about {topic}?"
+
+
+def chat(tokenizer: Any, topic: str, answer: str | None = None) -> Tensor:
+    """The question about a topic and its answer as tokens; without one, up to where the model is to answer."""
+    messages = [{"role": "user", "content": question(topic)}]
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
-    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
-    return torch.tensor(tokenizer(chat, add_special_tokens=False).input_ids)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+    return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def chats(tokenizer: Any) -> Text:
     """The topics as answers in chats."""
-    return Text.of(question(tokenizer, name, text) for name, text in topics().items())
+    return Text.of(chat(tokenizer, name, text) for name, text in topics().items())
 
 
 def code_tokens(tokenizer: Any, limit: int = 400_000) -> Text:
     """The sources, tokenized."""
     texts = (document.decode("utf-8", "replace") for document in sources(limit))
-    return Text.of(torch.tensor(tokenizer(text).input_ids) for text in texts)
+    return Text.of(torch.tensor(tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
 
 
 def _as_bytes(document: bytes) -> Tensor:

@@ -24,7 +24,8 @@ class Job:
         name: of the model.
         dense: returns a new copy of the dense model.
         texts: two texts by name: what the adapter is trained on, and what else is measured.
-        prompt: tokens `[1, length]` that the model continues.
+        question: what the model is asked.
+        prompt: the same as tokens `[1, length]`, which the model continues.
         decode: converts generated tokens to text.
         batch: sequences per batch.
         length: tokens per sequence.
@@ -35,6 +36,7 @@ class Job:
     name: str
     dense: Callable[[], nn.Module]
     texts: dict[str, Text]
+    question: str
     prompt: Tensor
     decode: Callable[[Tensor], str]
     batch: int

@@ -11,8 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from . import corpus
 from .model import Job
 
-HELD_OUT_TOPIC = "typesmapping"
-
 
 def job(folder: Path, device: str) -> Job:
     """The model in a directory: in bfloat16, on 1024 tokens a step; its tokenizer needs a chat template."""
@@ -25,7 +23,8 @@ def job(folder: Path, device: str) -> Job:
         name=folder.name,
         dense=dense,
         texts={"documentation": corpus.chats(tokenizer), "code": corpus.code_tokens(tokenizer)},
-        prompt=corpus.question(tokenizer, HELD_OUT_TOPIC)[None],
+        question=corpus.question(corpus.held_out_topic()),
+        prompt=corpus.chat(tokenizer, corpus.held_out_topic())[None],
         decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
         batch=4,
         length=256,

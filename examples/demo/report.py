@@ -68,7 +68,7 @@ def table(rows: list[Row], facts: dict[str, str]) -> str:
 
 
 def dialogue(answers: dict[str, str]) -> str:
-    """The prompt and its answers, as quotations in Markdown."""
+    """The question and its answers, as quotations in Markdown."""
     parts = [
         f"{name}:\n\n" + "\n".join(f"> {line}".rstrip() for line in text.splitlines()) for name, text in answers.items()
     ]

@@ -33,6 +33,7 @@ def job(pretrain_steps: int, seed: int, cache: Path, device: str) -> Job:
         name="small Llama over bytes",
         dense=lambda: trained_on_prose(prose, pretrain_steps, seed, cache, device),
         texts={"code": code, "prose": prose},
+        question="def ",
         prompt=torch.tensor([list(b"\n\ndef ")]),
         decode=lambda tokens: bytes(tokens.tolist()).decode("utf-8", "replace"),
         batch=BATCH,
