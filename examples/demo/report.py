@@ -22,16 +22,14 @@ class Row:
 
     Attributes:
         state: its name.
-        prose: held-out loss on prose, in nats per byte.
-        code: held-out loss on code, in nats per byte.
+        losses: held-out loss on each text, in nats per token.
         evaluation_ms: mean time of one evaluation batch, in milliseconds.
         peak_mib: peak memory since the state before, in MiB.
         training_ms: median time of a training step on the way to this state, in milliseconds; None without training.
     """
 
     state: str
-    prose: float
-    code: float
+    losses: dict[str, float]
     evaluation_ms: float
     peak_mib: float
     training_ms: float | None = None
@@ -59,41 +57,46 @@ def peak_memory_mib(device: str) -> float:
 
 def table(rows: list[Row], facts: dict[str, str]) -> str:
     """A Markdown table of the states, and the facts below it."""
-    lines = [
-        "| model | loss on prose | loss on code | training step | evaluation step | peak memory |",
-        "|---|---|---|---|---|---|",
-    ]
+    texts = list(rows[0].losses)
+    heads = ["model", *(f"loss on {text}" for text in texts), "training step", "evaluation step", "peak memory"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
+        losses = " | ".join(f"{row.losses[text]:.4f}" for text in texts)
         training = "" if row.training_ms is None else f"{row.training_ms:.0f} ms"
-        lines.append(
-            f"| {row.state} | {row.prose:.4f} | {row.code:.4f} | {training} | {row.evaluation_ms:.0f} ms | "
-            f"{row.peak_mib:.0f} MiB |"
-        )
+        lines.append(f"| {row.state} | {losses} | {training} | {row.evaluation_ms:.0f} ms | {row.peak_mib:.0f} MiB |")
     return "\n".join([*lines, "", *(f"- {name}: {value}" for name, value in facts.items())])
 
 
-def plot(path: Path, dense_losses: list[float], adapter_losses: list[float], rows: list[Row]) -> None:
-    """Training losses of both runs, with the held-out losses on code as levels in the second."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
-    left.plot(dense_losses, color="tab:blue", linewidth=1)
-    left.set(title="Dense model, trained on prose", xlabel="step", ylabel="loss (nats per byte)")
-    right.plot(adapter_losses, color="tab:orange", linewidth=1, label="training loss")
-    held_out = {row.state: row.code for row in rows}
-    for state, style in (("quantized", ":"), ("adapted", "-"), ("merged", "--")):
-        right.axhline(held_out[state], color="black", linestyle=style, linewidth=1, label=f"{state}, held out")
-    right.set(title="OFT on the quantized model, trained on code", xlabel="step", ylabel="loss (nats per byte)")
-    right.legend()
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+def dialogue(answers: dict[str, str]) -> str:
+    """The question and its answers, as quotations in Markdown."""
+    parts = [
+        f"{name}:\n\n" + "\n".join(f"> {line}".rstrip() for line in text.splitlines()) for name, text in answers.items()
+    ]
+    return "\n\n".join(parts)
+
+
+def plot(path: Path, training_losses: list[float], rows: list[Row], text: str) -> None:
+    """The losses of the fine-tuning, with the held-out losses on the same text as levels."""
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    axes.plot(training_losses, color="tab:orange", linewidth=1, label="training loss")
+    held_out = {row.state: row.losses[text] for row in rows}
+    for state, style in (("dense", "-."), ("quantized", ":"), ("adapted", "-"), ("merged", "--")):
+        axes.axhline(held_out[state], color="black", linestyle=style, linewidth=1, label=f"{state}, held out")
+    axes.set(title=f"OFT on the quantized model, trained on {text}", xlabel="step", ylabel="loss (nats per token)")
+    axes.legend()
+    axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def write(folder: Path, rows: list[Row], facts: dict[str, str], losses: dict[str, list[float]]) -> None:
-    """`table.md`, `results.json` and `loss.png` in `folder`."""
+def write(
+    folder: Path, rows: list[Row], facts: dict[str, str], answers: dict[str, str], losses: list[float], text: str
+) -> None:
+    """`table.md`, `answers.md`, `results.json` and `loss.png` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(table(rows, facts) + "\n")
-    results = {"rows": [vars(row) for row in rows], "facts": facts, "losses": losses}
+    (folder / "answers.md").write_text(dialogue(answers) + "\n")
+    results = {"rows": [vars(row) for row in rows], "facts": facts, "answers": answers, "losses": losses}
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    plot(folder / "loss.png", losses["dense"], losses["adapter"], rows)
+    plot(folder / "loss.png", losses, rows, text)

