@@ -149,13 +149,15 @@ class HqqQuantizer(HqqHfQuantizer):
         in_float32 = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
         tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
         for name, linear in model.named_modules():
-            if type(linear) is not nn.Linear:
+            if not isinstance(linear, nn.Linear):
                 continue
             tag = None if single else next((tag for tag in config if f".{name}".endswith(f".{tag}")), None)
             settings = config if single else config.get(tag)
             if settings is None or any(pattern in name for pattern in skipped):
                 continue  # asked for by the user
-            if reads_weight(model, name):
+            if type(linear) is not nn.Linear:
+                reason = f"it is a {type(linear).__name__}, which may compute a different function"
+            elif reads_weight(model, name):
                 reason = "the model reads its weight without calling the layer"
             elif f"{name}.weight" in tied:
                 reason = "its weight is tied"
