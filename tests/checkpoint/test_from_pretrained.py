@@ -163,6 +163,17 @@ def test_a_damaged_layer_is_an_error_and_runs_no_code(dense, tmp_path, damage, c
 
 
 @on_version_5
+def test_a_bias_that_the_checkpoint_lacks_is_zero(dense):
+    path = dense / "model.safetensors"
+    tensors = load_file(path)
+    expected = tensors.pop(f"{Q}.bias").shape
+    save_file(tensors, path, {"format": "pt"})
+    layer = quantized(dense).get_submodule(Q)
+    assert torch.equal(layer.bias, torch.zeros(expected))
+    assert not layer.bias.requires_grad
+
+
+@on_version_5
 def test_a_checkpoint_loads_in_another_dtype(dense, tmp_path):
     quantized(dense).save_pretrained(tmp_path / "stored")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "stored", dtype=torch.bfloat16)
