@@ -1,8 +1,7 @@
 """Orthogonal Fine-Tuning (OFT) on HQQ-quantized linear layers: a drop-in layer for PEFT."""
 
-from importlib import metadata as _metadata
-
 from . import functional
+from ._installation import __version__
 from .checkpoint.files import CheckpointError
 from .checkpoint.load import load_quantized
 from .checkpoint.save import save_quantized
@@ -18,8 +17,6 @@ from .tuner.merge_report import LayerReport, MergeReport, merge_report
 from .tuner.patch import PatchHandle, dispatch_hqq, patch_peft, unpatch_peft
 from .tuner.rotation_modes import frozen_rotations, share_rotations
 
-__version__ = _metadata.version("hqq-oft")
-
 __all__ = [
     "BackendError",
     "CheckpointError",
@@ -32,6 +29,7 @@ __all__ = [
     "QuantizationSettings",
     "QuantizedWeight",
     "Unsupported",
+    "__version__",
     "backend",
     "convert",
     "dispatch_hqq",

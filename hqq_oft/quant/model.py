@@ -18,7 +18,7 @@ from . import hqq_layer, quantizer
 from .experts import Experts
 from .linears import mark_origin, replace
 from .report import QuantizationReport, stored_bytes
-from .selection import select
+from .selection import check_layer, select
 from .settings import Overrides, QuantizationSettings
 from .solver import Solver, check_solver
 
@@ -98,8 +98,9 @@ def quantize_model(
     known_skips = getattr(quant_config, "skip_modules", None) or ()
     report = QuantizationReport(bytes_before=stored_bytes(model))
     selection = select(model, default, skip_modules, overrides or {}, report, known_skips)
-    if solver == "search":
-        for linear, (name, *_) in selection.layers.items():
+    for linear, (name, *_) in selection.layers.items():
+        check_layer(name, selection.sources[linear], linear)
+        if solver == "search":
             quantizer.check_searchable(report.quantized[name].for_hqq(), linear.weight.dtype)
     total = len(selection.layers)
     bar = tqdm(selection.layers.items(), disable=None if progress else True, desc="Quantizing", unit="layer")

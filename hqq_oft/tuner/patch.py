@@ -20,6 +20,8 @@ from torch import nn
 
 from .layer import HqqOFTLinear
 from .model import adopt, replace_module
+from .peft_fixes import FIXES
+from .unpatched import watch_for_unpatched_layers
 
 _HQQ_MODULE = "peft.tuners.oft.hqq"
 # PEFT up to 0.20 has a separate module for HQQ layers; from 0.21 its Linear supports them.
@@ -76,6 +78,8 @@ class _Patch:
         if self._undo:
             return
         self._set(OFTModel, "_create_new_module", _patched_create_new_module(OFTModel._create_new_module))
+        for owner, name, fixed in FIXES:
+            self._set(owner, name, fixed(getattr(owner, name)))
         for tuner_class in (OFTModel, MixedModel):
             self._set(tuner_class, "_replace_module", _patched_replace_module(tuner_class._replace_module))
         module = peft_hqq_module
@@ -97,6 +101,7 @@ class _Patch:
 
 
 _patch = _Patch()
+watch_for_unpatched_layers()
 
 
 class PatchHandle:
@@ -123,8 +128,9 @@ def patch_peft() -> PatchHandle:
 
     Afterwards `get_peft_model`, `add_adapter`, `load_adapter` and `PeftModel.from_pretrained` build `HqqOFTLinear`;
     `merge_adapter` changes all layers or none; `merge_and_unload` and `unload` restore HQQ layers (merged, after a
-    merge, as in PEFT); `adapter_names` is passed to the layers; and `HqqOFTLinear` and `dispatch_hqq` can be imported
-    from `peft.tuners.oft.hqq` in every PEFT version. Idempotent.
+    merge, as in PEFT); `adapter_names` is passed to the layers; `target_modules="all-linear"` includes HQQ layers;
+    `modules_to_save` that names one is refused; LoRA on an adapted HQQ layer keeps its OFT adapters; and `HqqOFTLinear`
+    and `dispatch_hqq` can be imported from `peft.tuners.oft.hqq` in every PEFT version. Idempotent.
 
     Returns:
         A handle that can be used in a `with` statement.
