@@ -2,8 +2,10 @@
 
 from . import functional
 from ._installation import __version__
+from ._patching import PatchHandle
 from .checkpoint.files import CheckpointError
 from .checkpoint.load import load_quantized
+from .checkpoint.patch import patch_transformers, unpatch_transformers
 from .checkpoint.save import save_quantized
 from .ops.backends import BackendError, Unsupported, backend
 from .ops.weight import QuantizedWeight
@@ -14,7 +16,7 @@ from .tuner.convert import ConversionReport, convert, revert
 from .tuner.distributed import full_adapter_state_dict
 from .tuner.layer import HqqOFTLinear
 from .tuner.merge_report import LayerReport, MergeReport, merge_report
-from .tuner.patch import PatchHandle, dispatch_hqq, patch_peft, unpatch_peft
+from .tuner.patch import dispatch_hqq, patch_peft, unpatch_peft
 from .tuner.rotation_modes import frozen_rotations, share_rotations
 
 __all__ = [
@@ -39,9 +41,11 @@ __all__ = [
     "load_quantized",
     "merge_report",
     "patch_peft",
+    "patch_transformers",
     "quantize_model",
     "revert",
     "save_quantized",
     "share_rotations",
     "unpatch_peft",
+    "unpatch_transformers",
 ]

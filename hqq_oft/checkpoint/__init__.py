@@ -1,4 +1,5 @@
 """Whole models on disk: writing and reading directories of safetensors files, atomically and validated.
 
-It may import `hqq_oft.quant` and `hqq_oft.ops`; only the command line imports it.
+Also transformers' own reading and writing of HQQ layers. It may import `hqq_oft.quant` and `hqq_oft.ops`; the tuner and
+the command line import it.
 """

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,6 +30,7 @@ DTYPES = {
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
 }
 SINGLE, INDEX, MANIFEST, CONFIG = "model.safetensors", "model.safetensors.index.json", "hqq_oft.json", "config.json"
+QMODEL = "qmodel.pt"  # what HQQ's own save_quantized writes
 FORMAT_VERSION = 1
 _MAX_JSON = 64 << 20  # bytes
 
@@ -55,7 +57,71 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-class Checkpoint:
+class TensorSource(ABC):
+    """Tensors by name, which are validated before they are used."""
+
+    @abstractmethod
+    def error(self, name: str, why: str) -> CheckpointError:
+        """Create, but do not raise, an error about the tensor `name`."""
+
+    @abstractmethod
+    def _header(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Dtype and shape of a tensor; reads no data."""
+
+    @abstractmethod
+    def _data(self, name: str) -> Tensor:
+        """The tensor `name`, which exists."""
+
+    def expect(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+        """Check shape and dtype of a tensor without reading its data.
+
+        Raises:
+            CheckpointError: the tensor is missing or has a different shape or dtype.
+        """
+        dtype, found = self._header(name)
+        if found != shape:
+            raise self.error(name, f"its shape is {list(found)}, expected {list(shape)}")
+        if dtype not in dtypes:
+            raise self.error(name, f"its dtype is {dtype}, expected {' or '.join(map(str, dtypes))}")
+
+    def read(self, name: str, max_bytes: int | None = None) -> Tensor:
+        """Read a tensor, of a `Checkpoint` into host memory.
+
+        Raises:
+            CheckpointError: the tensor is missing, larger than `max_bytes` or damaged.
+        """
+        dtype, shape = self._header(name)
+        size = math.prod(shape) * dtype.itemsize
+        if max_bytes is not None and size > max_bytes:
+            raise self.error(name, f"{size} bytes are too many, at most {max_bytes} are accepted")
+        return self._data(name)
+
+
+class LoadedTensors(TensorSource):
+    """Tensors that are in memory already.
+
+    Args:
+        tensors: the tensors by name.
+        where: what the errors name beside the tensor, such as the file.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], where: str) -> None:
+        self._tensors, self._where = tensors, where
+
+    def error(self, name: str, why: str) -> CheckpointError:
+        """Create, but do not raise, an error about the tensor `name`."""
+        return CheckpointError(f"{self._where}: tensor {name!r}: {why}.")
+
+    def _header(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        if name not in self._tensors:
+            raise self.error(name, "missing")
+        return self._tensors[name].dtype, tuple(self._tensors[name].shape)
+
+    def _data(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+class Checkpoint(TensorSource):
     """The tensors in a directory, open for reading.
 
     Attributes:
@@ -163,28 +229,7 @@ class Checkpoint:
             raise self.error(name, f"dtype {entry.get_dtype()} is not one of {', '.join(DTYPES)}")
         return DTYPES[entry.get_dtype()], tuple(entry.get_shape())
 
-    def expect(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-        """Check shape and dtype of a tensor without reading its data.
-
-        Raises:
-            CheckpointError: the tensor is missing or has a different shape or dtype.
-        """
-        dtype, found = self._header(name)
-        if found != shape:
-            raise self.error(name, f"its shape is {list(found)}, expected {list(shape)}")
-        if dtype not in dtypes:
-            raise self.error(name, f"its dtype is {dtype}, expected {' or '.join(map(str, dtypes))}")
-
-    def read(self, name: str, max_bytes: int | None = None) -> Tensor:
-        """Read a tensor into host memory.
-
-        Raises:
-            CheckpointError: the tensor is missing, larger than `max_bytes` or damaged.
-        """
-        dtype, shape = self._header(name)
-        size = math.prod(shape) * dtype.itemsize
-        if max_bytes is not None and size > max_bytes:
-            raise self.error(name, f"{size} bytes are too many, at most {max_bytes} are accepted")
+    def _data(self, name: str) -> Tensor:
         try:
             tensor: Tensor = self._files[name][1].get_tensor(name)
         except SafetensorError as error:

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from hqq.core.quantize import HQQLinear, Quantizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.packing import LEVELS_PER_ELEMENT, PACKING_BITS
 from ..ops.weight import QuantizedWeight
 from ..quant import hqq_layer
-from .files import Checkpoint
+from .files import TensorSource
 
 _DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 _MAX_SETTING = 64  # bytes; the longest setting, a dtype name, has 14
@@ -52,12 +52,20 @@ class StoredLayer:
     compute_dtype: torch.dtype
 
     @classmethod
-    def read(cls, checkpoint: Checkpoint, name: str, linear: nn.Linear) -> StoredLayer:
-        """Read the settings of the layer `name`, which replaces `linear`; the weight itself is not read.
+    def read(
+        cls, checkpoint: TensorSource, name: str, shape: tuple[int, int] | None = None, has_bias: bool = False
+    ) -> StoredLayer:
+        """Read the settings of the layer `name`; the weight itself is not read.
+
+        Args:
+            checkpoint: where the layer is stored.
+            name: its name, which prefixes the names of its tensors.
+            shape: `(out_features, in_features)` that the model has there, if it is known.
+            has_bias: whether the layer's bias must be stored with it.
 
         Raises:
             CheckpointError: a setting is missing or invalid, or the dtype or shape of a tensor does not match the
-                settings and `linear`.
+                settings and `shape`.
         """
 
         def setting(field: str, decode: Callable[[Tensor], Any], accepted: Any = None) -> Any:
@@ -73,11 +81,9 @@ class StoredLayer:
         for field in ("quant_scale", "quant_zero", "offload_meta"):
             if setting(field, _number, (0, 1)):
                 raise checkpoint.error(f"{name}.{field}", "must be 0; HQQ's deprecated formats are not supported")
-        shape = tuple(setting("shape", lambda tensor: tensor.flatten().tolist()))
-        if shape != (linear.out_features, linear.in_features):
-            raise checkpoint.error(
-                f"{name}.shape", f"{shape}, but config.json has {(linear.out_features, linear.in_features)}"
-            )
+        found = tuple(setting("shape", lambda tensor: tensor.flatten().tolist()))
+        if len(found) != 2 or min(found) < 1 or (shape is not None and found != shape):
+            raise checkpoint.error(f"{name}.shape", f"{found}, but config.json has {shape or 'two sizes'}")
         packing = setting("packing", _text, PACKING_BITS)
         nbits = setting("nbits", _number, (8, 6, 5, 4, 3, 2, 1.58, 1))
         if nbits == 1 and packing == "2bit_u8":
@@ -85,7 +91,7 @@ class StoredLayer:
         if Quantizer.bit_to_packing[nbits] != packing:
             raise checkpoint.error(f"{name}.packing", f"{packing} does not match {nbits} bits")
         stored = cls(
-            shape=shape,
+            shape=found,
             nbits=nbits,
             group_size=int(setting("group_size", _number)),
             axis=setting("axis", _number, (0, 1)),
@@ -96,10 +102,10 @@ class StoredLayer:
             view_as_float=bool(setting("view_as_float", _number, (0, 1))),
             compute_dtype=_DTYPES[setting("compute_dtype", _text, _DTYPES)],
         )
-        stored._check_tensors(checkpoint, name, linear)
+        stored._check_tensors(checkpoint, name, has_bias)
         return stored
 
-    def _check_tensors(self, checkpoint: Checkpoint, name: str, linear: nn.Linear) -> None:
+    def _check_tensors(self, checkpoint: TensorSource, name: str, has_bias: bool) -> None:
         numel = math.prod(self.shape)
         if not 0 < self.group_size <= numel or numel % self.group_size:
             raise checkpoint.error(f"{name}.group_size", f"{self.group_size} does not divide {numel} weights")
@@ -114,12 +120,12 @@ class StoredLayer:
         per_group = ((groups, 1) if self.axis == 1 else (1, groups)) if self.channel_wise else ()
         for field in ("scale", "zero"):
             checkpoint.expect(f"{name}.{field}", per_group, tuple(_DTYPES.values()))
-        if linear.bias is not None:
+        if has_bias:
             checkpoint.expect(f"{name}.bias", (self.shape[0],), tuple(_DTYPES.values()))
 
     def load(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: TensorSource,
         name: str,
         has_bias: bool,
         device: torch.device,

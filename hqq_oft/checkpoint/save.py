@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .._installation import __version__
-from ..quant import hqq_layer
+from ..quant.marks import quantization_config
 from .atomic_directory import staged_directory
 from .files import CONFIG, write_checkpoint
 from .layer_format import tensors_of
@@ -32,12 +32,12 @@ def save_quantized(
     """Save a model with HQQ layers, so that `load_quantized` restores it bit for bit.
 
     The directory contains `config.json`, safetensors files in the format of HQQ's state dict, `generation_config.json`
-    if the model has one, and `hqq_oft.json` with a checksum of each tensor. transformers 4.57 loads it with
-    `from_pretrained`. Tensors are written one at a time. The save is atomic: the directory appears complete or not at
-    all.
+    if the model has one, and `hqq_oft.json` with a checksum of each tensor. transformers loads it with
+    `from_pretrained`, version 5 after `patch_transformers`. Tensors are written one at a time. The save is atomic: the
+    directory appears complete or not at all.
 
     Args:
-        model: a transformers model, from `quantize_model`, `load_quantized`, `merge_and_unload`, or transformers 4.57
+        model: a transformers model, from `quantize_model`, `load_quantized`, `merge_and_unload`, or transformers
             with an `HqqConfig`.
         directory: the directory to create.
         max_shard_size: maximum size of the tensors in one file: bytes, or a string such as `"500MB"`.
@@ -116,15 +116,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _config(model: Any) -> dict[str, Any]:
-    """Contents of `config.json`, with the fields that transformers 4.57 requires for HQQ models."""
+    """Contents of `config.json`."""
     config = json.loads(model.config.to_json_string())
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, HQQLinear)}
-    first = next(iter(layers.values()))
     config["architectures"] = [type(model).__name__]
-    config["quantization_config"] = {
-        "quant_method": "hqq",
-        # of the first layer; each layer's settings are stored with its weight
-        "quant_config": {**hqq_layer.quantization_settings(first), "offload_meta": False},
-        "skip_modules": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
-    }
+    config["quantization_config"] = quantization_config(model)
     return config

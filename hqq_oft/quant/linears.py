@@ -91,7 +91,8 @@ def expose(model: nn.Module, is_quantized: Callable[[str], bool]) -> None:
         if layer.module is not layer.linear and is_quantized(layer.name):
             if layer.experts is None:
                 replacements[layer.name] = layer.linear
-            else:
+            # transformers 4.57 stored experts with a `gate_proj`, and also a `down_proj`.
+            elif not is_quantized(f"{layer.name.rpartition('.')[0]}.gate_proj"):
                 replacements.update(dict.fromkeys(names_of(model, layer.module), layer.experts))
     for name, module in replacements.items():
         replace(model, name, module)

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from . import hqq_layer, quantizer
+from . import hqq_layer, marks, quantizer
 from .experts import Experts
 from .linears import mark_origin, replace
 from .report import QuantizationReport, stored_bytes
@@ -120,7 +120,7 @@ def quantize_model(
             logger.warning("%s.", said)
             raise
     _place_rest(model, compute_dtype, device)
-    model.hqq_quantized = True  # type: ignore[assignment]  # so that PEFT does not cast the model
+    marks.mark_quantized(model)
     report.bytes_after = stored_bytes(model)
     if report.quantized_share < 0.5:
         largest = [f"{name} {share:.0%}" for name, share in report.dense_shares().items() if share >= 0.05]

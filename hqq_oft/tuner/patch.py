@@ -18,6 +18,8 @@ from peft.tuners.oft.model import OFTModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .._patching import Patch, PatchHandle
+from ..checkpoint.patch import patch as transformers_patch
 from .layer import HqqOFTLinear
 from .model import adopt, replace_module
 from .peft_fixes import FIXES
@@ -59,68 +61,29 @@ def _patched_replace_module(original: Callable[..., None]) -> Any:
     return replace
 
 
-class _Patch:
-    """The changes made by `patch_peft`, and how to undo them; one per process."""
-
-    def __init__(self) -> None:
-        self._undo: list[Callable[[], object]] = []
-        self.lasting = False
-        self.blocks = 0
-
-    def _set(self, owner: Any, name: str, value: Any) -> None:
-        if name in vars(owner):
-            self._undo.append(functools.partial(setattr, owner, name, vars(owner)[name]))
-        else:
-            self._undo.append(functools.partial(delattr, owner, name))
-        setattr(owner, name, value)
-
-    def apply(self) -> None:
-        if self._undo:
-            return
-        self._set(OFTModel, "_create_new_module", _patched_create_new_module(OFTModel._create_new_module))
-        for owner, name, fixed in FIXES:
-            self._set(owner, name, fixed(getattr(owner, name)))
-        for tuner_class in (OFTModel, MixedModel):
-            self._set(tuner_class, "_replace_module", _patched_replace_module(tuner_class._replace_module))
-        module = peft_hqq_module
-        if module is None:
-            module = types.ModuleType(_HQQ_MODULE, "HQQ layers of PEFT's OFT, served by hqq_oft.")
-            module.__spec__ = importlib.machinery.ModuleSpec(_HQQ_MODULE, None)
-            sys.modules[_HQQ_MODULE] = module
-            self._undo.append(functools.partial(sys.modules.pop, _HQQ_MODULE, None))
-            self._set(sys.modules["peft.tuners.oft"], "hqq", module)
-        self._set(module, "HqqOFTLinear", HqqOFTLinear)
-        self._set(module, "dispatch_hqq", dispatch_hqq)
-        if hasattr(peft_oft_model, "dispatch_hqq"):
-            self._set(peft_oft_model, "dispatch_hqq", dispatch_hqq)
-
-    def revert_unless_wanted(self) -> None:
-        if not self.lasting and self.blocks == 0:
-            while self._undo:
-                self._undo.pop()()
+def _change(patch: Patch) -> None:
+    transformers_patch.enter()
+    patch.on_undo(transformers_patch.leave)
+    patch.set(OFTModel, "_create_new_module", _patched_create_new_module(OFTModel._create_new_module))
+    for owner, name, fixed in FIXES:
+        patch.set(owner, name, fixed(getattr(owner, name)))
+    for tuner_class in (OFTModel, MixedModel):
+        patch.set(tuner_class, "_replace_module", _patched_replace_module(tuner_class._replace_module))
+    module = peft_hqq_module
+    if module is None:
+        module = types.ModuleType(_HQQ_MODULE, "HQQ layers of PEFT's OFT, served by hqq_oft.")
+        module.__spec__ = importlib.machinery.ModuleSpec(_HQQ_MODULE, None)
+        sys.modules[_HQQ_MODULE] = module
+        patch.on_undo(functools.partial(sys.modules.pop, _HQQ_MODULE, None))
+        patch.set(sys.modules["peft.tuners.oft"], "hqq", module)
+    patch.set(module, "HqqOFTLinear", HqqOFTLinear)
+    patch.set(module, "dispatch_hqq", dispatch_hqq)
+    if hasattr(peft_oft_model, "dispatch_hqq"):
+        patch.set(peft_oft_model, "dispatch_hqq", dispatch_hqq)
 
 
-_patch = _Patch()
+_patch = Patch(_change)
 watch_for_unpatched_layers()
-
-
-class PatchHandle:
-    """Handle returned by `patch_peft`: as a context manager it removes the patch at the end of the block.
-
-    A patch applied before the block, or a permanent one applied inside it, stays active.
-    """
-
-    def __init__(self, lasting_before: bool) -> None:
-        self._lasting_before = lasting_before
-
-    def __enter__(self) -> PatchHandle:
-        _patch.lasting = self._lasting_before
-        _patch.blocks += 1
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        _patch.blocks = max(0, _patch.blocks - 1)
-        _patch.revert_unless_wanted()
 
 
 def patch_peft() -> PatchHandle:
@@ -130,18 +93,15 @@ def patch_peft() -> PatchHandle:
     `merge_adapter` changes all layers or none; `merge_and_unload` and `unload` restore HQQ layers (merged, after a
     merge, as in PEFT); `adapter_names` is passed to the layers; `target_modules="all-linear"` includes HQQ layers;
     `modules_to_save` that names one is refused; LoRA on an adapted HQQ layer keeps its OFT adapters; and `HqqOFTLinear`
-    and `dispatch_hqq` can be imported from `peft.tuners.oft.hqq` in every PEFT version. Idempotent.
+    and `dispatch_hqq` can be imported from `peft.tuners.oft.hqq` in every PEFT version. It includes
+    `patch_transformers`, so that base models stored by transformers or this package load by their path. Idempotent.
 
     Returns:
         A handle that can be used in a `with` statement.
     """
-    handle = PatchHandle(_patch.lasting)
-    _patch.apply()
-    _patch.lasting = True
-    return handle
+    return PatchHandle(_patch)
 
 
 def unpatch_peft() -> None:
     """Remove the patch, even inside a `with` block; existing models keep their `HqqOFTLinear` layers and tuners."""
-    _patch.lasting, _patch.blocks = False, 0
-    _patch.revert_unless_wanted()
+    _patch.remove()

@@ -90,7 +90,7 @@ def test_every_loaded_layer_is_bitwise_equal_with_its_settings(tmp_path, nbits, 
         save_file({f"l.{name}": tensor for name, tensor in tensors_of(layer).items()}, path / "model.safetensors")
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         with Checkpoint(path) as checkpoint:
-            found = StoredLayer.read(checkpoint, "l", linear)
+            found = StoredLayer.read(checkpoint, "l", tuple(linear.weight.shape), linear.bias is not None)
             loaded = found.load(checkpoint, "l", linear.bias is not None, torch.device("cpu"))
         assert loaded.W_q.dtype == layer.W_q.dtype
         assert crc32(loaded.W_q) == crc32(layer.W_q)  # compare bytes: as floats, some values may be NaN
@@ -124,7 +124,7 @@ def test_a_weight_viewed_as_floats_loads_in_another_compute_dtype_if_its_rows_al
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     save_file({f"l.{name}": tensor for name, tensor in tensors_of(layer).items()}, tmp_path / "model.safetensors")
     with Checkpoint(tmp_path) as checkpoint:
-        found = StoredLayer.read(checkpoint, "l", linear)
+        found = StoredLayer.read(checkpoint, "l", tuple(linear.weight.shape), linear.bias is not None)
         loaded = found.load(checkpoint, "l", linear.bias is not None, torch.device("cpu"), torch.float32)
         assert loaded.W_q.dtype == loaded.compute_dtype == torch.float32
         assert crc32(loaded.W_q) == crc32(layer.W_q)
@@ -392,9 +392,11 @@ DIRECTORIES = {
     "no tensors": (lambda d: (d / "model.safetensors").unlink(), FileNotFoundError, "neither model.safetensors nor"),
     "half a config": (lambda d: (d / "config.json").write_text('{"a": '), CheckpointError, "config.json: not valid"),
     "a list for a config": (lambda d: (d / "config.json").write_text("[]"), CheckpointError, "not a JSON object"),
-    "a dense model": (lambda d: edit(d, "config.json", quantization_config=None), CheckpointError, "is not for HQQ"),
+    "no method": (lambda d: edit(d, "config.json", quantization_config=None), CheckpointError, "another function"),
     "another method": (
-        lambda d: edit(d, "config.json", quantization_config={"quant_method": "gptq"}), CheckpointError, "is not for"
+        lambda d: edit(d, "config.json", quantization_config={"quant_method": "gptq"}),
+        CheckpointError,
+        "is quantized with 'gptq'",
     ),
     "an unknown class": (
         lambda d: edit(d, "config.json", architectures=["Mine"]), ValueError, r"architectures is \['Mine'\], which"
