@@ -10,7 +10,7 @@ BENCH ?=
 GPU_ARGS ?=
 
 .PHONY: help venv native check format docs test test-asan test-matrix test-triton-3.6 test-cuda-wheel coverage offline
-.PHONY: demo clean
+.PHONY: test-architectures demo clean
 .PHONY: bench-cpu bench-host bench-model gpu gpu-pack gpu-test gpu-tune
 
 help: ## list the commands
@@ -48,6 +48,10 @@ test: $(STAMP) ## run the tests (options: PYTEST_ARGS="-k merge"; "--all-targets
 
 coverage: PYTEST_ARGS += --cov --cov-report=term-missing
 coverage: test ## run the tests and require 90% line coverage of hqq_oft/
+
+# Not part of `make test`: about two minutes.
+test-architectures: $(STAMP) ## the whole job, from quantizing to merging, on tiny models of many architectures
+	$(PYTEST) tests/architectures $(PYTEST_ARGS)
 
 # Tests a copy of the package with a sanitized library. `python -m pytest` would import the package of this folder
 # instead. The sanitizer runtimes must be preloaded; leak detection is off because Python itself leaks.

@@ -3,8 +3,15 @@
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # the first that reads this pyproject.toml's licence
+    sys.exit(
+        f"hqq-oft is built with setuptools 77 or later, and this environment has {setuptools.__version__}: run "
+        "`pip install -U setuptools` first, or install without --no-build-isolation."
+    )
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
 import build as native

@@ -1,8 +1,7 @@
 """Orthogonal Fine-Tuning (OFT) on HQQ-quantized linear layers: a drop-in layer for PEFT."""
 
-from importlib import metadata as _metadata
-
 from . import functional
+from ._installation import __version__
 from ._patching import PatchHandle
 from .checkpoint.files import CheckpointError
 from .checkpoint.load import load_quantized
@@ -10,15 +9,15 @@ from .checkpoint.patch import patch_transformers, unpatch_transformers
 from .checkpoint.save import save_quantized
 from .ops.backends import BackendError, Unsupported, backend
 from .ops.weight import QuantizedWeight
-from .quant.model import QuantizationReport, QuantizationSettings, quantize_model
+from .quant.model import quantize_model
+from .quant.report import QuantizationReport
+from .quant.settings import QuantizationSettings
 from .tuner.convert import ConversionReport, convert, revert
 from .tuner.distributed import full_adapter_state_dict
 from .tuner.layer import HqqOFTLinear
 from .tuner.merge_report import LayerReport, MergeReport, merge_report
 from .tuner.patch import dispatch_hqq, patch_peft, unpatch_peft
 from .tuner.rotation_modes import frozen_rotations, share_rotations
-
-__version__ = _metadata.version("hqq-oft")
 
 __all__ = [
     "BackendError",
@@ -32,6 +31,7 @@ __all__ = [
     "QuantizationSettings",
     "QuantizedWeight",
     "Unsupported",
+    "__version__",
     "backend",
     "convert",
     "dispatch_hqq",

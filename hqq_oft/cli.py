@@ -12,26 +12,25 @@ from typing import Any, get_args
 import torch
 from hqq.core.quantize import HQQLinear, Quantizer
 
+from ._installation import __version__
 from .checkpoint import load
 from .checkpoint.atomic_directory import check_replaceable, staged_directory
 from .checkpoint.files import CONFIG, read_json
 from .checkpoint.save import copy_into, save_quantized
+from .cli_inputs import (
+    COMPANIONS,
+    CommandError,
+    check_adapter,
+    check_device,
+    check_settings,
+    load_dense,
+    local_directory,
+    silenced,
+)
+from .quant.settings import QuantizationSettings
 from .quant.solver import Solver
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Files that belong to a model but are not written when it is saved: tokenizers, processors, templates, licences.
-_COMPANIONS = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
-    *("*processor_config.json", "chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*"),
-)
-
-
-class CommandError(Exception):
-    """An error that the user can fix: the message goes to stderr."""
-
-    def __init__(self, message: str, status: int = 1) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], None] = options.command
     try:
-        command(options)
+        with silenced(getattr(options, "quiet", False)):
+            command(options)
     except KeyboardInterrupt:
         print("hqq-oft: interrupted; nothing was written", file=sys.stderr)
         return 130
@@ -65,8 +65,9 @@ def _quantize(options: argparse.Namespace) -> None:
         raise CommandError(f"{source} is already quantized; start from the dense model.")
     model_class = _model_class(source)
     assert issubclass(model_class, PreTrainedModel)
-    # Read as stored, the weights are pages of the mapped files: each enters memory when its layer is quantized.
-    model = model_class.from_pretrained(str(source), dtype="auto", use_safetensors=True, trust_remote_code=False)
+    settings = QuantizationSettings(options.nbits, options.group_size, options.axis)
+    check_settings(model_class, config, settings, options.skip or [], dict(options.override))
+    model = load_dense(model_class, source)
     report = quantize_model(
         model,
         nbits=options.nbits,
@@ -74,7 +75,7 @@ def _quantize(options: argparse.Namespace) -> None:
         axis=options.axis,
         compute_dtype=DTYPES.get(options.dtype),
         device=options.device,
-        skip_modules=options.skip or ["lm_head"],
+        skip_modules=options.skip or (),
         overrides=dict(options.override),
         solver=options.solver,
         progress=not options.quiet,
@@ -91,9 +92,8 @@ def _merge(options: argparse.Namespace) -> None:
     from . import load_quantized, merge_report, patch_peft
 
     source, target = _directories(options)
-    adapter = options.adapter
-    if not (adapter / "adapter_config.json").is_file():
-        raise CommandError(f"{adapter} contains no adapter_config.json: give the directory of a PEFT adapter.")
+    adapter = local_directory(options.adapter)
+    check_adapter(adapter)
     model = load_quantized(source, device=options.device, progress=not options.quiet)
     bar = sys.stderr.isatty() and not options.quiet
     with patch_peft():
@@ -156,15 +156,17 @@ def _check(options: argparse.Namespace) -> None:
 
 def _directories(options: argparse.Namespace) -> tuple[Path, Path]:
     """Source and target directory, validated before any work starts."""
-    source, target = options.model, options.out
+    if hasattr(options, "device"):
+        check_device(options.device)
+    try:
+        check_replaceable(options.out, options.force)
+    except FileExistsError as error:
+        raise CommandError(str(error)) from error
+    source, target = local_directory(options.model), options.out
     if not (source / CONFIG).is_file():
         raise CommandError(f"{source} contains no {CONFIG}: give the directory of a transformers model.")
     if source.resolve() == target.resolve() or source.resolve() in target.resolve().parents:
         raise CommandError(f"{target} is {source} or inside it; choose another directory for the result.")
-    try:
-        check_replaceable(target, options.force)
-    except FileExistsError as error:
-        raise CommandError(str(error)) from error
     return source, target
 
 
@@ -173,7 +175,7 @@ def _model_class(source: Path) -> Any:
 
 
 def _companions(source: Path) -> list[Path]:
-    return sorted({path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()})
+    return sorted({path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()})
 
 
 def _say(options: argparse.Namespace, text: str) -> None:
@@ -191,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 success, 1 failure (the reason is on stderr; nothing was written), 2 wrong usage, "
         "130 interrupted.",
     )
+    parser.add_argument("--version", action="version", version=f"hqq-oft {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     quantize = _add(
@@ -203,7 +206,9 @@ def _parser() -> argparse.ArgumentParser:
   hqq-oft quantize llama llama-3bit --nbits 3 --dtype bfloat16 --device cuda
   hqq-oft quantize llama llama-mixed --override down_proj=nbits:8 --override 'model.layers.0.*=dense'""",
     )
-    quantize.add_argument("model", type=Path, metavar="MODEL", help="directory of a dense transformers model")
+    quantize.add_argument(
+        "model", metavar="MODEL", help="a dense transformers model: a directory, or OWNER/NAME on the hub"
+    )
     _add_output(quantize)
     _add_solver(quantize)
     quantize.add_argument("--nbits", type=_bits, default=4, help="8, 6, 5, 4, 3, 2, 1.58 or 1 (default: 4)")
@@ -216,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
         "--skip",
         action="append",
         metavar="NAME",
-        help="a layer to leave dense; can be repeated (default: lm_head); --skip - skips none",
+        help="a layer to leave dense, besides heads and routers; can be repeated",
     )
     quantize.add_argument(
         "--override",
@@ -237,8 +242,8 @@ def _parser() -> argparse.ArgumentParser:
   hqq-oft merge llama-2bit adapter merged --into 8
   hqq-oft merge llama-4bit adapter merged --into dense""",
     )
-    merge.add_argument("model", type=Path, metavar="MODEL", help="directory of a quantized model")
-    merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="directory of the adapter")
+    merge.add_argument("model", metavar="MODEL", help="a quantized model: a directory, or OWNER/NAME on the hub")
+    merge.add_argument("adapter", metavar="ADAPTER", help="a PEFT adapter: a directory, or OWNER/NAME on the hub")
     _add_output(merge)
     _add_solver(merge)
     merge.add_argument(
@@ -303,7 +308,7 @@ def _add_output(parser: argparse.ArgumentParser, device: bool = True) -> None:
         parser.add_argument("--device", default="cpu", help="device to compute on: cpu, cuda, ... (default: cpu)")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="maximum file size (default: 5GB)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it contains a model")
-    parser.add_argument("--quiet", action="store_true", help="no progress and no summary")
+    parser.add_argument("--quiet", action="store_true", help="only warnings and errors")
 
 
 def _add_solver(parser: argparse.ArgumentParser) -> None:

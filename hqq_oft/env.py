@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from . import __version__
 from ._config import cpu_instruction_set, keep_pristine_from_environment
+from ._installation import __version__, describe
 from .ops import native as _native
 from .ops.backends import Unsupported, registry, selected_backend
 from .ops.table import OPERATIONS
@@ -111,7 +111,8 @@ def _instruction_sets() -> str:
 
 def report() -> str:
     """The report as text: versions, devices, environment variables, and which backend serves which operation."""
-    lines = [f"hqq_oft {__version__}, Python {platform.python_version()}, {platform.platform()}", ""]
+    lines = [f"hqq_oft {__version__}, Python {platform.python_version()}, {platform.platform()}"]
+    lines += [f"running from {describe()}", ""]
     lines += [f"{name:14}{version(name)}" for name in _PACKAGES]
     lines += ["", *_devices(), ""]
     lines += [f"{tool:14}{shutil.which(tool) or 'not found'}" for tool in ("g++", "nvcc", "ninja")]

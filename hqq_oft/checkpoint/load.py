@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from tqdm import tqdm
 
+from ..quant.linears import expose, mark_origin
 from ..quant.marks import mark_quantized, reads_weight
 from ..quant.model import check_compute_dtype
 from .files import CONFIG, QMODEL, Checkpoint, CheckpointError, read_json
@@ -72,7 +73,7 @@ def load_quantized(
                 f"{config_path}: num_hidden_layers is {layers}, more than the number of tensors ({len(checkpoint)})."
             )
         # Build on the meta device first, so that nothing is allocated before all sizes match the stored tensors.
-        outline = _build(architecture, config, torch.device("meta"))
+        outline = _build(architecture, config, torch.device("meta"), checkpoint)
         try:
             plan = _plan(outline, checkpoint, config_path)
         except CheckpointError as error:
@@ -83,7 +84,7 @@ def load_quantized(
                 f"`hqq-oft convert {directory} NEW` converts them."
             ) from None
         del outline
-        model = _build(architecture, config, init_empty_weights(include_buffers=False))
+        model = _build(architecture, config, init_empty_weights(include_buffers=False), checkpoint)
         _fill(model, plan, checkpoint, compute_dtype, device, progress)
     if (directory / "generation_config.json").is_file() and model.can_generate():
         from transformers import GenerationConfig
@@ -154,10 +155,11 @@ def _other_kind(directory: Path, method: Any) -> str:
     return "the model is dense: load it with transformers' from_pretrained, or quantize it with `hqq-oft quantize`"
 
 
-def _build(architecture: Any, config: Any, where: AbstractContextManager[Any]) -> Any:
+def _build(architecture: Any, config: Any, where: AbstractContextManager[Any], checkpoint: Checkpoint) -> Any:
     with where:
         model = architecture(copy.deepcopy(config))
     model.tie_weights()
+    expose(model, lambda name: f"{name}.W_q" in checkpoint)
     return model
 
 
@@ -241,6 +243,7 @@ def _fill(
     modules = {name: model.get_submodule(name) for name in plan.layers}
     for name, stored in tqdm(plan.layers.items(), disable=None if progress else True, desc="Loading", unit="layer"):
         layer = stored.load(checkpoint, name, modules[name].bias is not None, device, dtype)
+        mark_origin(modules[name], layer)
         for place in places[id(modules[name])]:
             _set(model, place, layer)
     for name, names in plan.dense.items():

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from hqq.core.quantize import HQQLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .._installation import __version__
 from ..quant.marks import quantization_config
 from .atomic_directory import staged_directory
 from .files import CONFIG, write_checkpoint
@@ -59,7 +59,7 @@ def save_quantized(
         generation_config = getattr(model, "generation_config", None)
         if generation_config is not None:
             (staging / "generation_config.json").write_text(generation_config.to_json_string(), "utf-8")
-        write_checkpoint(staging, tensors, shard_bytes, metadata.version("hqq-oft"))
+        write_checkpoint(staging, tensors, shard_bytes, __version__)
         (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 

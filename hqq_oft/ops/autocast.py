@@ -1,4 +1,4 @@
-"""Disabling an enclosing autocast: every operation specifies the dtype it computes in."""
+"""An enclosing autocast: its dtype, and disabling it, since every operation specifies the dtype it computes in."""
 
 from __future__ import annotations
 
@@ -17,3 +17,13 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return _NOTHING
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of the enclosing autocast for this type of device; None if it is off."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
+    device_type = device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None

@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 from .._config import BackendName, backend_from_environment
+from .._installation import describe
 from .verified import warn_if_unverified
 
 logger = logging.getLogger("hqq_oft")
@@ -68,11 +69,7 @@ class Backend:
 
 # In the order in which `auto` tries them: on a GPU, where both may support a call, the native kernels accept only what
 # was measured to be faster with them.
-_PACKAGES = {
-    "native": ("hqq_oft.ops.native", "this installation of hqq_oft has no native kernels"),
-    "triton": ("hqq_oft.triton_kernels", "this installation of hqq_oft has no Triton kernels"),
-    "reference": ("hqq_oft.ops.reference", ""),
-}
+_PACKAGES = {"native": "hqq_oft.ops.native", "triton": "hqq_oft.triton_kernels", "reference": "hqq_oft.ops.reference"}
 
 
 def load_backends() -> dict[str, Backend]:
@@ -81,9 +78,9 @@ def load_backends() -> dict[str, Backend]:
     A package lists its planners in `OPERATIONS` and says in `REASON` why that table is empty.
     """
     backends = {}
-    for name, (package, absent) in _PACKAGES.items():
-        if importlib.util.find_spec(package) is None:
-            backends[name] = Backend(name, reason=absent)
+    for name, package in _PACKAGES.items():
+        if importlib.util.find_spec(package) is None:  # the Triton kernels, in a checkout that is not installed
+            backends[name] = Backend(name, reason=f"there are no {name} kernels in {describe()}")
             continue
         module = importlib.import_module(package)
         backends[name] = Backend(name, MappingProxyType(dict(module.OPERATIONS)), getattr(module, "REASON", ""))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .._config import cache_folder
+from .._installation import __version__
 from .device_tables import own_table, table_name
 
 _DRIVERS = (
@@ -28,6 +29,10 @@ class UnverifiedKernels(UserWarning):
 
 def version(package: str) -> str:
     """Version of a package, or `not installed`."""
+    if package == "torch":
+        return str(torch.__version__)  # with the build, such as +cu130, which the metadata of wheels from PyPI lack
+    if package == "hqq-oft":
+        return __version__  # of the code that runs, installed or not
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,16 +1,85 @@
-"""An `HQQLinear` as a whole: reading its state and its settings, moving it, making one."""
+"""An `HQQLinear` as a whole: reading its state and its settings, moving and casting it, making one."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hqq.core.quantize import HQQLinear
+from hqq.core import quantize
 from torch import Tensor, nn
 
+from ..ops.autocast import autocast_dtype, without_autocast
+from ..ops.autograd import Linear, apply
 from ..ops.weight import QuantizedWeight
+
+
+class HQQLinear(quantize.HQQLinear):
+    """HQQ's layer that follows autocast, `.to()`, `.half()` and the like as `nn.Linear` does.
+
+    HQQ's own ignores casts and fails in backward under autocast. The class has the name of HQQ's because PEFT
+    recognizes HQQ layers by it.
+    """
+
+    W_q: Any
+    bias: Any
+    compute_dtype: torch.dtype
+
+    to, type, cpu = nn.Module.to, nn.Module.type, nn.Module.cpu
+    half, bfloat16, float, double = nn.Module.half, nn.Module.bfloat16, nn.Module.float, nn.Module.double
+
+    @classmethod
+    def set_backend(cls, backend: quantize.HQQBackend) -> None:
+        """Set HQQ's backend, which replaces the forward of HQQ's class, not of this one."""
+        quantize.HQQLinear.set_backend(backend)
+
+    def cuda(self, device: Any = "cuda") -> HQQLinear:
+        """Move to any device, as HQQ does; or cast, since transformers passes the first argument of `to` here."""
+        return self.to(device) if isinstance(device, torch.dtype) else super().cuda(device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x * W^T + bias`, `[..., N]`.
+
+        Under autocast computed and returned in its dtype; otherwise computed in the compute dtype and returned in that
+        of `x`, `[..., K]`.
+        """
+        autocast = autocast_dtype(x.device)
+        dtype = autocast or x.dtype
+        with without_autocast(x.device):
+            if autocast is None or autocast is self.compute_dtype:
+                y = super().forward(x.to(self.compute_dtype))
+            else:
+                y = self._product(x.to(autocast))
+        return y.to(dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
+        weight, bias = QuantizedWeight.from_hqq(self), self.bias
+        y = apply(Linear, x.reshape(-1, x.shape[-1]), weight, None, None if bias is None else bias.to(x.dtype), None)
+        return y.view(*x.shape[:-1], weight.out_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HQQLinear:
+        """As in `nn.Module`, including scale, zero and the compute dtype; the packed weight keeps its bytes."""
+        if self.W_q is None:
+            return super()._apply(fn, recurse)
+
+        def moved_or_cast(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            # `nn.Module.type` casts integers too.
+            return result if tensor.is_floating_point() or result.dtype == tensor.dtype else tensor.to(result.device)
+
+        dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.W_q.device)).dtype
+        dtype = dtype if dtype.is_floating_point else self.compute_dtype
+        if self.meta.get("view_as_float"):
+            self.W_q = nn.Parameter(_integers(self.W_q, self.meta), requires_grad=False)
+        super()._apply(moved_or_cast, recurse)
+        if self.bias is not None and not isinstance(self.bias, nn.Parameter):
+            self.bias = fn(self.bias)
+        meta = _map_meta(self.meta, moved_or_cast, dtype)
+        PackedState(*_viewed_as_float(self.W_q, meta)).install(self)
+        self.compute_dtype, self.device = dtype, str(self.W_q.device)
+        return self
 
 
 @dataclass
@@ -21,20 +90,28 @@ class PackedState:
     meta: dict[str, Any]
 
     @classmethod
-    def of(cls, base: HQQLinear) -> PackedState:
+    def of(cls, base: quantize.HQQLinear) -> PackedState:
         """The state of `base`, sharing its tensors."""
         return cls(base.W_q, dict(base.meta))
 
-    def install(self, base: HQQLinear) -> None:
+    def install(self, base: quantize.HQQLinear) -> None:
         """Set this state on `base`; all its other attributes are kept."""
         packed = self.packed if isinstance(self.packed, nn.Parameter) else nn.Parameter(self.packed, False)
         base.W_q, base.meta = packed, dict(self.meta)
 
-    def to(self, device: torch.device | str) -> PackedState:
-        """The same bytes on `device`; returns `self` if they are already on it."""
-        if self.packed.device == torch.device(device):
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PackedState:
+        """The same bytes on `device`, with scale and zero in `dtype`; returns `self` if nothing changes."""
+        dtype = dtype or self.meta["compute_dtype"]
+        if self.packed.device == torch.device(device) and dtype is self.meta["compute_dtype"]:
             return self
-        return PackedState(_bytes_to(self.packed, device), move_meta(self.meta, device))
+        if dtype is self.meta["compute_dtype"]:
+            return PackedState(_bytes_to(self.packed, device), move_meta(self.meta, device))
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+        packed = _bytes_to(_integers(self.packed, self.meta), device)
+        return PackedState(*_viewed_as_float(packed, _map_meta(self.meta, cast, dtype)))
 
     def weight(self) -> QuantizedWeight:
         """The state as a `QuantizedWeight`."""
@@ -51,16 +128,42 @@ def move_meta(meta: dict[str, Any], device: torch.device | str) -> dict[str, Any
 
     Stacked scale and zero (`offload_meta`) are not moved: HQQ keeps them in host memory.
     """
+    return _map_meta(meta, lambda tensor: tensor.to(device))
 
-    def move(key: str, value: Any) -> Any:
+
+def _map_meta(meta: dict[str, Any], fn: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """A copy of HQQ's meta data with `fn` of its tensors and, if given, another compute dtype; nested ones included.
+
+    Stacked scale and zero are only cast.
+    """
+
+    def mapped(key: str, value: Any) -> Any:
         if isinstance(value, dict):
-            return move_meta(value, device)
-        return value.to(device) if isinstance(value, Tensor) and key != "zero_scale" else value
+            return _map_meta(value, fn, dtype)
+        if key == "compute_dtype":
+            return dtype or value
+        if key == "zero_scale":
+            return value.to(dtype) if dtype and value.is_floating_point() else value
+        return fn(value) if isinstance(value, Tensor) else value
 
-    return {key: move(key, value) for key, value in meta.items()}
+    return {key: mapped(key, value) for key, value in meta.items()}
 
 
-def move_layer(base: HQQLinear, device: torch.device | str) -> None:
+def _integers(packed: Tensor, meta: dict[str, Any]) -> Tensor:
+    """The packed weight as the integers that it consists of, also if HQQ views it as floats."""
+    return packed.detach().view(meta["unpack_view_dtype"]) if meta.get("view_as_float") else packed
+
+
+def _viewed_as_float(packed: Tensor, meta: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """The packed integers as the meta data say: viewed as the compute dtype if its size divides that of a row."""
+    if meta.get("view_as_float"):
+        if packed.shape[-1] * packed.element_size() % meta["compute_dtype"].itemsize:
+            return packed, {**meta, "view_as_float": False}
+        packed = packed.detach().view(meta["compute_dtype"])
+    return packed, meta
+
+
+def move_layer(base: quantize.HQQLinear, device: torch.device | str) -> None:
     """Move an HQQ layer to `device` without casting; HQQ's own `to` does not move anything."""
     PackedState.of(base).to(device).install(base)
     if base.bias is not None:
@@ -69,13 +172,15 @@ def move_layer(base: HQQLinear, device: torch.device | str) -> None:
     base.device = str(device)
 
 
-def detach_tensors(base: HQQLinear) -> None:
-    """Make the tensors of an HQQ layer usable with autograd, `deepcopy` and `torch.compile`: detached, not inference.
+def take_over(base: quantize.HQQLinear) -> None:
+    """Make a layer that HQQ made follow autocast and casts, and usable with autograd, `deepcopy` and `torch.compile`.
 
-    HQQ clones the bias of a trainable layer without detaching it, which keeps that layer's graph alive and makes
-    `deepcopy` fail. It also leaves scale and zero as inference tensors, which autograd cannot save for backward, as
-    `torch.compile` requires.
+    It gets the class `HQQLinear` of this module; a subclass of HQQ's keeps its own. HQQ clones the bias of a trainable
+    layer without detaching it, which keeps that layer's graph alive and makes `deepcopy` fail. It also leaves scale and
+    zero as inference tensors, which autograd cannot save for backward, as `torch.compile` requires.
     """
+    if type(base) is quantize.HQQLinear:
+        base.__class__ = HQQLinear
     if base.bias is not None and not base.bias.is_leaf:
         base.bias = base.bias.detach()
     base.meta = without_inference_tensors(base.meta)
@@ -95,7 +200,7 @@ def without_inference_tensors(meta: dict[str, Any]) -> dict[str, Any]:
 
 def forget_quantization(model: nn.Module) -> None:
     """If the model has no HQQ layer left, remove the attributes that mark it as quantized."""
-    if any(isinstance(module, HQQLinear) for module in model.modules()):
+    if any(isinstance(module, quantize.HQQLinear) for module in model.modules()):
         return
     # `hqq_quantized` is set by this package and PEFT, the others by transformers 4.57.
     marks = ["hqq_quantized", "is_hqq_quantized", "is_hqq_serializable", "is_quantized", "quantization_method"]
@@ -106,7 +211,7 @@ def forget_quantization(model: nn.Module) -> None:
                 delattr(owner, name)
 
 
-def quantization_settings(base: HQQLinear, nbits: float | None = None) -> dict[str, Any]:
+def quantization_settings(base: quantize.HQQLinear, nbits: float | None = None) -> dict[str, Any]:
     """The settings `base` was quantized with, optionally with a different number of bits."""
     settings = own_settings(base)
     if nbits is not None:
@@ -114,7 +219,7 @@ def quantization_settings(base: HQQLinear, nbits: float | None = None) -> dict[s
     return settings
 
 
-def own_settings(base: HQQLinear) -> dict[str, Any]:
+def own_settings(base: quantize.HQQLinear) -> dict[str, Any]:
     """The layer's `quant_config`; reconstructed from its meta data if the layer has none."""
     if getattr(base, "quant_config", None):
         names = ("weight_quant_params", "scale_quant_params", "zero_quant_params")

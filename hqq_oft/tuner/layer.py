@@ -114,7 +114,7 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         self._snapshot: Snapshot | None = None
         self._rotations: RotationCache = state.get("_rotations", RotationCache())
         self._lock = threading.RLock()
-        hqq_layer.detach_tensors(self.get_base_layer())
+        hqq_layer.take_over(self.get_base_layer())
         if _after_load not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_after_load)
 
@@ -180,7 +180,7 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
         state = vars(base)
         return (
             isinstance(base, HQQLinear)
-            and type(base).forward is HQQLinear.forward
+            and type(base).forward in (HQQLinear.forward, hqq_layer.HQQLinear.forward)
             and "forward" not in state
             and not (
                 state["_forward_hooks"]
@@ -279,32 +279,15 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HqqOFTLinear:
-        """As in `nn.Module`, but the packed weight is moved without being cast.
-
-        HQQ's `.to()` ignores its meta data and bias, and would cast a packed weight that is viewed as floats, which
-        changes its bytes.
-        """
+        """As in `nn.Module`; the packed weight keeps its bytes, and so does the pristine one."""
         with self._lock:
             self._rotations.clear()
-            self._snapshot, base = None, self.get_base_layer()
-            view = base.W_q.dtype
-            if view.is_floating_point:
-                base.W_q = nn.Parameter(base.W_q.detach().view(torch.uint8), requires_grad=False)
-            try:
-                super()._apply(fn, recurse)
-            finally:
-                if view.is_floating_point:
-                    base.W_q = nn.Parameter(base.W_q.detach().view(view), requires_grad=False)
-            device = base.W_q.device
-            if (
-                base.device is None or torch.device(base.device) != device
-            ):  # None: quantized on its linear layer's device
-                base.meta = hqq_layer.move_meta(base.meta, device)
-                if base.bias is not None and not isinstance(base.bias, nn.Parameter):
-                    base.bias = base.bias.to(device)
-                base.device = str(device)
-                if self._merge.pristine is not None and self.keep_pristine == "device":
-                    self._merge = replace(self._merge, pristine=self._merge.pristine.to(device))
+            self._snapshot = None
+            super()._apply(fn, recurse)
+            base, pristine = self.get_base_layer(), self._merge.pristine
+            if pristine is not None:
+                device = base.W_q.device if self.keep_pristine == "device" else pristine.packed.device
+                self._merge = replace(self._merge, pristine=pristine.to(device, base.compute_dtype))
         return self
 
     def train(self, mode: bool = True) -> HqqOFTLinear:
@@ -339,4 +322,4 @@ class HqqOFTLinear(MergeableLayer, nn.Module, OFTLayer):
 
 
 def _after_load(layer: HqqOFTLinear, incompatible_keys: Any) -> None:
-    hqq_layer.detach_tensors(layer.get_base_layer())
+    hqq_layer.take_over(layer.get_base_layer())

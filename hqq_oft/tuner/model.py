@@ -19,7 +19,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from tqdm import tqdm
 
-from ..quant.hqq_layer import forget_quantization, quantization_settings
+from ..quant.hqq_layer import forget_quantization, quantization_settings, take_over
+from ..quant.linears import as_in_the_model, fuse_dense
 from ..quant.solver import Solver, check_solver
 from .fold import MergeInto, check_into
 from .layer import HqqOFTLinear
@@ -154,7 +155,7 @@ class HqqOFTModel(OFTModel):
                 errors, dense = self._merge_all(not progressbar, safe_merge, adapter_names, into, solver)
                 for parent, name, child in places:
                     if child in dense:
-                        setattr(parent, name, dense[child])
+                        setattr(parent, name, as_in_the_model(child.get_base_layer(), dense[child]))
                 with warnings.catch_warnings():
                     warnings.filterwarnings(
                         "ignore", message="All adapters are already merged|Already following adapters"
@@ -167,6 +168,7 @@ class HqqOFTModel(OFTModel):
                             base = child.get_base_layer()
                             base.quant_config = quantization_settings(base, into)
                 if dense:
+                    fuse_dense(model)
                     forget_quantization(model)
                 return model
             except BaseException:
@@ -262,8 +264,12 @@ _PEFT_TUNERS = {ours: theirs for theirs, ours in _OUR_TUNERS.items()}
 
 
 def adopt(tuner: nn.Module) -> None:
-    """Change a PEFT tuner to this package's subclass, in place."""
-    tuner.__class__ = _OUR_TUNERS.get(type(tuner), type(tuner))
+    """Change a PEFT tuner to this package's subclass, in place, and take over the HQQ layers without adapters too."""
+    if type(tuner) in _OUR_TUNERS:
+        tuner.__class__ = _OUR_TUNERS[type(tuner)]
+        for module in tuner.modules():
+            if isinstance(module, HQQLinear):
+                take_over(module)
 
 
 def match_tuners(model: nn.Module) -> None:

@@ -22,6 +22,8 @@ from .._patching import Patch, PatchHandle
 from ..checkpoint.patch import patch as transformers_patch
 from .layer import HqqOFTLinear
 from .model import adopt, replace_module
+from .peft_fixes import FIXES
+from .unpatched import watch_for_unpatched_layers
 
 _HQQ_MODULE = "peft.tuners.oft.hqq"
 # PEFT up to 0.20 has a separate module for HQQ layers; from 0.21 its Linear supports them.
@@ -63,6 +65,8 @@ def _change(patch: Patch) -> None:
     transformers_patch.enter()
     patch.on_undo(transformers_patch.leave)
     patch.set(OFTModel, "_create_new_module", _patched_create_new_module(OFTModel._create_new_module))
+    for owner, name, fixed in FIXES:
+        patch.set(owner, name, fixed(getattr(owner, name)))
     for tuner_class in (OFTModel, MixedModel):
         patch.set(tuner_class, "_replace_module", _patched_replace_module(tuner_class._replace_module))
     module = peft_hqq_module
@@ -79,6 +83,7 @@ def _change(patch: Patch) -> None:
 
 
 _patch = Patch(_change)
+watch_for_unpatched_layers()
 
 
 def patch_peft() -> PatchHandle:
@@ -86,9 +91,10 @@ def patch_peft() -> PatchHandle:
 
     Afterwards `get_peft_model`, `add_adapter`, `load_adapter` and `PeftModel.from_pretrained` build `HqqOFTLinear`;
     `merge_adapter` changes all layers or none; `merge_and_unload` and `unload` restore HQQ layers (merged, after a
-    merge, as in PEFT); `adapter_names` is passed to the layers; and `HqqOFTLinear` and `dispatch_hqq` can be imported
-    from `peft.tuners.oft.hqq` in every PEFT version. It includes `patch_transformers`, so that base models stored by
-    transformers or this package load by their path. Idempotent.
+    merge, as in PEFT); `adapter_names` is passed to the layers; `target_modules="all-linear"` includes HQQ layers;
+    `modules_to_save` that names one is refused; LoRA on an adapted HQQ layer keeps its OFT adapters; and `HqqOFTLinear`
+    and `dispatch_hqq` can be imported from `peft.tuners.oft.hqq` in every PEFT version. It includes
+    `patch_transformers`, so that base models stored by transformers or this package load by their path. Idempotent.
 
     Returns:
         A handle that can be used in a `with` statement.

@@ -182,7 +182,7 @@ def test_adapters_trained_before_saving_fit_the_loaded_model(tmp_path):
 
 PEAK = """
 import re, sys, torch, hqq_oft
-from hqq_oft.quant.model import stored_bytes
+from hqq_oft.quant.report import stored_bytes
 
 def status(field):
     return int(re.search(rf"{field}:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
@@ -392,9 +392,11 @@ DIRECTORIES = {
     "no tensors": (lambda d: (d / "model.safetensors").unlink(), FileNotFoundError, "neither model.safetensors nor"),
     "half a config": (lambda d: (d / "config.json").write_text('{"a": '), CheckpointError, "config.json: not valid"),
     "a list for a config": (lambda d: (d / "config.json").write_text("[]"), CheckpointError, "not a JSON object"),
-    "a dense model": (lambda d: edit(d, "config.json", quantization_config=None), CheckpointError, "is not for HQQ"),
+    "no method": (lambda d: edit(d, "config.json", quantization_config=None), CheckpointError, "another function"),
     "another method": (
-        lambda d: edit(d, "config.json", quantization_config={"quant_method": "gptq"}), CheckpointError, "is not for"
+        lambda d: edit(d, "config.json", quantization_config={"quant_method": "gptq"}),
+        CheckpointError,
+        "is quantized with 'gptq'",
     ),
     "an unknown class": (
         lambda d: edit(d, "config.json", architectures=["Mine"]), ValueError, r"architectures is \['Mine'\], which"

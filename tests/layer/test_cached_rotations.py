@@ -39,7 +39,7 @@ CHANGES = {
     "new parameter": lambda layer: setattr(layer.oft_R["a"], "weight", nn.Parameter(layer.oft_R["a"].weight * 2)),
     "loaded": lambda layer: layer.oft_R["a"].load_state_dict({"weight": layer.oft_R["a"].weight * 2}),
     "replaced": lambda layer: layer.update_layer("a", 0, oft_block_size=16, init_weights=False),
-    "cast": lambda layer: layer.half(),
+    "cast": lambda layer: layer.half().float(),
     "told": lambda layer: (layer.oft_R["a"].weight.data.mul_(2), layer.clear_rotations()),
     "trained and back": lambda layer: (layer.train(), layer.oft_R["a"].weight.data.mul_(2), layer.eval()),
 }

@@ -97,16 +97,27 @@ def test_state_dict_round_trip():
 
 @pytest.mark.parametrize("cast", ["half", "float", "double", "bfloat16"])
 @pytest.mark.parametrize("view_as_float", [False, True])
-def test_casting_casts_the_adapter_and_never_the_packed_weight(cast, view_as_float):
+@pytest.mark.parametrize("merged", [False, True])
+def test_casting_casts_the_whole_layer_but_not_the_packed_bytes(cast, view_as_float, merged):
     layer = oft_layer(hqq_layer(dtype=torch.float16, view_as_float=view_as_float)).eval()
-    before, x = packed_bytes(layer.base_layer), torch.randn(3, 96)
-    expected = layer(x)
+    base, dtype, x = layer.base_layer, getattr(torch, cast), torch.randn(3, 96)
+    pristine = base.W_q.detach().view(torch.uint8).clone()
+    unmerged = layer(x)
+    if merged:
+        layer.merge()
+    packed, expected = base.W_q.detach().view(torch.uint8).clone(), layer(x)
     assert getattr(layer, cast)() is layer
-    assert layer.oft_R["default"].weight.dtype == getattr(torch, cast)
-    # compare bytes: viewed as floats, some values are NaN
-    now = packed_bytes(layer.base_layer)
-    assert all(torch.equal(now[key].view(torch.uint8), before[key].view(torch.uint8)) for key in before)
+    tensors = [layer.oft_R["default"].weight, base.bias, base.meta["scale"], base.meta["zero"]]
+    assert {tensor.dtype for tensor in tensors} == {base.compute_dtype} == {base.meta["compute_dtype"]} == {dtype}
+    assert torch.equal(base.W_q.view(torch.uint8), packed)
+    assert base.W_q.dtype == (dtype if view_as_float else torch.uint8)
     assert relative_error(layer(x), expected) <= 6e-3
+    assert layer(x.to(dtype)).dtype == dtype
+    if merged:
+        layer.unmerge()
+        assert torch.equal(base.W_q.view(torch.uint8), pristine)
+        assert base.meta["scale"].dtype == base.meta["compute_dtype"] == dtype
+        assert relative_error(layer(x), unmerged) <= 6e-3
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -135,7 +146,7 @@ def test_a_layer_made_without_a_device_moves_and_casts(move):
     tensors = [base.W_q, base.bias, base.meta["scale"], base.meta["zero"]]
     assert {t.device for t in tensors} == {adapter.device}
     assert base.device == str(adapter.device)
-    assert base.bias.dtype == base.meta["scale"].dtype == torch.float32
+    assert base.bias.dtype == base.meta["scale"].dtype == base.compute_dtype == adapter.dtype
 
 
 def test_a_new_adapter_is_created_on_the_device_of_the_packed_weight(monkeypatch):

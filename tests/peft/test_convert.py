@@ -47,10 +47,15 @@ def plain_peft_model(mixed=False, **settings):
     return model.eval()
 
 
+def classes(model):
+    """Of all modules but HQQ's, which keep the class that they are given."""
+    return {name: type(module) for name, module in model.named_modules() if not isinstance(module, HQQLinear)}
+
+
 def test_convert_shares_parameters_and_revert_undoes_it(tokens):
     model = plain_peft_model()
     before = dict(model.named_parameters())
-    modules = {name: type(module) for name, module in model.named_modules()}
+    modules = classes(model)
     report = hqq_oft.convert(model)
     assert sorted(report.replaced) == sorted(
         f"base_model.model.model.layers.{i}.self_attn.{name}_proj" for i in (0, 1) for name in "qv"
@@ -65,7 +70,7 @@ def test_convert_shares_parameters_and_revert_undoes_it(tokens):
     converted = logits(model, tokens)
     report = hqq_oft.revert(model)
     assert len(report.replaced) == 4
-    assert {name: type(module) for name, module in model.named_modules()} == modules
+    assert classes(model) == modules
     assert all(p is before[name] for name, p in model.named_parameters())
     hqq_oft.convert(model)
     assert torch.equal(logits(model, tokens), converted)
@@ -189,8 +194,8 @@ def test_a_compiled_layer_is_recompiled_after_conversion():
 
 def test_a_conversion_that_fails_changes_no_layer(monkeypatch):
     model = plain_peft_model()
-    classes = [type(module) for module in model.modules()]
-    original, calls = hqq_layer.detach_tensors, []
+    before = classes(model)
+    original, calls = hqq_layer.take_over, []
 
     def fail_at_the_second(base):
         calls.append(base)
@@ -198,10 +203,10 @@ def test_a_conversion_that_fails_changes_no_layer(monkeypatch):
             raise MemoryError
         original(base)
 
-    monkeypatch.setattr(hqq_layer, "detach_tensors", fail_at_the_second)
+    monkeypatch.setattr(hqq_layer, "take_over", fail_at_the_second)
     with pytest.raises(MemoryError):
         hqq_oft.convert(model)
-    assert [type(module) for module in model.modules()] == classes
+    assert classes(model) == before
 
 
 def test_a_layer_used_in_two_places_stays_shared():

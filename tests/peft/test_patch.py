@@ -6,6 +6,7 @@ import copy
 import importlib
 import importlib.util
 import sys
+import warnings
 
 import packaging.version
 import peft
@@ -18,6 +19,7 @@ from small_llama import quantized_llama, small_llama
 
 import hqq_oft
 from hqq_oft import HqqOFTLinear
+from hqq_oft.tuner import unpatched
 
 # Up to 0.20 PEFT has a layer of its own for HQQ, which raises in forward.
 PEFT_RUNS = packaging.version.parse(peft.__version__).release >= (0, 21)
@@ -102,3 +104,25 @@ def test_layers_other_than_hqq_use_pefts_layer():
     model = get_peft_model(small_llama(), OFTConfig(**USE_1))
     assert not layers(model)
     assert type(model.base_model) is OFTModel
+
+
+@pytest.mark.skipif(peft.__version__.startswith("0.20."), reason="PEFT 0.20 fails before it wraps the layer")
+def test_forgetting_the_patch_warns_once():
+    hqq_oft.unpatch_peft()
+    unpatched._warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            get_peft_model(quantized_llama(), OFTConfig(**USE_1))
+    messages = [str(warning.message) for warning in caught if "hqq_oft" in str(warning.message)]
+    assert len(messages) == 1
+    assert "hqq_oft.patch_peft() before adding adapters, or hqq_oft.convert(model)" in messages[0]
+
+
+def test_our_layers_and_dense_ones_do_not_warn():
+    unpatched._warn_once.cache_clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*hqq_oft")
+        adapted()
+        hqq_oft.unpatch_peft()
+        get_peft_model(small_llama(), OFTConfig(**USE_1))

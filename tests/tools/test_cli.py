@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,15 @@ import pytest
 import torch
 from helpers import randomize
 from hqq.core.quantize import HQQLinear
-from peft import OFTConfig, PeftModel, get_peft_model
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import filter_repo_objects
+from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
 from small_llama import VOCABULARY, small_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 import hqq_oft
-from hqq_oft import cli, load_quantized
+from hqq_oft import cli, cli_inputs, load_quantized
 from hqq_oft.quant import quantizer
 
 TOKENS = torch.arange(6)[None] % VOCABULARY
@@ -36,6 +40,10 @@ def folder(tmp_path_factory):
         adapted = get_peft_model(load_quantized(root / "four"), config)
         randomize(adapted, 0.1)
         adapted.save_pretrained(root / "adapter")
+    get_peft_model(small_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(root / "lora")
+    missing = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight")
+    state = {name: value for name, value in small_llama().state_dict().items() if name not in missing}
+    small_llama().save_pretrained(root / "incomplete", state_dict=state)
     return root
 
 
@@ -46,7 +54,14 @@ def logits(model):
 
 def test_quantize(folder, tmp_path, capsys):
     arguments = ["--group-size", "16", "--nbits", "3", "--axis", "0", "--dtype", "bfloat16", "--max-shard-size", "8KB"]
-    arguments += ["--override", "down_proj=nbits:8,axis:1", "--override", "model.layers.1.*=dense", "--skip", "-"]
+    arguments += [
+        "--override",
+        "down_proj=nbits:8,axis:1",
+        "--override",
+        "model.layers.1.*=dense",
+        "--override",
+        "lm_head=nbits:3",
+    ]
     assert cli.main(["quantize", str(folder / "dense"), str(tmp_path / "out"), *arguments]) == 0
     model = load_quantized(tmp_path / "out")
     layers = {name: module.meta for name, module in model.named_modules() if isinstance(module, HQQLinear)}
@@ -140,6 +155,11 @@ FAILURES = {
     "a device that is none": (["quantize", "{folder}/dense", "{tmp}/out", "--device", "nowhere"], "nowhere"),
     "a dense model to merge into": (["merge", "{folder}/dense", "{folder}/adapter", "{tmp}/out"], "the model is dense"),
     "a dense model to convert": (["convert", "{folder}/dense", "{tmp}/out"], "the model has no HQQ layer"),
+    "a LoRA adapter": (["merge", "{folder}/four", "{folder}/lora", "{tmp}/out"], "lora holds a LORA adapter; only OFT"),
+    "missing weights": (
+        ["quantize", "{folder}/incomplete", "{tmp}/out", "--group-size", "16"],
+        "lacks weights of LlamaForCausalLM: model.layers.0.mlp.up_proj.weight, model.layers.1.input_layernorm.weight.",
+    ),
     "no adapter": (["merge", "{folder}/four", "{folder}/four", "{tmp}/out"], "contains no adapter_config.json: give"),
 }
 
@@ -175,6 +195,124 @@ def test_an_interrupt_exits_with_130_and_writes_nothing(folder, tmp_path, capsys
     assert cli.main(["quantize", str(folder / "dense"), str(tmp_path / "out")]) == 130
     assert "interrupted; nothing was written" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+# --- Before a model is loaded ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """Models can't be loaded."""
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", loaded)
+    monkeypatch.setattr(hqq_oft, "load_quantized", loaded)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--group-size", "12"], "group_size must be a positive multiple of 8"),
+        (["--group-size", "4096"], "does not divide"),
+        (["--group-size", "16", "--override", "q_proj=group_size:4096"], "q_proj: group_size=4096 does not divide the"),
+        (["--group-size", "16", "--override", "q_proj=nbits:7"], "overrides['q_proj']: nbits must be one of"),
+        (["--group-size", "16", "--skip", "no_proj"], "skip_modules match no module of the model: ['no_proj']"),
+    ],
+)
+def test_settings_are_checked_before_the_model_is_loaded(folder, tmp_path, capsys, unloaded, arguments, message):
+    assert cli.main(["quantize", str(folder / "dense"), str(tmp_path / "out"), *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a torch that finds no GPU")
+@pytest.mark.parametrize("arguments", [["quantize", "dense"], ["merge", "four", "adapter"]], ids=["quantize", "merge"])
+def test_a_device_that_torch_cannot_use_is_an_error_of_one_line(folder, tmp_path, capsys, unloaded, arguments):
+    command, *inputs = arguments
+    paths = [str(folder / name) for name in inputs]
+    assert cli.main([command, *paths, str(tmp_path / "out"), "--device", "cuda"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hqq-oft: --device cuda can't be used here (")
+    assert line.endswith("see `hqq-oft env` for the devices.")
+
+
+# --- The Hugging Face hub --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(folder, tmp_path, monkeypatch):
+    """The models and the adapter in huggingface_hub's cache, as repositories of `owner`, without a network."""
+    for name in ("dense", "four", "adapter"):
+        repository = tmp_path / "cache" / f"models--owner--{name}"
+        shutil.copytree(folder / name, repository / "snapshots" / "0123")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0123")
+    asked = {}
+
+    def download(name, **patterns):
+        asked[name] = patterns
+        return snapshot_download(name, cache_dir=tmp_path / "cache", local_files_only=True, **patterns)
+
+    monkeypatch.setattr(cli_inputs, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    return asked
+
+
+def test_models_and_adapters_are_named_as_on_the_hub(hub, folder, tmp_path):
+    assert cli.main(["quantize", "owner/dense", "four", "--group-size", "16", "--quiet"]) == 0
+    assert torch.equal(logits(load_quantized("four")), logits(load_quantized(folder / "four")))
+    assert (tmp_path / "four" / "tokenizer.json").exists()
+    assert cli.main(["merge", "owner/four", "owner/adapter", "merged", "--quiet"]) == 0
+    assert cli.main(["merge", str(folder / "four"), str(folder / "adapter"), "expected", "--quiet"]) == 0
+    assert torch.equal(logits(load_quantized("merged")), logits(load_quantized("expected")))
+    assert set(hub) == {"owner/dense", "owner/four", "owner/adapter"}
+    for patterns in hub.values():  # neither pickled weights nor those in another format
+        repository = ["config.json", "model.safetensors", "merges.txt", "pytorch_model.bin", "onnx/model.safetensors"]
+        assert list(filter_repo_objects(repository, **patterns)) == ["config.json", "model.safetensors", "merges.txt"]
+
+
+def test_a_directory_comes_before_the_hub(hub, folder, tmp_path):
+    shutil.copytree(folder / "dense", tmp_path / "owner" / "dense")
+    assert cli.main(["quantize", "owner/dense", "four", "--group-size", "16", "--quiet"]) == 0
+    assert hub == {}
+
+
+def test_a_name_that_the_hub_does_not_provide_is_an_error_of_one_line(hub, tmp_path, capsys):
+    assert cli.main(["quantize", "owner/lost", "four"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hqq-oft: owner/lost is not a directory, and the Hugging Face hub does not provide it: ")
+    assert not (tmp_path / "four").exists()
+
+
+# --- Usage -----------------------------------------------------------------------------------------------------------
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["--version"])
+    assert exit_info.value.code == 0
+    assert capsys.readouterr().out == f"hqq-oft {hqq_oft.__version__}\n"
+
+
+def test_quiet_commands_print_nothing(tmp_path, capfd):
+    config = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=8, **config)).save_pretrained(tmp_path / "dense")
+    paths = [str(tmp_path / name) for name in ("dense", "four", "adapter", "merged")]
+    bars = logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
+    capfd.readouterr()
+    assert cli.main(["quantize", *paths[:2], "--group-size", "16", "--quiet"]) == 0
+    assert capfd.readouterr() == ("", "")
+    with hqq_oft.patch_peft():
+        config = OFTConfig(r=0, oft_block_size=8, target_modules=["q_proj"])
+        get_peft_model(load_quantized(paths[1]), config).save_pretrained(paths[2])
+    capfd.readouterr()
+    for into in ("4", "dense"):
+        assert cli.main(["merge", *paths[1:], "--into", into, "--force", "--quiet"]) == 0
+        assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled() == bars
+    assert logging.get_verbosity() == verbosity
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..._installation import describe, is_checkout
 from ..backends import Planner
 
 LIBRARY = Path(__file__).parent / "hqq_oft_native.so"
@@ -12,7 +13,9 @@ REASON = ""
 
 if not LIBRARY.exists():
     REASON = (
-        "hqq_oft was installed without its native kernels: no C++17 compiler, or no PyTorch, at build time; "
+        f"the native kernels are not built in {describe()}; `make native` or `pip install -e .` there builds them"
+        if is_checkout()
+        else "hqq_oft was installed without its native kernels: no C++17 compiler, or no PyTorch, at build time; "
         "`pip install --no-build-isolation .` in a checkout builds them"
     )
 else:
