@@ -16,7 +16,8 @@ import torch
 from hqq.core.quantize import HQQLinear
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, apply_renamings
 from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
 
 from ..ops import table as ops
@@ -156,7 +157,8 @@ class HqqQuantizer(HqqHfQuantizer):
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         if self.pre_quantized:
-            layers = _stored_layers(checkpoint_files or ())
+            renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+            layers = {apply_renamings(name, renamings) for name in _stored_layers(checkpoint_files or ())}
             expose(model, layers.__contains__)
             self.has_experts = any(isinstance(module, Experts) for module in model.modules())
         names: dict[int, list[str]] = {}

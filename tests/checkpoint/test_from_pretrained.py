@@ -19,6 +19,8 @@ from transformers import (
     JambaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -160,6 +162,18 @@ def test_a_damaged_layer_is_an_error_and_runs_no_code(dense, tmp_path, damage, c
     with pytest.raises(RuntimeError, match="issues during automatic conversion"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "stored")
     assert not (tmp_path / "run").exists()
+
+
+@on_version_5
+def test_quantized_experts_under_names_that_saving_changes_are_found(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(**SMALL, **sizes, num_local_experts=2)).eval()
+    quantize_model(model, group_size=16, progress=False)
+    model.save_pretrained(tmp_path / "model")
+    assert any(".block_sparse_moe.experts.0." in name for name in load_file(tmp_path / "model" / "model.safetensors"))
+    loaded = MixtralForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert len(hqq_layers(loaded)) == 16
+    assert_same(model, loaded)
 
 
 @on_version_5
