@@ -156,7 +156,8 @@ def _check(options: argparse.Namespace) -> None:
 
 def _directories(options: argparse.Namespace) -> tuple[Path, Path]:
     """Source and target directory, validated before any work starts."""
-    check_device(options.device)
+    if hasattr(options, "device"):
+        check_device(options.device)
     try:
         check_replaceable(options.out, options.force)
     except FileExistsError as error:

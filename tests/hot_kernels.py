@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 import triton
-
 from hqq_oft.triton_kernels import dequantize, linear, linear_backward, rotate
+
 from tests import native_build, sass
 from tests.launches import Launch, compile_for, packed, planned, read_cubin, record, resources, tensor
 

@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import hqq_oft.triton_kernels
 import torch
 import triton
+from hqq_oft.triton_kernels import _launch, _tiles
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-import hqq_oft.triton_kernels
 from hqq_oft import QuantizedWeight
 from hqq_oft.ops.backends import registry
 from hqq_oft.ops.packing import LEVELS_PER_ELEMENT
-from hqq_oft.triton_kernels import _launch, _tiles
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
+from hqq_oft.triton_kernels import linear, linear_backward, quantize
 from torch import Tensor
 
 from bench.table import SHAPES
-from hqq_oft.triton_kernels import linear, linear_backward, quantize
 from tests import hot_kernels, sass
 from tests.hot_kernels import PRODUCTS, Case, header, line
 from tests.launches import Launch, compile_for, packed, planned, read_cubin, record, tensor

@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 import triton
+from hqq_oft.triton_kernels import _launch, _tiles, cayley, dequantize, linear, linear_backward, quantize, rotate
 from triton.runtime.jit import JITFunction
 
 from hqq_oft.ops.device_tables import CONFIGS
-from hqq_oft.triton_kernels import _launch, _tiles, cayley, dequantize, linear, linear_backward, quantize, rotate
 from tests import hot_kernels, modelled
 from tests.hot_kernels import header, line
 from tests.launches import TARGETS, Launch, compile_for, describe, packed, planned, recording, resources, tensor

@@ -36,7 +36,10 @@ def load_quantized(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Any:
-    """Load a transformers or diffusers model from `save_quantized`, or from transformers 4.57 with an `HqqConfig`.
+    """Load a transformers or diffusers model saved by `save_quantized`, or by transformers with an `HqqConfig`.
+
+    Models of other formats (HQQ's own, or with names of tensors that differ in the installed transformers) are
+    converted by `hqq-oft convert`; the error says so.
 
     No code from the directory is executed. Names, shapes and dtypes of all tensors are validated against `config.json`
     before the first weight is read, and sizes are validated before memory is allocated. If `save_quantized` stored

@@ -33,13 +33,13 @@ def save_quantized(
     """Save a model with HQQ layers, so that `load_quantized` restores it bit for bit.
 
     The directory contains `config.json`, safetensors files in the format of HQQ's state dict, `generation_config.json`
-    if the model has one, and `hqq_oft.json` with a checksum of each tensor. transformers 4.57 loads it with
-    `from_pretrained`. Tensors are written one at a time. The save is atomic: the directory appears complete or not at
-    all.
+    if the model has one, and `hqq_oft.json` with a checksum of each tensor. transformers loads it with
+    `from_pretrained`, version 5 after `patch_transformers`. Tensors are written one at a time. The save is atomic: the
+    directory appears complete or not at all.
 
     Args:
         model: a transformers or diffusers model, from `quantize_model`, `load_quantized`, `merge_and_unload`, or
-            transformers 4.57 with an `HqqConfig`.
+            transformers with an `HqqConfig`.
         directory: the directory to create.
         max_shard_size: maximum size of the tensors in one file: bytes, or a string such as `"500MB"`.
         overwrite: replace an existing model.

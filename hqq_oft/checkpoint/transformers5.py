@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from hqq.core.quantize import HQQLinear
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, apply_renamings
 from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
 
 from ..ops import table as ops
 from ..quant import hqq_layer, quantizer
 from ..quant.defaults import kept_by_default
+from ..quant.experts import Experts
+from ..quant.linears import SAME_FUNCTION, expose, mark_origin
 from ..quant.marks import mark_quantized, reads_weight
 from ..quant.settings import QuantizationSettings
 from .files import LoadedTensors
@@ -105,6 +109,17 @@ class _Dequantize(_Operation):
         return dense
 
 
+def _stored_layers(files: Sequence[str]) -> set[str]:
+    """Names of the HQQ layers in safetensors files."""
+    names: set[str] = set()
+    for file in files:
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                stored = list(opened.keys())
+            names.update(name.removesuffix(".W_q") for name in stored if name.endswith(".W_q"))
+    return names
+
+
 class HqqQuantizer(HqqHfQuantizer):
     """What `from_pretrained` of transformers 5 calls for models with an `HqqConfig`.
 
@@ -112,6 +127,7 @@ class HqqQuantizer(HqqHfQuantizer):
         settings: HQQ's `quant_config` of each layer to quantize, by name; empty for a stored HQQ model.
         dtype: that of the model, to which stored layers are cast; None for as they are.
         made_dense: parameters that stored HQQ layers were dequantized for.
+        has_experts: whether HQQ layers of single experts are stored, under the names that `quantize_model` gives them.
     """
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
@@ -119,6 +135,7 @@ class HqqQuantizer(HqqHfQuantizer):
         self.settings: dict[str, dict[str, Any]] = {}
         self.dtype: torch.dtype | None = None
         self.made_dense: set[str] = set()
+        self.has_experts = False
         self._places: dict[str, list[str]] = {}
         self._own: dict[int, Any] = {}
 
@@ -136,7 +153,14 @@ class HqqQuantizer(HqqHfQuantizer):
         self.dtype = dtype
         return dtype
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        if self.pre_quantized:
+            renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+            layers = {apply_renamings(name, renamings) for name in _stored_layers(checkpoint_files or ())}
+            expose(model, layers.__contains__)
+            self.has_experts = any(isinstance(module, Experts) for module in model.modules())
         names: dict[int, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             names.setdefault(id(module), []).append(name)
@@ -147,25 +171,27 @@ class HqqQuantizer(HqqHfQuantizer):
     def _choose_layers(self, model: Any) -> None:
         config, skipped = self.quantization_config.quant_config, self.quantization_config.skip_modules or ()
         single = "weight_quant_params" in config  # otherwise dynamic_config: settings by the end of a layer's name
+        kept = kept_by_default(
+            model, {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear)}
+        )
         tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
-        linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-        kept = kept_by_default(model, linears)
-        for name, linear in linears.items():
+        for name, linear in model.named_modules():
+            if not isinstance(linear, nn.Linear):
+                continue
             tag = None if single else next((tag for tag in config if f".{name}".endswith(f".{tag}")), None)
             settings = config if single else config.get(tag)
             if settings is None or any(pattern in name for pattern in skipped):
                 continue  # asked for by the user
             weight = settings["weight_quant_params"]
-            reason = kept.get(name)
-            if f"{name}.weight" in tied:
-                reason = "its weight is tied"
-            reason = reason or QuantizationSettings(weight["nbits"], weight["group_size"], weight["axis"]).why_not(
-                linear
-            )
+            reason = "its weight is tied" if f"{name}.weight" in tied else kept.get(name)
+            if type(linear) is not nn.Linear and type(linear).__name__ not in SAME_FUNCTION:
+                reason = f"it is a {type(linear).__name__}, which may compute a different function"
+            if reason is None:
+                reason = QuantizationSettings(weight["nbits"], weight["group_size"], weight["axis"]).why_not(linear)
             if reason is None:
                 self.settings[name] = {key: value for key, value in settings.items() if key != "offload_meta"}
-            else:
-                logger.warning("%s stays dense: %s", name, reason)
+                continue
+            logger.warning("%s stays dense: %s", name, reason)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter of a dense model is a weight to quantize."""
@@ -195,6 +221,8 @@ class HqqQuantizer(HqqHfQuantizer):
         for entry in weight_conversions if own else ():
             sources, targets = entry._original_source_patterns, entry._original_target_patterns
             added = [entry]
+            if self.has_experts and isinstance(entry, WeightConverter):
+                continue  # it would fuse them
             if not all(source.endswith("weight") for source in sources):
                 pass
             elif isinstance(entry, WeightConverter):
@@ -230,6 +258,7 @@ class HqqQuantizer(HqqHfQuantizer):
         layer.bias = linear.bias
         layer.train(linear.training)
         layer._is_hf_initialized = True
+        mark_origin(linear, layer)
         for place in self._places[name]:
             parent, _, child = place.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)

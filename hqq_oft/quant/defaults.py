@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-
-from .marks import reads_weight
 
 HEADS = frozenset({"lm_head", "score", "classifier"})
 """Names of heads in models that are not transformers' own; the last two are those that PEFT trains in whole."""
@@ -30,8 +31,10 @@ def kept_by_default(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[s
     for name in layers:
         if HEADS.intersection(name.split(".")):
             reasons[name] = "it is a head by its name"
-        if reads_weight(model, name):
-            reasons[name] = "the module around it reads its weight"
+        prefix, _, child = name.rpartition(".")
+        parent: Any = type(model.get_submodule(prefix)) if child and layers[name] is _get(model, name) else nn.Module
+        if child in _weights_read_by(parent):
+            reasons[name] = f"{parent.__name__} reads its weight"
     for name in _routers(model):
         reasons[name] = "it routes tokens to experts"
     owners = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, PreTrainedModel)}
@@ -55,6 +58,32 @@ def _prefixes(name: str) -> Iterator[str]:
     while name:
         name = name.rpartition(".")[0]
         yield name
+
+
+def _get(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:  # a layer of experts, which the model has as a slice of a parameter
+        return None
+
+
+# Bloom reads slices of weights, but only if `slow_but_exact` is set.
+_READ = re.compile(r"(?<!isinstance\()self\.(\w+)\.weight\b(?!\[|\.(?:dtype|device)\b)")
+
+
+@functools.cache
+def _weights_read_by(module_class: Any) -> frozenset[str]:
+    """Names of the children of a module whose weights, not just dtypes or devices, its methods read."""
+    names: set[str] = set()
+    for owner in module_class.__mro__[: module_class.__mro__.index(nn.Module)]:
+        for method_name, method in vars(owner).items():
+            if inspect.isfunction(method) and not re.search("init|reset", method_name):
+                try:
+                    source = inspect.getsource(method)
+                except (OSError, TypeError):  # defined in an interactive session
+                    continue
+                names.update(re.findall(_READ, source))
+    return frozenset(names)
 
 
 def _output_embeddings(model: PreTrainedModel) -> nn.Module | None:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .experts import Experts, fused_experts, is_fused, linear_of, why_not_split
 
-_SAME_FUNCTION = frozenset({"FalconLinear"})
+SAME_FUNCTION = frozenset({"FalconLinear"})
 """Subclasses of `nn.Linear` that compute the same function."""
 
 
@@ -46,7 +46,7 @@ def linear_layers(model: nn.Module) -> Iterator[LinearLayer]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear):
             other = None
-            if type(module) is not nn.Linear and type(module).__name__ not in _SAME_FUNCTION:
+            if type(module) is not nn.Linear and type(module).__name__ not in SAME_FUNCTION:
                 other = f"it is a {type(module).__name__}, which may compute a different function"
             yield LinearLayer(name, module, module, module.weight, why_not=other)
         elif type(module) is Conv1D:
@@ -91,7 +91,8 @@ def expose(model: nn.Module, is_quantized: Callable[[str], bool]) -> None:
         if layer.module is not layer.linear and is_quantized(layer.name):
             if layer.experts is None:
                 replacements[layer.name] = layer.linear
-            else:
+            # transformers 4.57 stored experts with a `gate_proj`, and also a `down_proj`.
+            elif not is_quantized(f"{layer.name.rpartition('.')[0]}.gate_proj"):
                 replacements.update(dict.fromkeys(names_of(model, layer.module), layer.experts))
     for name, module in replacements.items():
         replace(model, name, module)

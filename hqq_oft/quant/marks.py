@@ -53,11 +53,7 @@ def reads_weight(model: nn.Module, name: str) -> bool:
     if packaging.version.parse(transformers.__version__).major < 5:
         return False
     parent, _, child = name.rpartition(".")
-    try:
-        owner = model.get_submodule(parent)
-    except AttributeError:  # a layer of experts, which the model has as a slice of a parameter
-        return False
-    return child in _MULTIPLIED.get(type(owner).__name__, ())
+    return child in _MULTIPLIED.get(type(model.get_submodule(parent)).__name__, ())
 
 
 def _no_weight(layer: HQQLinear) -> Tensor:

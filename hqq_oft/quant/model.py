@@ -17,7 +17,6 @@ from transformers import PretrainedConfig
 from . import hqq_layer, quantizer
 from .experts import Experts
 from .linears import mark_origin, replace
-from .marks import mark_quantized
 from .report import QuantizationReport, stored_bytes
 from .selection import check_layer, select
 from .settings import Overrides, QuantizationSettings
@@ -100,7 +99,7 @@ def quantize_model(
     report = QuantizationReport(bytes_before=stored_bytes(model))
     selection = select(model, default, skip_modules, overrides or {}, report, known_skips)
     for linear, (name, *_) in selection.layers.items():
-        check_layer(name, linear, selection.holders[linear])
+        check_layer(name, selection.sources[linear], linear)
         if solver == "search":
             quantizer.check_searchable(report.quantized[name].for_hqq(), linear.weight.dtype)
     total = len(selection.layers)
@@ -121,7 +120,7 @@ def quantize_model(
             logger.warning("%s.", said)
             raise
     _place_rest(model, compute_dtype, device)
-    mark_quantized(model)
+    marks.mark_quantized(model)
     report.bytes_after = stored_bytes(model)
     if report.quantized_share < 0.5:
         largest = [f"{name} {share:.0%}" for name, share in report.dense_shares().items() if share >= 0.05]

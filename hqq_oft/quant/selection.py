@@ -29,12 +29,12 @@ class Selection:
 
     Attributes:
         layers: the layers, each with all its names.
-        holders: the module of the model that holds the weight of each layer.
+        sources: the module of the model that holds the weight of each layer.
         experts: modules to put into the model, by name, before the layers below that name.
     """
 
     layers: dict[nn.Linear, list[str]] = field(default_factory=dict)
-    holders: dict[nn.Linear, nn.Module] = field(default_factory=dict)
+    sources: dict[nn.Linear, nn.Module] = field(default_factory=dict)
     experts: dict[str, Experts] = field(default_factory=dict)
 
 
@@ -99,7 +99,7 @@ def select(
             report.kept[name] = unpackable[name] = why
         else:
             if linear not in selection.layers:
-                selection.holders[linear] = layer.module
+                selection.sources[linear] = layer.module
                 sizes[id(layer.parameter)] += linear.weight.nbytes
             report.quantized[name] = settings
             selection.layers.setdefault(linear, []).append(name)
@@ -123,15 +123,14 @@ def _containing(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
-def check_layer(name: str, linear: nn.Linear, module: nn.Module) -> None:
+def check_layer(name: str, module: nn.Module, linear: nn.Linear) -> None:
     """Raise ValueError if a layer, whose weight `module` holds, can't be quantized whatever the settings."""
-    weight = linear.weight
-    if weight.is_meta:
+    if linear.weight.is_meta:
         raise ValueError(f"{name} is on the meta device: load the model's weights first, without offloading.")
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         raise ValueError(
             f"{name} has hooks, which would be lost: load the model without device_map, or remove them "
             "(accelerate.hooks.remove_hook_from_module), and choose the device with device=."
         )
-    if not torch.isfinite(weight).all():
+    if not torch.isfinite(linear.weight).all():
         raise ValueError(f"{name}: its weight contains NaN or infinity.")

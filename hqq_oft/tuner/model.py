@@ -293,7 +293,7 @@ def replace_module(
         parent, child_name, new_module, child: its arguments.
     """
     if isinstance(new_module, HQQLinear):
-        # PEFT would copy `.weight`, which an HQQ layer does not have; the layer itself is put back instead.
+        # PEFT would copy `.weight`, which can't be set on an HQQ layer; the layer itself is put back instead.
         setattr(parent, child_name, new_module)
     else:
         original(parent, child_name, new_module, child)

@@ -19,6 +19,8 @@ from transformers import (
     CLIPVisionConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -132,6 +134,7 @@ MODELS = {
     "MoE with a shared name": lambda: Qwen3MoeForCausalLM(
         Qwen3MoeConfig(**SMALL, num_experts=4, moe_intermediate_size=32, num_experts_per_tok=2, head_dim=8)
     ),
+    "MoE with a renamed router": lambda: GraniteMoeForCausalLM(GraniteMoeConfig(**SMALL, num_local_experts=4)),
     "NeoX": lambda: GPTNeoXForCausalLM(
         GPTNeoXConfig(**{key: value for key, value in SMALL.items() if "key_value" not in key})
     ),

@@ -19,6 +19,8 @@ from transformers import (
     JambaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -132,7 +134,7 @@ def test_layers_stay_dense_with_the_reason(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "hqq_oft"):
         found = hqq_layers(quantized(tmp_path / "dense", group_size=48, skip_modules=["layers.1", "gate_proj"]))
     assert set(found) == {"model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"}
-    assert f"{Q} stays dense: {Q}: group_size=48 does not divide" in caplog.text
+    assert f"{Q} stays dense: group_size=48 does not divide" in caplog.text
     assert "lm_head stays dense: its weight is tied" in caplog.text
     assert "layers.1" not in caplog.text
 
@@ -160,6 +162,29 @@ def test_a_damaged_layer_is_an_error_and_runs_no_code(dense, tmp_path, damage, c
     with pytest.raises(RuntimeError, match="issues during automatic conversion"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "stored")
     assert not (tmp_path / "run").exists()
+
+
+@on_version_5
+def test_quantized_experts_under_names_that_saving_changes_are_found(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(**SMALL, **sizes, num_local_experts=2)).eval()
+    quantize_model(model, group_size=16, progress=False)
+    model.save_pretrained(tmp_path / "model")
+    assert any(".block_sparse_moe.experts.0." in name for name in load_file(tmp_path / "model" / "model.safetensors"))
+    loaded = MixtralForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert len(hqq_layers(loaded)) == 16
+    assert_same(model, loaded)
+
+
+@on_version_5
+def test_a_bias_that_the_checkpoint_lacks_is_zero(dense):
+    path = dense / "model.safetensors"
+    tensors = load_file(path)
+    expected = tensors.pop(f"{Q}.bias").shape
+    save_file(tensors, path, {"format": "pt"})
+    layer = quantized(dense).get_submodule(Q)
+    assert torch.equal(layer.bias, torch.zeros(expected))
+    assert not layer.bias.requires_grad
 
 
 @on_version_5
@@ -231,7 +256,7 @@ def t5():
 
 
 READERS = {
-    "T5": (t5, "DenseReluDense.wo"),
+    "T5": (t5, "DenseReluDense.wi"),
     "Mamba": (lambda: MambaForCausalLM(MambaConfig(**SMALL, hidden_size=32, state_size=16)), "in_proj"),
     "Jamba": (jamba, "mamba.in_proj"),
 }

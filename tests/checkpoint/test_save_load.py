@@ -396,9 +396,11 @@ DIRECTORIES = {
     "no tensors": (lambda d: (d / "model.safetensors").unlink(), FileNotFoundError, "neither model.safetensors nor"),
     "half a config": (lambda d: (d / "config.json").write_text('{"a": '), CheckpointError, "config.json: not valid"),
     "a list for a config": (lambda d: (d / "config.json").write_text("[]"), CheckpointError, "not a JSON object"),
-    "a dense model": (lambda d: edit(d, "config.json", quantization_config=None), CheckpointError, "is not for HQQ"),
+    "no method": (lambda d: edit(d, "config.json", quantization_config=None), CheckpointError, "another function"),
     "another method": (
-        lambda d: edit(d, "config.json", quantization_config={"quant_method": "gptq"}), CheckpointError, "is not for"
+        lambda d: edit(d, "config.json", quantization_config={"quant_method": "gptq"}),
+        CheckpointError,
+        "is quantized with 'gptq'",
     ),
     "an unknown class": (
         lambda d: edit(d, "config.json", architectures=["Mine"]), ValueError, r"architectures is \['Mine'\], which"

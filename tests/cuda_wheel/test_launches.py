@@ -6,11 +6,11 @@ import calls
 import pytest
 import torch
 from helpers import add_adapter, hqq_layer, oft_layer
+from hqq_oft.triton_kernels import _tiles
 
 from hqq_oft import backend
 from hqq_oft.ops import reference
 from hqq_oft.ops.table import OPERATIONS
-from hqq_oft.triton_kernels import _tiles
 
 from .problem import described, differentiable, forward_and_backward, moved
 

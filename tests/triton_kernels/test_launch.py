@@ -9,10 +9,10 @@ import pytest
 import torch
 import triton.language as tl
 from helpers import hqq_layer
+from hqq_oft.triton_kernels import _launch, rotate
 
 from hqq_oft import QuantizedWeight, Unsupported
 from hqq_oft.ops import table as ops
-from hqq_oft.triton_kernels import _launch, rotate
 
 
 @pytest.mark.parametrize("m", [3, 40, 260])

@@ -10,7 +10,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-
 from hqq_oft.triton_kernels import _levels
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -8,11 +8,11 @@ import calls
 import pytest
 import torch
 from helpers import TOLERANCE, relative_error
+from hqq_oft.triton_kernels import _launch, linear, linear_groups
 
 from hqq_oft import QuantizedWeight, backend
 from hqq_oft.ops import backends, reference
 from hqq_oft.ops import table as ops
-from hqq_oft.triton_kernels import _launch, linear, linear_groups
 
 HALF = (torch.bfloat16, torch.float16)
 GROUPS, GENERAL, ROTATE = "linear_groups_fwd_kernel", "linear_fwd_kernel", "rotate_fwd_kernel"

@@ -6,12 +6,12 @@ import pytest
 import torch
 from helpers import hqq_layer, oft_layer, packed_bytes
 from hqq.core.quantize import BaseQuantizeConfig
+from hqq_oft.triton_kernels import quantize
 
 from hqq_oft import BackendError, backend, triton_kernels
 from hqq_oft.ops import reference
 from hqq_oft.ops import table as ops
 from hqq_oft.quant import bands, quantizer
-from hqq_oft.triton_kernels import quantize
 
 PROGRAM = 128  # groups of an interpreted program
 STOPS_EARLY = 54  # a seed, found by trying

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import calls
 import pytest
 import torch
+from hqq_oft.triton_kernels import _launch, _tiles, linear, linear_backward, rotate
 
 from hqq_oft import BackendError, Unsupported, backend, functional
 from hqq_oft.ops import backends, device_tables, reference
-from hqq_oft.triton_kernels import _launch, _tiles, linear, linear_backward, rotate
 
 
 @pytest.fixture

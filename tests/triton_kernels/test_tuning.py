@@ -6,9 +6,9 @@ import json
 from dataclasses import replace
 
 import torch
+from hqq_oft.triton_kernels import _tiles, linear
 
 from bench import tune
-from hqq_oft.triton_kernels import _tiles, linear
 
 SMALL = ((128, 128),)
 
