@@ -73,6 +73,12 @@ def test_autocast_is_followed_as_by_a_linear_layer(source, backend, stored, auto
         assert layer(x.to(stored)).dtype == stored
 
 
+def test_autocast_computes_in_its_own_dtype():
+    layer = layer_of("quantize_model", torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.full((1, 96), 1e6)).isfinite().all()  # float16 has no such numbers
+
+
 @pytest.mark.parametrize("source", ["quantize_model", "hqq"])
 @pytest.mark.parametrize(
     "cast",
