@@ -78,6 +78,8 @@ class HQQLinear(quantize.HQQLinear):
             self.bias = fn(self.bias)
         meta = _map_meta(self.meta, moved_or_cast, dtype)
         PackedState(*_viewed_as_float(self.W_q, meta)).install(self)
+        if self.quant_config and not self.meta.get("view_as_float"):
+            self.quant_config["weight_quant_params"]["view_as_float"] = False  # as a merge quantizes it again
         self.compute_dtype, self.device = dtype, str(self.W_q.device)
         return self
 

@@ -6,12 +6,13 @@ Each check is run on both kinds of layer: on PEFT's it must fail, in the way tha
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import peft
 import pytest
 import torch
 from helpers import hqq_layer, relative_error
-from peft import OFTConfig, get_peft_model
+from peft import LoraConfig, OFTConfig, get_peft_model
 from peft.tuners.oft.layer import Linear as PeftLinear
 from small_llama import quantized_llama
 from torch import nn
@@ -64,12 +65,11 @@ def unmerging_restores_the_weight(kind):
     assert relative_error(layer.get_base_layer().dequantize(), weight) <= 1e-6
 
 
-def model(kind):
-    config = OFTConfig(r=0, oft_block_size=8, target_modules=["q_proj", "v_proj"], init_weights=False)
-    if kind == "peft":
-        return get_peft_model(quantized_llama(), config)
-    with hqq_oft.patch_peft():
-        return get_peft_model(quantized_llama(), config)
+def model(kind, base=None, mixed=False, **settings):
+    settings = {"target_modules": ["q_proj", "v_proj"], "init_weights": False, **settings}
+    with hqq_oft.patch_peft() if kind == "ours" else nullcontext():
+        config = OFTConfig(r=0, oft_block_size=8, **settings)
+        return get_peft_model(quantized_llama() if base is None else base, config, mixed=mixed)
 
 
 def merge_and_unload_gives_an_hqq_model(kind):
@@ -135,6 +135,39 @@ def coft_leaves_the_parameter_alone_in_evaluation(kind):
     assert torch.equal(layer.oft_R["a"].weight, before)
 
 
+def layers_without_adapters_follow_autocast(kind):
+    adapted, tokens = model(kind), torch.randint(0, 64, (2, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = adapted(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
+def layers_without_adapters_follow_casts(kind):
+    adapted = model(kind).to(torch.bfloat16)
+    assert adapted(input_ids=torch.randint(0, 64, (2, 5))).logits.dtype == torch.bfloat16
+
+
+def all_linear_adapts_hqq_layers(kind):
+    adapted = model(kind, target_modules="all-linear")
+    assert hasattr(adapted.base_model.model.model.layers[1].mlp.down_proj, "oft_R")
+
+
+def packed_integers_are_not_trained(kind):
+    """Viewed as floats PyTorch would let them."""
+    base = quantized_llama()
+    base.lm_head = hqq_layer(64, 32, bias=False, group_size=16, view_as_float=True)
+    with pytest.raises(ValueError, match="packed integers can't be trained"):
+        model(kind, base, modules_to_save=["lm_head"])
+
+
+def lora_on_an_adapted_layer_keeps_oft(kind):
+    adapted = model(kind, mixed=True)
+    with hqq_oft.patch_peft() if kind == "ours" else nullcontext():
+        adapted.add_adapter("lora", LoraConfig(target_modules=["q_proj"]))
+    assert any("oft_R" in name for name, _ in adapted.base_model.model.model.layers[0].self_attn.q_proj.named_modules())
+
+
 # check -> how it fails on plain PEFT
 FAULTS = {
     bias_survives_a_merge: (AssertionError, "is not None"),
@@ -149,6 +182,11 @@ FAULTS = {
     a_bias_can_be_deep_copied: (RuntimeError, "graph leaves"),
     disabling_while_merged_gives_the_base: (AssertionError, "<= 1e-06"),
     coft_leaves_the_parameter_alone_in_evaluation: (AssertionError, "torch.equal"),
+    layers_without_adapters_follow_autocast: (RuntimeError, "expected m1 and m2 to have the same dtype"),
+    layers_without_adapters_follow_casts: (RuntimeError, "expected m1 and m2 to have the same dtype"),
+    all_linear_adapts_hqq_layers: (ValueError, "No `target_modules` passed"),
+    packed_integers_are_not_trained: (pytest.fail.Exception, "DID NOT RAISE"),
+    lora_on_an_adapted_layer_keeps_oft: (AssertionError, "any"),
 }
 
 

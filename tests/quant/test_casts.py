@@ -11,6 +11,7 @@ from helpers import TOLERANCE, hqq_layer, relative_error
 from hqq.core.quantize import HQQBackend, HQQLinear
 from small_llama import VOCABULARY, small_llama
 from torch import nn
+from transformers.utils.quantization_config import QuantizationMethod
 
 import hqq_oft
 from hqq_oft.quant.hqq_layer import take_over
@@ -72,6 +73,12 @@ def test_autocast_is_followed_as_by_a_linear_layer(source, backend, stored, auto
         assert layer(x.to(stored)).dtype == stored
 
 
+def test_autocast_computes_in_its_own_dtype():
+    layer = layer_of("quantize_model", torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.full((1, 96), 1e6)).isfinite().all()  # float16 has no such numbers
+
+
 @pytest.mark.parametrize("source", ["quantize_model", "hqq"])
 @pytest.mark.parametrize(
     "cast",
@@ -111,6 +118,34 @@ def test_a_weight_viewed_as_floats_keeps_its_bytes(in_features, viewed):
         assert torch.equal(layer.W_q.view(torch.uint8), packed)
         assert layer.W_q.dtype == (dtype if viewed else torch.uint8)
         assert relative_error(layer.dequantize(), weight) <= TOLERANCE[torch.bfloat16]
+    assert layer.quant_config["weight_quant_params"]["view_as_float"] == viewed
+
+
+def test_models_that_transformers_knows_as_hqq_models_are_cast():
+    """transformers then calls HQQ's `cuda` of each layer with the first argument of `to`, here a dtype."""
+    model = quantized()
+    packed = model.model.layers[0].self_attn.q_proj.W_q.detach().clone()
+    model.quantization_method = QuantizationMethod.HQQ
+    model.to(torch.bfloat16)
+    model.to("cpu", dtype=torch.float16)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert torch.equal(layer.W_q, packed)
+    assert layer.meta["scale"].dtype == layer.bias.dtype == layer.compute_dtype == torch.float16
+    assert model(TOKENS).logits.dtype == torch.float16
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_layer_without_adapters_compiles_to_one_graph(autocast):
+    torch._dynamo.reset()
+    layer, x = layer_of("quantize_model"), torch.randn(3, 96, requires_grad=True)
+    grads = []
+    for module in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = module(x)
+        (grad,) = torch.autograd.grad(y.float().square().sum(), x)
+        grads.append(grad)
+    assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
+    assert relative_error(grads[1], grads[0]) <= TOLERANCE[torch.bfloat16]
 
 
 def test_inputs_of_another_dtype_are_cast_as_by_an_adapted_layer():
