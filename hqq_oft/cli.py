@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,8 +12,9 @@ from typing import Any, get_args
 import torch
 from hqq.core.quantize import HQQLinear, Quantizer
 
+from .checkpoint import load
 from .checkpoint.atomic_directory import check_replaceable, staged_directory
-from .checkpoint.files import CONFIG
+from .checkpoint.files import CONFIG, read_json
 from .checkpoint.save import copy_into, save_quantized
 from .quant.solver import Solver
 
@@ -121,6 +121,15 @@ def _merge(options: argparse.Namespace) -> None:
     _say(options, f"{len(errors)} layer(s) merged, worst weight error {max(errors):.2%}\nwritten to {target}")
 
 
+def _convert(options: argparse.Namespace) -> None:
+    from .checkpoint.convert import convert_checkpoint
+
+    source, target = _directories(options)
+    left_out = convert_checkpoint(source, target, options.max_shard_size, options.force, _companions(source))
+    lines = [f"left out {name}: the model has no such tensor" for name in left_out]
+    _say(options, "\n".join([*lines, f"written to {target}"]))
+
+
 def _env(options: argparse.Namespace) -> None:
     from .env import report
 
@@ -160,16 +169,7 @@ def _directories(options: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def _model_class(source: Path) -> Any:
-    import transformers
-
-    architectures = json.loads((source / CONFIG).read_text("utf-8")).get("architectures")
-    found = [getattr(transformers, name, None) for name in architectures or [] if isinstance(name, str)]
-    if len(found) != 1 or not isinstance(found[0], type) or not issubclass(found[0], transformers.PreTrainedModel):
-        raise CommandError(
-            f"{source / CONFIG}: architectures is {architectures!r}, which is not a model class of transformers "
-            f"{transformers.__version__}; custom model code is not supported."
-        )
-    return found[0]
+    return load.model_class(source / CONFIG, read_json(source / CONFIG))[0]
 
 
 def _companions(source: Path) -> list[Path]:
@@ -246,6 +246,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("--report", action="store_true", help="first show the errors of this merge and its alternatives")
 
+    convert = _add(
+        commands,
+        "convert",
+        _convert,
+        "rewrite an HQQ model that HQQ itself or another version of transformers stored",
+        """examples:
+  hqq-oft convert Llama-2-7b-hf-4bit_g64-HQQ llama-4bit
+
+Reads qmodel.pt (tensors and settings, never code), HQQ's safetensors files, and the names of other transformers.""",
+    )
+    convert.add_argument("model", type=Path, metavar="MODEL", help="directory of the stored model")
+    _add_output(convert, device=False)
+
     _add(
         commands,
         "env",
@@ -284,9 +297,10 @@ def _add(
     return parser
 
 
-def _add_output(parser: argparse.ArgumentParser) -> None:
+def _add_output(parser: argparse.ArgumentParser, device: bool = True) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="output directory; written atomically")
-    parser.add_argument("--device", default="cpu", help="device to compute on: cpu, cuda, ... (default: cpu)")
+    if device:
+        parser.add_argument("--device", default="cpu", help="device to compute on: cpu, cuda, ... (default: cpu)")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="maximum file size (default: 5GB)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it contains a model")
     parser.add_argument("--quiet", action="store_true", help="no progress and no summary")

@@ -30,6 +30,7 @@ DTYPES = {
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
 }
 SINGLE, INDEX, MANIFEST, CONFIG = "model.safetensors", "model.safetensors.index.json", "hqq_oft.json", "config.json"
+QMODEL = "qmodel.pt"  # what HQQ's own save_quantized writes
 FORMAT_VERSION = 1
 _MAX_JSON = 64 << 20  # bytes
 

@@ -82,8 +82,8 @@ class StoredLayer:
             if setting(field, _number, (0, 1)):
                 raise checkpoint.error(f"{name}.{field}", "must be 0; HQQ's deprecated formats are not supported")
         found = tuple(setting("shape", lambda tensor: tensor.flatten().tolist()))
-        if len(found) != 2 or (shape is not None and found != shape):
-            raise checkpoint.error(f"{name}.shape", f"{found}, but config.json has {shape or 'two dimensions'}")
+        if len(found) != 2 or min(found) < 1 or (shape is not None and found != shape):
+            raise checkpoint.error(f"{name}.shape", f"{found}, but config.json has {shape or 'two sizes'}")
         packing = setting("packing", _text, PACKING_BITS)
         nbits = setting("nbits", _number, (8, 6, 5, 4, 3, 2, 1.58, 1))
         if nbits == 1 and packing == "2bit_u8":

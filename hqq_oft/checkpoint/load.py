@@ -16,12 +16,13 @@ from accelerate import init_empty_weights
 from torch import nn
 from tqdm import tqdm
 
-from ..quant.marks import mark_quantized
+from ..quant.marks import mark_quantized, reads_weight
 from ..quant.model import check_compute_dtype
 from . import diffusers_models
-from .files import CONFIG, Checkpoint, CheckpointError, read_json
+from .files import CONFIG, QMODEL, Checkpoint, CheckpointError, read_json
 from .layer_format import FIELDS, StoredLayer
 
+_SPECIAL_FLOATS = ("Infinity", "-Infinity", "NaN")
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Sizes of non-persistent buffers depend only on config.json, so they are limited. Real ones are tables of a few MiB.
 _MAX_COMPUTED_BUFFERS = 1 << 30
@@ -62,9 +63,7 @@ def load_quantized(
     directory, device = Path(directory), torch.device("cpu" if device is None else device)
     torch.empty(0, device=device)
     config_path = directory / CONFIG
-    if not config_path.is_file():
-        raise FileNotFoundError(f"{directory} contains no {CONFIG}: no saved model.")
-    model_class, config = _read_config(config_path)
+    architecture, config = read_config(config_path)
     with Checkpoint(directory) as checkpoint:
         setting, layers = _number_of_layers(config)
         if layers > len(checkpoint):
@@ -72,10 +71,18 @@ def load_quantized(
                 f"{config_path}: {setting} is {layers}, more than the number of tensors ({len(checkpoint)})."
             )
         # Build on the meta device first, so that nothing is allocated before all sizes match the stored tensors.
-        outline = _build(config_path, model_class, config, torch.device("meta"))
-        plan = _plan(outline, checkpoint, config_path)
+        outline = _build(architecture, config, torch.device("meta"))
+        try:
+            plan = _plan(outline, checkpoint, config_path)
+        except CheckpointError as error:
+            if not _has_other_names(outline, checkpoint):
+                raise
+            raise CheckpointError(
+                f"{error} If another version of transformers wrote these names, or save_pretrained, "
+                f"`hqq-oft convert {directory} NEW` converts them."
+            ) from None
         del outline
-        model = _build(config_path, model_class, config, init_empty_weights(include_buffers=False))
+        model = _build(architecture, config, init_empty_weights(include_buffers=False))
         _fill(model, plan, checkpoint, compute_dtype, device, progress)
     if (directory / "generation_config.json").is_file() and hasattr(model, "can_generate") and model.can_generate():
         from transformers import GenerationConfig
@@ -85,28 +92,65 @@ def load_quantized(
     return model.eval()
 
 
-def _read_config(path: Path) -> tuple[Any, Any]:
-    """Model class and configuration, without `quantization_config`, which transformers 5 rejects."""
+def read_config(path: Path) -> tuple[Any, Any]:
+    """Model class and configuration of an HQQ model, without `quantization_config`, which transformers 5 rejects.
+
+    Raises:
+        FileNotFoundError, CheckpointError, ValueError: as `load_quantized`.
+    """
+    if not path.is_file():
+        is_adapter = (path.parent / "adapter_config.json").is_file()
+        what = "a PEFT adapter: load its base model, then PeftModel.from_pretrained" if is_adapter else "no saved model"
+        raise FileNotFoundError(f"{path.parent} contains no {CONFIG}: it is {what}.")
+    raw = read_json(path)
+    method = (raw.get("quantization_config") or {}).get("quant_method")
+    if method != "hqq":
+        raise CheckpointError(f"{path}: no quantization_config for HQQ: {_other_kind(path.parent, method)}.")
+    return diffusers_models.read(path, raw) if diffusers_models.CLASS_NAME in raw else model_class(path, raw)
+
+
+def model_class(path: Path, raw: dict[str, Any]) -> tuple[Any, Any]:
+    """Model class and configuration that the contents of a `config.json` describe; as `read_config`."""
     import transformers
 
-    raw = read_json(path)
-    if (raw.get("quantization_config") or {}).get("quant_method") != "hqq":
-        raise CheckpointError(f"{path}: quantization_config is not for HQQ: the model is dense or uses another method.")
-    if diffusers_models.CLASS_NAME in raw:
-        return diffusers_models.read_class(path, raw)
     architectures = raw.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
-    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         raise ValueError(
             f"{path}: architectures is {architectures!r}, which is not a model class of transformers "
             f"{transformers.__version__}; custom model code is not supported."
         )
-    del raw["quantization_config"]
+    values = {key: _decoded(value) for key, value in raw.items() if key != "quantization_config"}
     try:
-        return model_class, model_class.config_class.from_dict(raw)  # type: ignore[attr-defined]
+        config = found.config_class.from_dict(values)  # type: ignore[attr-defined]
     except Exception as error:
         raise CheckpointError(f"{path}: not a valid configuration of {name} ({error}).") from error
+    config.name_or_path = str(path.parent)
+    return found, config
+
+
+def _decoded(value: Any) -> Any:
+    """transformers 5 stores infinity as `{"__float__": "Infinity"}`, version 4 as plain `Infinity`."""
+    if isinstance(value, dict):
+        tagged = value.get("__float__") if len(value) == 1 else None
+        return float(tagged) if tagged in _SPECIAL_FLOATS else {key: _decoded(item) for key, item in value.items()}
+    return [_decoded(item) for item in value] if isinstance(value, list) else value
+
+
+def _other_kind(directory: Path, method: Any) -> str:
+    """What a directory without HQQ's `quantization_config` contains, and what reads it."""
+    if method is not None:
+        return f"the model is quantized with {method!r}, which transformers' from_pretrained may load"
+    if (directory / QMODEL).is_file():
+        return f"{directory / QMODEL} is in HQQ's own format; `hqq-oft convert {directory} NEW` converts it"
+    with Checkpoint(directory) as checkpoint:
+        if any(name.endswith(".W_q") for name in checkpoint.names):
+            return (
+                "its HQQ layers were stored by another function, such as HQQ's save_to_safetensors; "
+                f"`hqq-oft convert {directory} NEW` adds it"
+            )
+    return "the model is dense: load it with transformers' from_pretrained, or quantize it with `hqq-oft quantize`"
 
 
 def _number_of_layers(config: Any) -> tuple[str, int]:
@@ -116,12 +160,11 @@ def _number_of_layers(config: Any) -> tuple[str, int]:
     return "num_hidden_layers", getattr(config.get_text_config(), "num_hidden_layers", None) or 0
 
 
-def _build(path: Path, model_class: Any, config: Any, where: AbstractContextManager[Any]) -> Any:
+def _build(architecture: Any, config: Any, where: AbstractContextManager[Any]) -> Any:
     with where:
-        if isinstance(config, dict):
-            return diffusers_models.build(path, model_class, config)
-        model = model_class(copy.deepcopy(config))
-    model.tie_weights()
+        model = architecture(copy.deepcopy(config))
+    if hasattr(model, "tie_weights"):  # diffusers ties none
+        model.tie_weights()
     return model
 
 
@@ -159,7 +202,7 @@ def _computed(model: nn.Module) -> set[str]:
 def _plan(outline: Any, checkpoint: Checkpoint, config_path: Path) -> _Plan:
     plan, expected = _Plan(), set()
     for name, module in outline.named_modules():
-        if isinstance(module, nn.Linear) and f"{name}.W_q" in checkpoint:
+        if isinstance(module, nn.Linear) and not reads_weight(outline, name) and f"{name}.W_q" in checkpoint:
             plan.layers[name] = StoredLayer.read(
                 checkpoint, name, (module.out_features, module.in_features), module.bias is not None
             )
@@ -185,6 +228,15 @@ def _plan(outline: Any, checkpoint: Checkpoint, config_path: Path) -> _Plan:
     if size > _MAX_COMPUTED_BUFFERS:
         raise CheckpointError(f"{config_path}: {size} bytes of buffers; the limit is {_MAX_COMPUTED_BUFFERS}.")
     return plan
+
+
+def _has_other_names(outline: nn.Module, checkpoint: Checkpoint) -> bool:
+    """Whether any stored tensor is neither a parameter or buffer nor a field of a linear layer that may be HQQ's."""
+    known = {name for name, _ in _tensors(outline, inside=set())}
+    for name, module in outline.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear) and not reads_weight(outline, name):
+            known |= {f"{name}.{field}" for field in FIELDS}
+    return not known.issuperset(checkpoint.names)
 
 
 def _fill(

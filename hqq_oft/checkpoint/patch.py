@@ -24,7 +24,7 @@ def _change(active: Patch) -> None:
             settings["quant_method"] = settings.pop("method")
         return original(cls, settings)
 
-    read = HqqConfig.from_dict.__func__  # type: ignore[attr-defined]
+    read = HqqConfig.from_dict.__func__
 
     def hqq_from_dict(cls: Any, config: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         if "quant_config" in config:
@@ -45,11 +45,11 @@ patch = Patch(_change)
 def patch_transformers() -> PatchHandle:
     """Have transformers 5 quantize with `HqqConfig`, save and load HQQ layers again, as transformers 4.57 does.
 
-    Afterwards `from_pretrained(path, quantization_config=HqqConfig(...))` quantizes while it loads: each dense weight is
-    read, quantized with this package's quantizer and freed before the next. `from_pretrained` of a directory that
+    Afterwards `from_pretrained(path, quantization_config=HqqConfig(...))` quantizes while it loads: each dense weight
+    is read, quantized with this package's quantizer and freed before the next. `from_pretrained` of a directory that
     transformers or `save_quantized` wrote restores the layers bit for bit. `skip_modules` and `dynamic_config` are used
-    as in 4.57; layers whose weight is tied, that the model keeps in float32, or that the settings cannot pack stay dense
-    and are logged.
+    as in 4.57. Layers stay dense, and are logged, if their weight is tied or read by the model itself, if the model
+    keeps them in float32, or if the settings can't pack them.
 
     In every version, `quantization_config` may also be a dict with `"quant_method": "hqq"` or `"method": "hqq"` and the
     arguments of `HqqConfig`; nothing else changes in transformers 4. Idempotent. `patch_peft` includes it.

@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from hqq.core.quantize import HQQLinear
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
 
 from ..ops import table as ops
 from ..quant import hqq_layer, quantizer
-from ..quant.marks import mark_quantized
+from ..quant.marks import mark_quantized, reads_weight
 from ..quant.model import QuantizationSettings
 from .files import LoadedTensors
 from .layer_format import FIELDS, StoredLayer
@@ -78,8 +79,8 @@ class _Deserialize(_Operation):
                 full_layer_name if key == full_layer_name else f"{name}.{key}": value for key, value in found.items()
             }
         module = model.get_submodule(name)
-        is_linear = isinstance(module, nn.Linear)
-        layer = self.quantizer.stored(found, name, tuple(module.weight.shape) if is_linear else None)
+        is_linear = isinstance(module, nn.Linear) and not reads_weight(model, name)
+        layer = self.quantizer.stored(found, name, (module.out_features, module.in_features) if is_linear else None)
         if not is_linear:  # a linear layer in transformers 4, such as the routers of MoE models
             return {full_layer_name: self.quantizer.dense(layer)}
         self.quantizer.place(model, name, layer, missing_keys)
@@ -154,7 +155,9 @@ class HqqQuantizer(HqqHfQuantizer):
             settings = config if single else config.get(tag)
             if settings is None or any(pattern in name for pattern in skipped):
                 continue  # asked for by the user
-            if f"{name}.weight" in tied:
+            if reads_weight(model, name):
+                reason = "the model reads its weight without calling the layer"
+            elif f"{name}.weight" in tied:
                 reason = "its weight is tied"
             elif in_float32 & set(name.split(".")):
                 reason = "the model keeps it in float32"
@@ -191,21 +194,28 @@ class HqqQuantizer(HqqHfQuantizer):
         return [WeightConverter([rf"\.{field}$" for field in _FIELDS], ".weight", [_Deserialize(self)])]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Dequantize stored HQQ layers for the model's own conversions of weights, and load all others."""
+        """Rename and dequantize stored HQQ layers where the model renames and fuses weights, and load all others."""
         own, updated = self.get_weight_conversions(), []
         self._own = {id(conversion): None for conversion in own}
-        for entry in weight_conversions:
-            sources = getattr(entry, "_original_source_patterns", [])
-            if own and isinstance(entry, WeightConverter) and all(source.endswith(".weight") for source in sources):
-                names = [s.removesuffix("weight") + field for s in sources for field in ("weight", *_FIELDS)]
-                targets, operations = entry._original_target_patterns, [_Dequantize(self), *entry.operations]
-                updated.append(entry.copy(names, targets, operations=operations))
-                self._own[id(updated[-1])] = entry
-            else:
-                updated.append(entry)
-        return updated + own
+        for entry in weight_conversions if own else ():
+            sources, targets = entry._original_source_patterns, entry._original_target_patterns
+            added = [entry]
+            if not all(source.endswith("weight") for source in sources):
+                pass
+            elif isinstance(entry, WeightConverter):
+                names = [
+                    f"{source.removesuffix('weight')}{field}" for source in sources for field in ("weight", *_FIELDS)
+                ]
+                added = [entry.copy(names, targets, operations=[_Dequantize(self), *entry.operations])]
+                self._own[id(added[0])] = entry
+            elif type(entry) is WeightRenaming and targets[0].endswith("weight"):
+                stems = [pattern.removesuffix("weight") for pattern in (sources[0], targets[0])]
+                added += [entry.copy(*(f"{stem}{field}" for stem in stems)) for field in _FIELDS]
+                self._own.update((id(renaming), None) for renaming in added[1:])
+            updated += added
+        return [*updated, *own] if own else weight_conversions
 
-    def stored(self, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...] | None) -> Any:
+    def stored(self, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int] | None) -> Any:
         """The HQQ layer of these tensors by field, without its bias, in the model's dtype.
 
         Raises:
@@ -237,7 +247,7 @@ class HqqQuantizer(HqqHfQuantizer):
         conversions = getattr(model, "_weight_conversions", None) or []
         originals = [self._own.get(id(conversion), conversion) for conversion in conversions]
         model._weight_conversions = [conversion for conversion in originals if conversion is not None]
-        layers = [module for module in model.modules() if isinstance(module, hqq_layer.HQQLinear)]
+        layers = [module for module in model.modules() if isinstance(module, HQQLinear)]
         for layer in layers:
             if layer.bias is not None:
                 if not getattr(layer.bias, "_is_hf_initialized", False):

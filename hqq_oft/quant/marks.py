@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import packaging.version
 import torch
+import transformers
 from hqq.core.quantize import HQQLinear
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -13,9 +15,10 @@ from .hqq_layer import quantization_settings
 
 
 def mark_quantized(model: nn.Module) -> None:
-    """Mark a model with HQQ layers, so that PEFT does not cast it and `save_pretrained` writes what describes it."""
+    """Mark a model, so that PEFT does not cast it and `save_pretrained` describes its HQQ layers, if any."""
     model.hqq_quantized = True  # type: ignore[assignment]
-    if isinstance(config := getattr(model, "config", None), PretrainedConfig):
+    has_layers = any(isinstance(module, HQQLinear) for module in model.modules())
+    if has_layers and isinstance(config := getattr(model, "config", None), PretrainedConfig):
         config.quantization_config = quantization_config(model)
 
 
@@ -32,6 +35,25 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         "quant_config": {**quantization_settings(first), "offload_meta": False},
         "skip_modules": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
     }
+
+
+# Layers that models of transformers 5 multiply with themselves, by class: their weight must be a dense parameter.
+_MULTIPLIED = {
+    **dict.fromkeys(("MambaMixer", "FalconMambaMixer", "JambaMambaMixer"), ("dt_proj",)),
+    **dict.fromkeys(
+        ("DetrMHAttentionMap", "ConditionalDetrMHAttentionMap", "MaskFormerDetrMHAttentionMap"), ("k_proj",)
+    ),
+    "DisentangledSelfAttention": ("in_proj",),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+}
+
+
+def reads_weight(model: nn.Module, name: str) -> bool:
+    """Whether the model computes with the weight of its linear layer `name` without calling the layer."""
+    if packaging.version.parse(transformers.__version__).major < 5:
+        return False
+    parent, _, child = name.rpartition(".")
+    return child in _MULTIPLIED.get(type(model.get_submodule(parent)).__name__, ())
 
 
 def _no_weight(layer: HQQLinear) -> Tensor:

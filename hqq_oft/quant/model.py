@@ -18,8 +18,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from ..ops.packing import LEVELS_PER_ELEMENT, PACKING_BITS
-from . import hqq_layer, quantizer
-from .marks import mark_quantized
+from . import hqq_layer, marks, quantizer
 from .solver import Solver, check_solver
 
 logger = logging.getLogger("hqq_oft")
@@ -191,8 +190,7 @@ def quantize_model(
         default = QuantizationSettings(nbits, group_size, axis)
     else:
         default = QuantizationSettings.from_hqq(quant_config)
-        if skip_modules is _SKIPPED:
-            skip_modules = getattr(quant_config, "skip_modules", skip_modules)
+        skip_modules = getattr(quant_config, "skip_modules", _SKIPPED) if skip_modules is _SKIPPED else skip_modules
     report = QuantizationReport(bytes_before=stored_bytes(model))
     places = _plan(model, default, skip_modules, overrides or {}, report)
     if solver == "search":
@@ -214,8 +212,7 @@ def quantize_model(
             logger.warning("%s.", said)
             raise
     _place_rest(model, compute_dtype, device)
-    if any(isinstance(module, HQQLinear) for module in model.modules()):
-        mark_quantized(model)
+    marks.mark_quantized(model)
     report.bytes_after = stored_bytes(model)
     return report
 
@@ -253,6 +250,8 @@ def _plan(
             report.kept[name] = f"it is a {type(module).__name__}, which may compute a different function"
         elif any(matches(name, pattern) for pattern in skip_modules):
             report.kept[name] = "it matches skip_modules"
+        elif marks.reads_weight(model, name):
+            report.kept[name] = "the model reads its weight without calling the layer"
         elif uses[id(module.weight)] > 1:
             report.kept[name] = "its weight is tied to another module's"
         elif settings is None:

@@ -138,7 +138,8 @@ FAILURES = {
         "a size must be a number of bytes or like",
     ),
     "a device that is none": (["quantize", "{folder}/dense", "{tmp}/out", "--device", "nowhere"], "nowhere"),
-    "a dense model to merge into": (["merge", "{folder}/dense", "{folder}/adapter", "{tmp}/out"], "is not for HQQ"),
+    "a dense model to merge into": (["merge", "{folder}/dense", "{folder}/adapter", "{tmp}/out"], "the model is dense"),
+    "a dense model to convert": (["convert", "{folder}/dense", "{tmp}/out"], "the model has no HQQ layer"),
     "no adapter": (["merge", "{folder}/four", "{folder}/four", "{tmp}/out"], "contains no adapter_config.json: give"),
 }
 
@@ -201,7 +202,7 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
     assert "usage: hqq-oft" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["quantize", "merge", "env", "check"])
+@pytest.mark.parametrize("command", ["quantize", "merge", "convert", "env", "check"])
 def test_help_has_examples_that_parse(command, capsys):
     with pytest.raises(SystemExit) as exit_info:
         cli.main([command, "--help"])
