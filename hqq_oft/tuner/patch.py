@@ -91,7 +91,7 @@ def patch_peft() -> PatchHandle:
     `merge_adapter` changes all layers or none; `merge_and_unload` and `unload` restore HQQ layers (merged, after a
     merge, as in PEFT); `adapter_names` is passed to the layers; and `HqqOFTLinear` and `dispatch_hqq` can be imported
     from `peft.tuners.oft.hqq` in every PEFT version. It includes `patch_transformers`, so that base models stored by
-    transformers or this package load by their path. Idempotent.
+    transformers or this package load by their path, and FSDP2 saves and loads HQQ layers. Idempotent.
 
     Returns:
         A handle that can be used in a `with` statement.
