@@ -5,7 +5,7 @@ A diffusers model writes its configuration itself: the arguments of its class, t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ def is_diffusers_model(model: nn.Module) -> bool:
     return isinstance(getattr(model, "config", None), Mapping) and hasattr(model, "to_json_string")
 
 
-def read_class(path: Path, raw: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Model class and the arguments of its `from_config`.
+def read(path: Path, raw: dict[str, Any]) -> tuple[Callable[[dict[str, Any]], nn.Module], dict[str, Any]]:
+    """A function that makes the model of a configuration, and the configuration.
 
     Args:
         path: the `config.json`.
@@ -40,22 +40,17 @@ def read_class(path: Path, raw: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not isinstance(found, type) or not issubclass(found, diffusers.ModelMixin):
         raise ValueError(f"{path}: {name!r} is not a model class of diffusers {diffusers.__version__}.")
-    return found, {key: value for key, value in raw.items() if key != "quantization_config"}
+
+    def make(config: dict[str, Any]) -> nn.Module:
+        try:
+            return found.from_config(config)  # type: ignore[attr-defined]
+        except Exception as error:
+            raise CheckpointError(f"{path}: not a valid configuration of {name} ({error}).") from error
+
+    return make, {key: value for key, value in raw.items() if key != "quantization_config"}
 
 
 def number_of_layers(config: Mapping[str, Any]) -> tuple[str, int]:
     """The largest number of layers in a configuration, with the name of its setting."""
     found = [(key, value) for key, value in config.items() if "layers" in key and isinstance(value, int)]
     return max(found, key=lambda item: item[1], default=("num_layers", 0))
-
-
-def build(path: Path, model_class: Any, config: dict[str, Any]) -> nn.Module:
-    """The model that a configuration describes, with random weights.
-
-    Raises:
-        CheckpointError: the configuration is not one of that class.
-    """
-    try:
-        return model_class.from_config(dict(config))
-    except Exception as error:
-        raise CheckpointError(f"{path}: not a valid configuration of {model_class.__name__} ({error}).") from error

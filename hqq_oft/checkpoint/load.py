@@ -75,7 +75,7 @@ def load_quantized(
                 f"{config_path}: {setting} is {layers}, more than the number of tensors ({len(checkpoint)})."
             )
         # Build on the meta device first, so that nothing is allocated before all sizes match the stored tensors.
-        outline = _build(config_path, architecture, config, torch.device("meta"), checkpoint)
+        outline = _build(architecture, config, torch.device("meta"), checkpoint)
         try:
             plan = _plan(outline, checkpoint, config_path)
         except CheckpointError as error:
@@ -86,7 +86,7 @@ def load_quantized(
                 f"`hqq-oft convert {directory} NEW` converts them."
             ) from None
         del outline
-        model = _build(config_path, architecture, config, init_empty_weights(include_buffers=False), checkpoint)
+        model = _build(architecture, config, init_empty_weights(include_buffers=False), checkpoint)
         _fill(model, plan, checkpoint, compute_dtype, device, progress)
     if (directory / "generation_config.json").is_file() and hasattr(model, "can_generate") and model.can_generate():
         from transformers import GenerationConfig
@@ -110,15 +110,13 @@ def read_config(path: Path) -> tuple[Any, Any]:
     method = (raw.get("quantization_config") or {}).get("quant_method")
     if method != "hqq":
         raise CheckpointError(f"{path}: no quantization_config for HQQ: {_other_kind(path.parent, method)}.")
-    return model_class(path, raw)
+    return diffusers_models.read(path, raw) if diffusers_models.CLASS_NAME in raw else model_class(path, raw)
 
 
 def model_class(path: Path, raw: dict[str, Any]) -> tuple[Any, Any]:
     """Model class and configuration that the contents of a `config.json` describe; as `read_config`."""
     import transformers
 
-    if diffusers_models.CLASS_NAME in raw:
-        return diffusers_models.read_class(path, raw)
     architectures = raw.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
     found = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -134,13 +132,6 @@ def model_class(path: Path, raw: dict[str, Any]) -> tuple[Any, Any]:
         raise CheckpointError(f"{path}: not a valid configuration of {name} ({error}).") from error
     config.name_or_path = str(path.parent)
     return found, config
-
-
-def _number_of_layers(config: Any) -> tuple[str, int]:
-    """The setting that gives the number of layers, and its value."""
-    if isinstance(config, dict):
-        return diffusers_models.number_of_layers(config)
-    return "num_hidden_layers", getattr(config.get_text_config(), "num_hidden_layers", None) or 0
 
 
 def _decoded(value: Any) -> Any:
@@ -166,14 +157,18 @@ def _other_kind(directory: Path, method: Any) -> str:
     return "the model is dense: load it with transformers' from_pretrained, or quantize it with `hqq-oft quantize`"
 
 
-def _build(
-    path: Path, architecture: Any, config: Any, where: AbstractContextManager[Any], checkpoint: Checkpoint
-) -> Any:
+def _number_of_layers(config: Any) -> tuple[str, int]:
+    """The setting that gives the number of layers, and its value."""
+    if isinstance(config, dict):
+        return diffusers_models.number_of_layers(config)
+    return "num_hidden_layers", getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+
+
+def _build(architecture: Any, config: Any, where: AbstractContextManager[Any], checkpoint: Checkpoint) -> Any:
     with where:
-        if isinstance(config, dict):
-            return diffusers_models.build(path, architecture, config)
         model = architecture(copy.deepcopy(config))
-    model.tie_weights()
+    if hasattr(model, "tie_weights"):  # diffusers ties none
+        model.tie_weights()
     expose(model, lambda name: f"{name}.W_q" in checkpoint)
     return model
 

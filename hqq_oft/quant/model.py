@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from . import hqq_layer, quantizer
+from . import hqq_layer, marks, quantizer
 from .experts import Experts
 from .linears import mark_origin, replace
 from .report import QuantizationReport, stored_bytes

@@ -8,9 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate.accelerator
 import pytest
+from hqq.core.quantize import HQQLinear
 from safetensors.torch import load_file
 from torch.testing import assert_close
+
+import hqq_oft
 
 SCRIPT = Path(__file__).parent / "distributed" / "trainer.py"
 CONFIG = Path(__file__).parents[2] / "examples" / "accelerate_fsdp.yaml"
@@ -65,3 +69,14 @@ def test_sharded_state_dicts_of_weights_that_only_the_first_process_has(tmp_path
     resume = ("--resume", str(tmp_path / "first" / "checkpoint-3"))
     assert train(tmp_path / "second", "--only-first", *resume, launcher=launcher) == losses
     check_adapters(tmp_path / "second", tmp_path / "first")
+
+
+def test_unpatching_restores_hqq_and_accelerate():
+    def replaced():
+        return HQQLinear.state_dict, HQQLinear._load_from_state_dict, accelerate.accelerator.fsdp2_prepare_model
+
+    patched = replaced()
+    hqq_oft.unpatch_peft()
+    originals = replaced()
+    assert all(hasattr(ours, "__wrapped__") for ours in patched)
+    assert originals == tuple(ours.__wrapped__ for ours in patched)
