@@ -1,7 +1,7 @@
 """Orthogonal Fine-Tuning (OFT) on HQQ-quantized linear layers: a drop-in layer for PEFT."""
 
 from . import functional
-from ._installation import __version__
+from ._installation import __version__ as __version__
 from .checkpoint.files import CheckpointError
 from .checkpoint.load import load_quantized
 from .checkpoint.save import save_quantized
@@ -29,7 +29,6 @@ __all__ = [
     "QuantizationSettings",
     "QuantizedWeight",
     "Unsupported",
-    "__version__",
     "backend",
     "convert",
     "dispatch_hqq",
