@@ -9,8 +9,8 @@ DEMO ?=
 BENCH ?=
 GPU_ARGS ?=
 
-.PHONY: help venv native check format docs test test-asan test-matrix test-triton-3.6 test-cuda-wheel test-package coverage offline
-.PHONY: demo dist clean
+.PHONY: help venv native check format docs test test-asan test-matrix test-triton-3.6 test-cuda-wheel coverage offline
+.PHONY: demo clean
 .PHONY: bench-cpu bench-host bench-model gpu gpu-pack gpu-test gpu-tune
 
 help: ## list the commands
@@ -130,6 +130,7 @@ $(CUDA_VENV)/.installed: constraints.txt pyproject.toml
 
 # A wheel for every Python (abi3) and, as auditwheel finds, for the Linux versions that have the symbols it needs. PyTorch
 # brings its own libraries. CUDA kernels are compiled where nvcc is, from the sdist.
+.PHONY: dist test-package
 dist: $(STAMP) ## build the sdist, and from it the wheel with CPU kernels, into dist/
 	rm -rf dist build/dist
 	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' > /dev/null
