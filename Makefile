@@ -143,6 +143,19 @@ $(CUDA_VENV)/.installed: constraints.txt pyproject.toml
 		-c $(CUDA_VENV)/constraints.txt
 	touch $@
 
+# A wheel for every Python (abi3) and, as auditwheel finds, for the Linux versions that have the symbols it needs. PyTorch
+# brings its own libraries. CUDA kernels are compiled where nvcc is, from the sdist.
+.PHONY: dist test-package
+dist: $(STAMP) ## build the sdist, and from it the wheel with CPU kernels, into dist/
+	rm -rf dist build/dist
+	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' > /dev/null
+	HQQ_OFT_BUILD=cpu $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/dist dist/*.tar.gz
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' \
+		--wheel-dir dist build/dist/*.whl
+
+test-package: dist ## install the sdist and the wheel in empty environments and run the README's examples there
+	$(BIN)/python -m pytest tests/package $(PYTEST_ARGS)
+
 offline: $(STAMP) ## compile every kernel without a GPU: rooflines and estimates, into bench/results
 	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m tests.offline --out bench/results
 
@@ -213,4 +226,4 @@ demo: $(STAMP) ## quantize, fine-tune, save, load, merge, unmerge SmolLM2-135M (
 	$(BIN)/python -m examples.demo $(DEMO)
 
 clean: ## remove everything that the other commands created
-	rm -rf $(VENV) .venv-matrix .venv-cuda build *.egg-info .coverage .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-matrix .venv-cuda build dist *.egg-info .coverage .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
@@ -206,7 +207,7 @@ def link_command(parts: tuple[str, ...], objects: list[Path], out: Path, sanitiz
 
 
 def build(out: Path, parts: tuple[str, ...], objects: Path, sanitize: bool = False) -> None:
-    """Compile and link; with ninja in parallel and incrementally.
+    """Compile in parallel and link; incrementally, if ninja is installed.
 
     Args:
         out: the shared object.
@@ -223,8 +224,9 @@ def build(out: Path, parts: tuple[str, ...], objects: Path, sanitize: bool = Fal
         path.parent.mkdir(parents=True, exist_ok=True)
     ninja = shutil.which("ninja")
     if ninja is None:
-        for command in (*commands.values(), link):
-            subprocess.run(command, check=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda command: subprocess.run(command, check=True), commands.values()))
+        subprocess.run(link, check=True)
         return
 
     def escaped(path: Path) -> str:

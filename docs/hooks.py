@@ -13,7 +13,7 @@ from mkdocs.structure.files import File, Files
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-OUTSIDE = ("ENVS.md", "CHANGELOG.md", "CONTRIBUTING.md", "csrc/README.md", "bench/results/**/*.md")
+OUTSIDE = ("ENVS.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "csrc/README.md", "bench/results/**/*.md")
 IMAGES = ("bench/results/**/*.png",)
 NOTEBOOKS = ("examples/*.ipynb",)
 LINK = re.compile(r"\[([^\]\n]+)\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)")

@@ -1,7 +1,7 @@
 """Orthogonal Fine-Tuning (OFT) on HQQ-quantized linear layers: a drop-in layer for PEFT."""
 
 from . import functional
-from ._installation import __version__
+from ._installation import __version__ as __version__
 from ._patching import PatchHandle
 from .checkpoint.files import CheckpointError
 from .checkpoint.load import load_quantized
@@ -33,7 +33,6 @@ __all__ = [
     "QuantizationSettings",
     "QuantizedWeight",
     "Unsupported",
-    "__version__",
     "backend",
     "convert",
     "dispatch_hqq",

@@ -203,6 +203,7 @@ def _parser() -> argparse.ArgumentParser:
         "quantize a dense transformers model",
         """examples:
   hqq-oft quantize llama llama-4bit
+  hqq-oft quantize HuggingFaceTB/SmolLM2-135M smollm2-4bit
   hqq-oft quantize llama llama-3bit --nbits 3 --dtype bfloat16 --device cuda
   hqq-oft quantize llama llama-mixed --override down_proj=nbits:8 --override 'model.layers.0.*=dense'""",
     )

@@ -99,8 +99,8 @@ def patch_peft() -> PatchHandle:
     after a merge, as in PEFT); `adapter_names` is passed to the layers; `target_modules="all-linear"` includes HQQ
     layers; `modules_to_save` that names one is refused; LoRA on an adapted HQQ layer keeps its OFT adapters; and
     `HqqOFTLinear` and `dispatch_hqq` can be imported from `peft.tuners.oft.hqq` in every PEFT version. It includes
-    `patch_transformers`, so that base models stored by transformers or this package load by their path, and FSDP2 saves and loads HQQ
-    layers. Idempotent.
+    `patch_transformers`, so that base models stored by transformers or this package load by their path, and has FSDP2
+    save and load HQQ layers. Idempotent.
 
     Returns:
         A handle that can be used in a `with` statement.

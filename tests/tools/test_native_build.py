@@ -164,3 +164,20 @@ def test_without_a_compiler_a_message_is_printed(tmp_path):
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=build.CSRC.parent)
     assert run.stdout == "()\n"
     assert "native kernels are not built: no C++ compiler was found: install g++ or clang++" in run.stderr
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_without_ninja_everything_is_compiled_before_the_link(monkeypatch, tmp_path, fails):
+    objects = [tmp_path / f"{name}.o" for name in "abc"]
+    compiling = {path: ["touch", str(path)] for path in objects}
+    if fails:
+        compiling[objects[1]] = ["false"]
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build, "compile_commands", lambda *_: compiling)
+    monkeypatch.setattr(build, "link_command", lambda parts, objects, out, _: ["cp", str(objects[2]), str(out)])
+    if fails:
+        with pytest.raises(subprocess.CalledProcessError):
+            build.build(tmp_path / "out.so", ("cpu",), tmp_path)
+    else:
+        build.build(tmp_path / "out.so", ("cpu",), tmp_path)
+    assert (tmp_path / "out.so").exists() != fails

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import setuptools
+import yaml
 
 import hqq_oft
 
@@ -100,17 +102,59 @@ def test_an_old_setuptools_is_refused_with_what_to_do(monkeypatch):
         exec((ROOT / "setup.py").read_text(), {"__file__": str(ROOT / "setup.py"), "__name__": "__main__"})
 
 
+# --- What GitHub runs ------------------------------------------------------------------------------------------------
+
+
+def workflow(name):
+    return yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text())
+
+
+def test_workflows_run_commands_of_the_repository():
+    targets = set(re.findall(r"^([a-z0-9.-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    jobs = workflow("tests")["jobs"] | workflow("wheels")["jobs"]
+    commands = [step["run"].split() for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert ["make", "test-package"] in [command[:2] for command in commands]
+    assert [".ci/run"] in commands
+    assert {command[1] for command in commands if command[0] == "make"} <= targets
+    release = workflow("release")["jobs"]
+    called = [job["uses"] for job in release.values() if "uses" in job]
+    assert all((ROOT / path).is_file() for path in called)
+    assert set(release["publish"]["needs"]) == {"tests", "wheels"}
+    assert release["publish"]["permissions"] == {"id-token": "write"}
+
+
+@pytest.mark.parametrize(
+    ("tag", "dated", "passes"),
+    [
+        (f"v{hqq_oft.__version__}", True, True),
+        (f"v{hqq_oft.__version__}", False, False),
+        (f"v{hqq_oft.__version__}1", True, False),
+    ],
+)
+def test_a_release_needs_a_tag_that_is_the_version_and_a_dated_changelog(tmp_path, tag, dated, passes):
+    (step,) = [step for step in workflow("release")["jobs"]["version"]["steps"] if "run" in step]
+    (tmp_path / "hqq_oft").mkdir()
+    shutil.copy(ROOT / "hqq_oft" / "_installation.py", tmp_path / "hqq_oft")
+    state = "2026-12-01" if dated else "unreleased"
+    (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n## {hqq_oft.__version__} ({state})\n")
+    command = ["bash", "-e", "-c", step["run"]]  # as GitHub runs it
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "TAG": tag})
+    assert (done.returncode == 0) == passes
+
+
+def test_the_citation_and_the_issue_forms_are_valid():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    for form in ("bug", "feature"):
+        fields = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{form}.yml").read_text())
+        assert {"name", "description", "body"} <= set(fields)
+        for field in fields["body"]:
+            assert field["type"] in ("markdown", "textarea")
+            assert field["attributes"].get("label") or field["attributes"].get("value")
+    assert "hqq-oft env" in (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text()
+
+
 # --- Which installation runs -----------------------------------------------------------------------------------------
-
-
-def reported(folder, site=None):
-    """`python -m hqq_oft.env` in `folder`, with the packages in `site` after it."""
-    path = os.pathsep.join(filter(None, [str(folder), site and str(site)]))
-    environment = {**os.environ, "PYTHONPATH": path, "HQQ_OFT_BACKEND": "auto"}
-    command = [sys.executable, "-c", "from hqq_oft.env import report; print(report())"]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def install(site, version):
@@ -125,18 +169,22 @@ def install(site, version):
 
 def test_env_says_that_a_source_folder_runs_and_which_installation_it_hides(source, tmp_path):
     site = install(tmp_path / "site", "9")
-    said = reported(source, site)
+    environment = {**os.environ, "PYTHONPATH": str(site), "HQQ_OFT_BACKEND": "auto"}
+    command = [sys.executable, "-m", "hqq_oft.env"]
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
     where = f"the source folder {source}, which hides the installation in {site / 'hqq_oft'}: start Python in another"
     assert f"\nrunning from {where} folder to use that\n" in said
     assert f"native on cpu: the native kernels are not built in {where}" in said
-    assert "`make native` or `pip install -e .` there builds them" in said
+    assert "`make native` or `pip install -e .` builds them there" in said
     assert "compiler" not in said
 
 
 def test_env_names_an_ordinary_installation(tmp_path):
-    said = reported(install(tmp_path / "site", "9"))
-    assert f"\nrunning from the installation in {tmp_path / 'site' / 'hqq_oft'}\n" in said
-    assert "hqq_oft was installed without its native kernels: no C++17 compiler" in said
+    installed = install(tmp_path / "site", "9") / "hqq_oft"
+    running = runpy.run_path(str(installed / "_installation.py"))
+    assert running["describe"]() == f"the installation in {installed}"
 
 
 def test_an_editable_installation_of_the_source_folder_hides_nothing(monkeypatch, tmp_path):

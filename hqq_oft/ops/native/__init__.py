@@ -13,10 +13,10 @@ REASON = ""
 
 if not LIBRARY.exists():
     REASON = (
-        f"the native kernels are not built in {describe()}; `make native` or `pip install -e .` there builds them"
+        f"the native kernels are not built in {describe()}; `make native` or `pip install -e .` builds them there"
         if is_checkout()
         else "hqq_oft was installed without its native kernels: no C++17 compiler, or no PyTorch, at build time; "
-        "`pip install --no-build-isolation .` in a checkout builds them"
+        "`pip install .` in a checkout builds them"
     )
 else:
     from . import cpu
