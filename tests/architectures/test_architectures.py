@@ -71,6 +71,9 @@ def test_the_whole_job(architecture, tmp_path, record_property):
 
     save_quantized(model, tmp_path / "quantized")
     assert torch.equal(evaluated(load_quantized(tmp_path / "quantized", progress=False), architecture), quantized)
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        by_transformers = getattr(transformers, architecture.auto).from_pretrained(tmp_path / "quantized")
+        assert torch.equal(evaluated(by_transformers, architecture), quantized)
     command = ["quantize", str(tmp_path / "dense"), str(tmp_path / "by-cli"), "--nbits=8", f"--group-size={GROUP_SIZE}"]
     assert cli.main([*command, "--quiet"]) == 0
     assert torch.equal(evaluated(load_quantized(tmp_path / "by-cli", progress=False), architecture), quantized)
