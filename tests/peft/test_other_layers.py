@@ -1,7 +1,7 @@
 """`OFTLinear` in models: dense layers beside HQQ's, and layers of other quantizers.
 
-bitsandbytes and torchao run on a CPU, where they are installed. For GPTQ, AWQ, AQLM and EETQ a class with their interface
-stands in.
+bitsandbytes and torchao run on a CPU, where they are installed. For GPTQ, AWQ, AQLM and EETQ a class with their
+interface stands in.
 """
 
 from __future__ import annotations
