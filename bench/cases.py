@@ -116,16 +116,18 @@ def check(name: str, out: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
 
 
 @kind("layer", "{shape} M={m} {setting.label}", PRODUCT)
-def layer(session: Any, shape: Shape, m: int, setting: Setting, against: tuple[str, ...]) -> Iterator[Job]:
+def layer(
+    session: Any, shape: Shape, m: int, setting: Setting, against: tuple[str, ...], build: Any = contenders.build
+) -> Iterator[Job]:
     """One layer against what a user would pick instead: forward in inference; forward and backward in training."""
     # Once for all numbers of tokens.
     make = partial(Problem, *shape, setting, session.device, buffer_sets(setting.layer(*shape), session.device))
-    problem, built = session.keep((shape, setting, against), lambda: (make(), {}))
+    problem, built = session.keep((shape, setting, against, build), lambda: (make(), {}))
     inputs = problem.inputs(m)
     truths = {rotates: problem.truth(inputs[0][:CHECKED_ROWS], rotates) for rotates in (True, False)}
     for name in against:
         try:
-            contender = built[name] = built.get(name) or contenders.build(name, problem)
+            contender = built[name] = built.get(name) or build(name, problem)
             if m <= DECODE_UP_TO or not contender.decodes_only:
                 yield from _layer_jobs(contender, problem, inputs, truths[contender.rotates], session.limits)
         except Exception as error:  # of code that is not ours costs its own row only
@@ -138,6 +140,12 @@ def layer(session: Any, shape: Shape, m: int, setting: Setting, against: tuple[s
 def layer_against_gemlite(session: Any, shape: Shape, m: int, setting: Setting) -> Iterator[Job]:
     """A case of its own: what GemLite compiles and tries out at its first call holds up nothing else."""
     yield from layer(session, shape, m, setting, (OURS, "GemLite"))
+
+
+@kind("layer", "OFT on a dense layer, {shape} M={m} b={setting.block} {setting.dtype}", PRODUCT)
+def layer_on_dense(session: Any, shape: Shape, m: int, setting: Setting) -> Iterator[Job]:
+    """OFT on dense layers, by this package and by PEFT, and the layers alone."""
+    yield from layer(session, shape, m, setting, (OURS, DENSE, PEFT), contenders.on_dense)
 
 
 def _calls(contender: Contender, inputs: list[Tensor], n: int) -> tuple[Call, Call, list[Tensor], list[Tensor]]:
@@ -163,12 +171,12 @@ def _layer_jobs(
     cost = cost if contender.rotates else replace(cost, block=None)
     inference, full, leaves, grads = _calls(contender, inputs, problem.n)
     columns = {"error": check(name, inference(0)[:CHECKED_ROWS], truth, problem.dtype)}
-    ahead = contenders.forward_passes(name, cost, m, limits)
+    ahead = contenders.forward_passes(contender, cost, m, limits)
     yield Job(name, "forward", inference, ahead, len(inputs), True, columns)
     if m < TRAINING_FROM or contender.decodes_only:
         return
-    ahead = contenders.forward_passes(name, cost, m, limits, training=True)
-    back = contenders.backward_passes(name, cost, m, limits)
+    ahead = contenders.forward_passes(contender, cost, m, limits, training=True)
+    back = contenders.backward_passes(contender, cost, m, limits)
     columns = columns | {"kept_mib": kept_mib(lambda: layers[0](leaves[0]))}
     yield Job(name, "full", full, (*ahead, *back), len(inputs), True, columns)
     backward = partial(torch.autograd.grad, layers[0](leaves[0]), contender.wanted(0, leaves[0]), grads[0], True)

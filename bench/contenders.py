@@ -44,6 +44,7 @@ class Contender:
     rotates: bool
     parameters: list[Tensor] = field(default_factory=list)
     decodes_only: bool = False  # for few tokens, without a backward
+    dense: bool = False  # whether the weight is
     name: str = ""
 
     def wanted(self, number: int, leaf: Tensor) -> list[Tensor]:
@@ -75,25 +76,19 @@ def adapted(
     return model
 
 
-def _adapters(name: str, problem: Problem) -> Contender:
-    """PEFT's layers around HQQ layers with the problem's contents."""
+def _adapters(name: str, problem: Problem, bases: list[Any] | None = None) -> Contender:
+    """PEFT's layers around HQQ layers with the problem's contents, or around others."""
     layers, parameters = [], []
-    for weight in problem.weights:
-        base = nn.ModuleDict({"layer": hqq_layer(weight, problem.dtype)})
-        model = adapted(base, name, problem.setting, problem.device, ["layer"])
+    for base in bases or [hqq_layer(weight, problem.dtype) for weight in problem.weights]:
+        model = adapted(nn.ModuleDict({"layer": base}), name, problem.setting, problem.device, ["layer"])
         layers.append(model.base_model.model["layer"].eval())
         parameters += [parameter for parameter in layers[-1].parameters() if parameter.requires_grad]
     for parameter in parameters if name != LORA else ():
         parameter.data = problem.v
-    return Contender(layers, name != LORA, parameters)
-
-
-def ours(problem: Problem) -> Contender:
-    """This package's layer, as PEFT makes it after `patch_peft()`; inference as served, with rotations frozen."""
-    contender = _adapters(OURS, problem)
-    for layer in contender.layers:
-        layer.rotations_frozen = True  # else every replay of a captured graph would compute the rotations again
-    return contender
+    if name == OURS:  # as served; else every replay of a captured graph would compute the rotations again
+        for layer in layers:
+            layer.rotations_frozen = True
+    return Contender(layers, name != LORA, parameters, dense=bases is not None)
 
 
 def _operator(problem: Problem, call: Callable[[Any, Tensor], Tensor], rotates: bool) -> Contender:
@@ -105,7 +100,13 @@ def dense(problem: Problem) -> Contender:
     layers = [nn.Linear(problem.k, problem.n, bias=False, device="meta") for _ in problem.weights]
     for number, layer in enumerate(layers):
         layer.weight = nn.Parameter(problem.dense.clone() if number else problem.dense, requires_grad=False)
-    return Contender(layers, False)
+    return Contender(layers, False, dense=True)
+
+
+def on_dense(name: str, problem: Problem) -> Contender:
+    """The contender of that name around dense layers, or these alone."""
+    contender = dense(problem)
+    return replace(contender if name == DENSE else _adapters(name, problem, contender.layers), name=name)
 
 
 def gemlite(problem: Problem) -> Contender:
@@ -134,11 +135,9 @@ def int4(problem: Problem) -> Contender:
 
 
 CONTENDERS: dict[str, Callable[[Problem], Contender]] = {
-    OURS: ours,
+    **{name: functools.partial(_adapters, name) for name in (OURS, PEFT, LORA)},
     DENSE: dense,
     HQQ: lambda problem: Contender([hqq_layer(weight, problem.dtype) for weight in problem.weights], False),
-    PEFT: lambda problem: _adapters(PEFT, problem),
-    LORA: lambda problem: _adapters(LORA, problem),
     "hqq_oft, no rotation": lambda problem: _operator(problem, lambda weight, x: functional.linear(x, weight), False),
     "PyTorch int4": int4,
     "GemLite": gemlite,
@@ -159,22 +158,23 @@ def failure(error: Exception) -> str:
 # What a contender has to do at least; what it does beyond that, such as the two thin products of LoRA, is its own.
 
 
-def forward_passes(name: str, layer: model.Layer, m: int, limits: Limits, training: bool = False) -> tuple[Cost, ...]:
+def forward_passes(
+    contender: Contender, layer: model.Layer, m: int, limits: Limits, training: bool = False
+) -> tuple[Cost, ...]:
     """Of a forward; `layer` has a block if the contender rotates, and in training D is computed as well."""
-    if name == DENSE:
-        return (model.gemm(layer, m),)
     made = (model.cayley(layer, layer.terms),) if training and layer.block is not None else ()
+    if contender.dense:
+        return (*made, *((model.rotate(layer, m),) if layer.block is not None else ()), model.gemm(layer, m))
     return (*made, *_cheapest(model.linear, layer, m, limits))
 
 
-def backward_passes(name: str, layer: model.Layer, m: int, limits: Limits) -> tuple[Cost, ...]:
-    """Of a backward: nothing dense was kept, so the weight is decoded again, and D computed again."""
-    if name == DENSE:
-        return (model.gemm(layer, m),)
-    passes = _cheapest(model.linear_backward, layer, m, limits)
-    if layer.block is not None:
-        return (model.cayley(layer, layer.terms), *passes, model.cayley_backward(layer, layer.terms))
-    return passes
+def backward_passes(contender: Contender, layer: model.Layer, m: int, limits: Limits) -> tuple[Cost, ...]:
+    """Of a backward: nothing dense was kept, so a packed weight is decoded again, and D computed again."""
+    passes = (model.gemm(layer, m),) if contender.dense else _cheapest(model.linear_backward, layer, m, limits)
+    if layer.block is None:
+        return passes
+    turned = (model.rotate_backward(layer, m),) if contender.dense else ()
+    return (model.cayley(layer, layer.terms), *passes, *turned, model.cayley_backward(layer, layer.terms))
 
 
 def _cheapest(way: Callable[..., tuple[Cost, ...]], layer: model.Layer, m: int, limits: Limits) -> tuple[Cost, ...]:

@@ -177,7 +177,7 @@ def _roofline(folder: Path, rows: pd.DataFrame) -> str | None:
 def _memory(folder: Path, rows: pd.DataFrame) -> str | None:
     """Memory kept between forward and backward, at the largest number of tokens of the largest layer."""
     rows = rows[(rows.suite == "layer") & (rows.phase == "full") & rows.kept_mib.notna()]
-    rows = rows[rows.contender.isin(CONTENDERS)]
+    rows = rows[rows.contender.isin(CONTENDERS) & ~rows.case.str.startswith("OFT on a dense")]
     if rows.empty:
         return None
     case = rows.sort_values(["M", "N"]).case.iloc[-1]

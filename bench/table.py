@@ -45,6 +45,7 @@ TABLE: dict[str, tuple[Sweep, ...]] = {
         ("layer", 30, {"setting": (*BITS, *BLOCKS, *OTHERS), "shape": (UP,), "m": (1, 16, 4096), "against": FEW}),
         ("layer", 38, {"setting": (Setting(block=96),), "shape": (Shape(14336, 4032),), "m": (1, 16, 4096),
                        "against": FEW}),
+        ("layer_on_dense", 9, {"shape": (SQUARE, UP), "m": (1, 512, 4096), "setting": (MAIN,)}),
         ("cayley_many", 0, {"adapters": ((224, (*[4096] * 6, 14336) * 32),)}),
         ("dequantize", 1, {"shape": SHAPES, "setting": (MAIN,)}),
         ("rotate", 2, {"k": (4096, 8192, 14336, 28672), "m": (16384,)}),
@@ -62,6 +63,7 @@ TABLE: dict[str, tuple[Sweep, ...]] = {
     "cpu": (
         ("layer", 0, {"shape": (SQUARE, UP), "m": (1, 16, 512), "setting": (MAIN,), "against": ALL}),
         ("layer", 30, {"setting": CPU_SETTINGS, "shape": (UP,), "m": (1,), "against": FEW}),
+        ("layer_on_dense", 9, {"shape": (SQUARE, UP), "m": (1, 512), "setting": (MAIN,)}),
         ("cayley_many", 0, {"adapters": ((28, (*[1024] * 6, 2816) * 4),)}),
         ("dequantize", 1, {"shape": (SQUARE, UP), "setting": (MAIN,)}),
         ("rotate", 2, {"k": (4096,), "m": (512,)}),

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from hqq.core.quantize import HQQLinear
 from peft.tuners.mixed.model import MixedModel
 from peft.tuners.oft.layer import OFTLayer
 from peft.tuners.oft.model import OFTModel
@@ -286,14 +285,15 @@ def match_tuners(model: nn.Module) -> None:
 def replace_module(
     original: Callable[..., None], parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
 ) -> None:
-    """PEFT's `_replace_module`, extended to HQQ layers.
+    """PEFT's `_replace_module`, except that a layer that was wrapped is put back as it is.
+
+    PEFT would copy its `.weight`, which HQQ's and other packed layers do not have.
 
     Args:
         original: PEFT's `_replace_module`.
         parent, child_name, new_module, child: its arguments.
     """
-    if isinstance(new_module, HQQLinear):
-        # PEFT would copy `.weight`, which can't be set on an HQQ layer; the layer itself is put back instead.
+    if isinstance(child, BaseTunerLayer) and new_module is child.get_base_layer():
         setattr(parent, child_name, new_module)
     else:
         original(parent, child_name, new_module, child)

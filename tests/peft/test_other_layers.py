@@ -118,6 +118,16 @@ def test_a_dense_model_shares_and_freezes_rotations(tokens, launches):
         assert "cayley" not in launches
 
 
+def test_rotations_shared_in_another_dtype_than_the_inputs_are_not_used(tokens):
+    model = get_peft_model(small_llama(), config(["down_proj"]))  # whose input autocast has made bfloat16
+    randomize(model)
+    model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        expected = logits(model, tokens)
+        with hqq_oft.share_rotations(model):
+            assert torch.equal(logits(model, tokens), expected)
+
+
 def test_dense_models_convert_and_revert(tokens):
     hqq_oft.unpatch_peft()
     model = get_peft_model(small_llama(), config())
@@ -238,6 +248,13 @@ def test_other_quantizers_layers(quantized):
             warnings.simplefilter("ignore")
             layer.merge(safe_merge=True)
         assert 0 < relative_error(layer(x), expected) < 0.15  # of quantizing again
+        merged = layer(x)
+        layer.update_layer("broken", r=0, oft_block_size=32)
+        layer.oft_R["broken"].weight.fill_(torch.nan)
+        with pytest.raises(ValueError, match="the adapter 'broken' seems to be broken"):
+            layer.merge(safe_merge=True, adapter_names=["broken"])
+        assert layer.merged_adapters == ["default"]
+        assert relative_error(layer(x), merged) <= 0.02  # bitsandbytes rounds when it undoes its layout for CPUs
         layer.unmerge()
         assert torch.equal(layer(x), expected)
         layer.enable_adapters(False)
