@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from hqq.core.quantize import HQQLinear
 from peft.tuners.mixed.model import MixedModel
 from peft.tuners.oft.layer import OFTLayer
 from peft.tuners.oft.model import OFTModel
