@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from hqq.core.quantize import HQQLinear, Quantizer
+from hqq.core.quantize import HQQLinear
 
 from ._installation import __version__
 from .checkpoint import load
@@ -20,11 +20,15 @@ from .checkpoint.save import copy_into, save_quantized
 from .cli_inputs import (
     COMPANIONS,
     CommandError,
+    bits,
     check_adapter,
     check_device,
     check_settings,
+    into,
     load_dense,
     local_directory,
+    override,
+    positive,
     silenced,
 )
 from .quant.settings import QuantizationSettings
@@ -212,9 +216,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_output(quantize)
     _add_solver(quantize)
-    quantize.add_argument("--nbits", type=_bits, default=4, help="8, 6, 5, 4, 3, 2, 1.58 or 1 (default: 4)")
+    quantize.add_argument("--nbits", type=bits, default=4, help="8, 6, 5, 4, 3, 2, 1.58 or 1 (default: 4)")
     quantize.add_argument(
-        "--group-size", type=_positive, default=64, help="weights per scale: a multiple of 8 (default: 64)"
+        "--group-size", type=positive, default=64, help="weights per scale: a multiple of 8 (default: 64)"
     )
     quantize.add_argument("--axis", type=int, default=1, choices=(0, 1), help="1: groups along a row; 0: down a column")
     quantize.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="compute dtype; auto: as stored")
@@ -228,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
         "--override",
         action="append",
         default=[],
-        type=_override,
+        type=override,
         metavar="NAME=SETTINGS",
         help="settings for layers matching a name, a name suffix or a pattern: nbits:8,group_size:32,axis:1, or dense",
     )
@@ -248,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_output(merge)
     _add_solver(merge)
     merge.add_argument(
-        "--into", type=_into, metavar="BITS|dense", help="format of merged layers (default: their current settings)"
+        "--into", type=into, metavar="BITS|dense", help="format of merged layers (default: their current settings)"
     )
     merge.add_argument("--report", action="store_true", help="first show the errors of this merge and its alternatives")
 
@@ -316,41 +320,6 @@ def _add_solver(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--solver", choices=get_args(Solver), default="hqq", help="search: smaller errors than hqq's, in more time"
     )
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    return int(value) if value == int(value) else value
-
-
-def _bits(text: str) -> float:
-    value = _number(text)
-    if value not in Quantizer.SUPPORTED_BITS:
-        raise argparse.ArgumentTypeError(f"must be one of {Quantizer.SUPPORTED_BITS}, got {text}")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def _into(text: str) -> float | str:
-    return text if text == "dense" else _bits(text)
-
-
-def _override(text: str) -> tuple[str, dict[str, float] | None]:
-    name, _, settings = text.partition("=")
-    if not name or not settings:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SETTINGS")
-    if settings == "dense":
-        return name, None
-    try:
-        return name, {key: _number(value) for key, value in (pair.split(":") for pair in settings.split(","))}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{settings!r} must be 'dense' or like nbits:8,group_size:32") from None
 
 
 if __name__ == "__main__":

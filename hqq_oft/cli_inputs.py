@@ -1,7 +1,8 @@
-"""What the commands of `hqq-oft` check and prepare before they load a model."""
+"""What the commands of `hqq-oft` check and prepare before they load a model, and the types of their options."""
 
 from __future__ import annotations
 
+import argparse
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hqq.core.quantize import Quantizer
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -126,3 +128,42 @@ def silenced(quiet: bool) -> Iterator[None]:
             logging.enable_progress_bar()
         if hub_bars:
             enable_progress_bars()
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    return int(value) if value == int(value) else value
+
+
+def bits(text: str) -> float:
+    """The value of `--nbits`."""
+    value = _number(text)
+    if value not in Quantizer.SUPPORTED_BITS:
+        raise argparse.ArgumentTypeError(f"must be one of {Quantizer.SUPPORTED_BITS}, got {text}")
+    return value
+
+
+def positive(text: str) -> int:
+    """A positive integer."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def into(text: str) -> float | str:
+    """The value of `--into`."""
+    return text if text == "dense" else bits(text)
+
+
+def override(text: str) -> tuple[str, dict[str, float] | None]:
+    """The name and settings of an `--override`."""
+    name, _, settings = text.partition("=")
+    if not name or not settings:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SETTINGS")
+    if settings == "dense":
+        return name, None
+    try:
+        return name, {key: _number(value) for key, value in (pair.split(":") for pair in settings.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{settings!r} must be 'dense' or like nbits:8,group_size:32") from None
