@@ -18,12 +18,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, apply_renamings
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
 
 from ..ops import table as ops
 from ..quant import hqq_layer, quantizer
 from ..quant.defaults import kept_by_default
-from ..quant.experts import Experts
+from ..quant.experts import Experts, is_fused
 from ..quant.linears import SAME_FUNCTION, expose, mark_origin
 from ..quant.marks import mark_quantized, reads_weight
 from ..quant.settings import QuantizationSettings
@@ -192,6 +193,13 @@ class HqqQuantizer(HqqHfQuantizer):
                 self.settings[name] = {key: value for key, value in settings.items() if key != "offload_meta"}
                 continue
             logger.warning("%s stays dense: %s", name, reason)
+        if others := [name for name, module in model.named_modules() if type(module) is Conv1D or is_fused(module)]:
+            logger.warning(
+                "%s and %d more stay dense: from_pretrained quantizes nn.Linear only; hqq_oft.quantize_model quantizes "
+                "Conv1D and experts too",
+                others[0],
+                len(others) - 1,
+            )
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter of a dense model is a weight to quantize."""

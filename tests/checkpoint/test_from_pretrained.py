@@ -140,6 +140,16 @@ def test_layers_stay_dense_with_the_reason(tmp_path, caplog):
 
 
 @on_version_5
+def test_experts_that_stay_dense_are_named(tmp_path, caplog):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=VOCABULARY, num_local_experts=2)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "dense")
+    with caplog.at_level(logging.WARNING, "hqq_oft"):
+        quantized(tmp_path / "dense")
+    assert "model.layers.0.mlp.experts and 1 more stay dense" in caplog.text
+
+
+@on_version_5
 def test_a_dynamic_configuration_gives_each_layer_its_settings(dense):
     tags = {"self_attn.q_proj": {"nbits": 8, "group_size": 16}, "mlp.down_proj": {"nbits": 2, "group_size": 8}}
     layers = hqq_layers(quantized(dense, HqqConfig(dynamic_config=tags)))
