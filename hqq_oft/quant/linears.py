@@ -99,15 +99,18 @@ def expose(model: nn.Module, is_quantized: Callable[[str], bool]) -> None:
 
 
 def fuse_dense(model: nn.Module) -> None:
-    """Restore the original module of each mixture of experts none of whose layers is quantized, in place."""
+    """Restore the original module of each mixture of experts none of whose layers is quantized, in place.
+
+    If one of them can't be restored, for lack of memory for instance, none is.
+    """
     dense = [
         (name, module)
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, Experts) and not any(isinstance(layer, HQQLinear) for layer in module.modules())
     ]
-    fused: dict[nn.Module, nn.Module] = {}
+    fused = {experts: experts.fuse() for experts in dict.fromkeys(experts for _, experts in dense)}
     for name, experts in dense:
-        replace(model, name, fused.get(experts) or fused.setdefault(experts, experts.fuse()))
+        replace(model, name, fused[experts])
 
 
 def names_of(model: nn.Module, module: nn.Module) -> list[str]:

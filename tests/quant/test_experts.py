@@ -178,6 +178,32 @@ def test_adapters_of_experts_train_and_a_dense_merge_restores_transformers_modul
     assert torch.equal(logits(again), logits(merged))
 
 
+@fused_only
+def test_a_dense_merge_that_cannot_restore_the_second_experts_changes_nothing(monkeypatch):
+    model = moe()
+    quantize_model(model, nbits=8, overrides={"*self_attn*": None}, **SETTINGS)
+    with hqq_oft.patch_peft():
+        targets = [name for name, module in model.named_modules() if isinstance(module, HQQLinear)]
+        adapted = get_peft_model(model, OFTConfig(r=0, oft_block_size=8, target_modules=targets)).eval()
+        randomize(adapted, 0.1)
+        before, modules = logits(adapted), dict(adapted.named_modules())
+        original, done = Experts.fuse, []
+
+        def failing(self):
+            done.append(self)
+            if len(done) == 2:
+                raise MemoryError
+            return original(self)
+
+        monkeypatch.setattr(Experts, "fuse", failing)
+        with pytest.raises(MemoryError):
+            adapted.merge_and_unload(into="dense")
+        assert dict(adapted.named_modules()) == modules
+        assert torch.equal(logits(adapted), before)
+        monkeypatch.undo()
+        assert not experts_of(adapted.merge_and_unload(into="dense"))
+
+
 def test_conv1d_becomes_an_hqq_layer_that_is_saved_and_loaded(tmp_path):
     model, dense = gpt2(), gpt2()
     report = quantize_model(model, overrides={"attn.c_proj": {"nbits": 8, "axis": 0}}, **SETTINGS)
