@@ -15,7 +15,7 @@ from hqq.core.quantize import HQQLinear
 from ._installation import __version__
 from .checkpoint import load
 from .checkpoint.atomic_directory import check_replaceable, staged_directory
-from .checkpoint.files import CONFIG, read_json
+from .checkpoint.files import CONFIG, QMODEL, read_json
 from .checkpoint.save import copy_into, save_quantized
 from .cli_inputs import (
     COMPANIONS,
@@ -128,10 +128,11 @@ def _merge(options: argparse.Namespace) -> None:
 def _convert(options: argparse.Namespace) -> None:
     from .checkpoint.convert import convert_checkpoint
 
-    source, target = _directories(options)
+    source, target = _directories(options, QMODEL)
     left_out = convert_checkpoint(source, target, options.max_shard_size, options.force, _companions(source))
-    lines = [f"left out {name}: the model has no such tensor" for name in left_out]
-    _say(options, "\n".join([*lines, f"written to {target}"]))
+    for name in left_out:
+        print(f"hqq-oft: left out {name}: the model has no such tensor", file=sys.stderr)
+    _say(options, f"written to {target}")
 
 
 def _env(options: argparse.Namespace) -> None:
@@ -158,15 +159,15 @@ def _check(options: argparse.Namespace) -> None:
     print(f"hqq-oft: {recorded}", file=sys.stderr)
 
 
-def _directories(options: argparse.Namespace) -> tuple[Path, Path]:
-    """Source and target directory, validated before any work starts."""
+def _directories(options: argparse.Namespace, *files: str) -> tuple[Path, Path]:
+    """Source and target directory, validated before any work starts; `files` as in `local_directory`."""
     if hasattr(options, "device"):
         check_device(options.device)
     try:
         check_replaceable(options.out, options.force)
     except FileExistsError as error:
         raise CommandError(str(error)) from error
-    source, target = local_directory(options.model), options.out
+    source, target = local_directory(options.model, *files), options.out
     if not (source / CONFIG).is_file():
         raise CommandError(f"{source} contains no {CONFIG}: give the directory of a transformers model.")
     if source.resolve() == target.resolve() or source.resolve() in target.resolve().parents:
@@ -263,10 +264,11 @@ def _parser() -> argparse.ArgumentParser:
         "rewrite an HQQ model that HQQ itself or another version of transformers stored",
         """examples:
   hqq-oft convert Llama-2-7b-hf-4bit_g64-HQQ llama-4bit
+  hqq-oft convert mobiuslabsgmbh/Llama-2-7b-hf-4bit_g64-HQQ llama-4bit
 
 Reads qmodel.pt (tensors and settings, never code), HQQ's safetensors files, and the names of other transformers.""",
     )
-    convert.add_argument("model", type=Path, metavar="MODEL", help="directory of the stored model")
+    convert.add_argument("model", metavar="MODEL", help="the stored model: a directory, or OWNER/NAME on the hub")
     _add_output(convert, device=False)
 
     _add(

@@ -35,8 +35,12 @@ class CommandError(Exception):
         self.status = status
 
 
-def local_directory(name: str) -> Path:
+def local_directory(name: str, *files: str) -> Path:
     """The directory of a model or adapter: `name` itself, or the local copy of the repository `OWNER/NAME` on the hub.
+
+    Args:
+        name: of the directory or repository.
+        files: patterns of files that are needed besides configuration, safetensors files and `COMPANIONS`.
 
     Raises:
         CommandError: the hub can't provide it.
@@ -45,9 +49,8 @@ def local_directory(name: str) -> Path:
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII):
         return path  # the commands say what a directory lacks
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", *COMPANIONS], ignore_patterns="*/*")
-        )
+        patterns = ["*.json", "*.safetensors", *files, *COMPANIONS]
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns="*/*"))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise CommandError(

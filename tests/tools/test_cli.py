@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 import hqq_oft
 from hqq_oft import cli, cli_inputs, load_quantized
+from hqq_oft.checkpoint import convert
 from hqq_oft.quant import quantizer
 
 TOKENS = torch.arange(6)[None] % VOCABULARY
@@ -155,6 +156,7 @@ FAILURES = {
     "a device that is none": (["quantize", "{folder}/dense", "{tmp}/out", "--device", "nowhere"], "nowhere"),
     "a dense model to merge into": (["merge", "{folder}/dense", "{folder}/adapter", "{tmp}/out"], "the model is dense"),
     "a dense model to convert": (["convert", "{folder}/dense", "{tmp}/out"], "the model has no HQQ layer"),
+    "a lost model to convert": (["convert", "{folder}/lost", "{tmp}/out"], "lost contains no config.json: give the"),
     "a LoRA adapter": (["merge", "{folder}/four", "{folder}/lora", "{tmp}/out"], "lora holds a LORA adapter; only OFT"),
     "missing weights": (
         ["quantize", "{folder}/incomplete", "{tmp}/out", "--group-size", "16"],
@@ -268,8 +270,24 @@ def test_models_and_adapters_are_named_as_on_the_hub(hub, folder, tmp_path):
     assert torch.equal(logits(load_quantized("merged")), logits(load_quantized("expected")))
     assert set(hub) == {"owner/dense", "owner/four", "owner/adapter"}
     for patterns in hub.values():  # neither pickled weights nor those in another format
-        repository = ["config.json", "model.safetensors", "merges.txt", "pytorch_model.bin", "onnx/model.safetensors"]
-        assert list(filter_repo_objects(repository, **patterns)) == ["config.json", "model.safetensors", "merges.txt"]
+        repository = ["config.json", "model.safetensors", "merges.txt"]
+        others = ["pytorch_model.bin", "qmodel.pt", "onnx/model.safetensors"]
+        assert list(filter_repo_objects([*repository, *others], **patterns)) == repository
+
+
+def test_a_model_to_convert_is_named_as_on_the_hub(hub, folder):
+    assert cli.main(["convert", "owner/four", "converted", "--quiet"]) == 0
+    assert torch.equal(logits(load_quantized("converted")), logits(load_quantized(folder / "four")))
+    repository = ["config.json", "qmodel.pt", "pytorch_model.bin"]
+    assert list(filter_repo_objects(repository, **hub["owner/four"])) == ["config.json", "qmodel.pt"]
+
+
+def test_tensors_that_a_conversion_leaves_out_are_named_even_if_quiet(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(convert, "convert_checkpoint", lambda *arguments: ["model.extra.weight"])
+    assert cli.main(["convert", str(folder / "four"), str(tmp_path / "out"), "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "hqq-oft: left out model.extra.weight: the model has no such tensor\n"
+    assert captured.out == ""
 
 
 def test_a_directory_comes_before_the_hub(hub, folder, tmp_path):
