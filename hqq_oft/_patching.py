@@ -8,14 +8,16 @@ from typing import Any
 
 
 class Patch:
-    """A set of changes, active while a permanent call or at least one block wants it.
+    """A set of changes, active while a permanent call, at least one block or an active patch that includes it wants it.
 
     Args:
         change: applies the changes through `set` and `on_undo` of the patch that it gets.
+        included: another patch, which is active with this one.
     """
 
-    def __init__(self, change: Callable[[Patch], None]) -> None:
-        self._change = change
+    def __init__(self, change: Callable[[Patch], None], included: Patch | None = None) -> None:
+        self._change, self._included = change, included
+        self._includers: set[Patch] = set()
         self._undo: list[Callable[[], object]] = []
         self.lasting = False
         self.blocks = 0
@@ -23,10 +25,11 @@ class Patch:
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute, and restore or delete it when the patch is undone."""
         if name in vars(owner):
-            self.on_undo(functools.partial(setattr, owner, name, vars(owner)[name]))
+            restore = functools.partial(setattr, owner, name, vars(owner)[name])
         else:
-            self.on_undo(functools.partial(delattr, owner, name))
+            restore = functools.partial(delattr, owner, name)
         setattr(owner, name, value)
+        self.on_undo(restore)
 
     def set_item(self, owner: dict[Any, Any], key: Any, value: Any) -> None:
         """Replace an existing item of a dictionary until the patch is undone."""
@@ -38,9 +41,19 @@ class Patch:
         self._undo.append(action)
 
     def apply(self) -> None:
-        """Apply the changes unless they are active."""
-        if not self._undo:
-            self._change(self)
+        """Apply the changes unless they are active, and the included patch if it was removed meanwhile.
+
+        If a change fails, those before it are undone.
+        """
+        try:
+            if self._included is not None:
+                self._included.apply()
+                self._included._includers.add(self)
+            if not self._undo:
+                self._change(self)
+        except BaseException:
+            self._undo_all()
+            raise
 
     def enter(self) -> None:
         """Apply the changes, and keep them until `leave`."""
@@ -55,12 +68,19 @@ class Patch:
     def remove(self) -> None:
         """Undo the changes, even inside a `with` block."""
         self.lasting, self.blocks = False, 0
+        self._includers.clear()
         self._undo_unless_wanted()
 
     def _undo_unless_wanted(self) -> None:
-        if not self.lasting and self.blocks == 0:
-            while self._undo:
-                self._undo.pop()()
+        if not self.lasting and self.blocks == 0 and not self._includers:
+            self._undo_all()
+
+    def _undo_all(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        if self._included is not None:
+            self._included._includers.discard(self)
+            self._included._undo_unless_wanted()
 
 
 class PatchHandle:

@@ -64,8 +64,6 @@ def _patched_replace_module(original: Callable[..., None]) -> Any:
 
 
 def _change(patch: Patch) -> None:
-    transformers_patch.enter()
-    patch.on_undo(transformers_patch.leave)
     patch.set(OFTModel, "_create_new_module", _patched_create_new_module(OFTModel._create_new_module))
     for owner, name, fixed in FIXES:
         patch.set(owner, name, fixed(getattr(owner, name)))
@@ -86,7 +84,7 @@ def _change(patch: Patch) -> None:
         patch.set(peft_oft_model, "dispatch_hqq", dispatch_hqq)
 
 
-_patch = Patch(_change)
+_patch = Patch(_change, included=transformers_patch)
 watch_for_unpatched_layers()
 
 

@@ -18,10 +18,11 @@ from peft.tuners.oft.layer import Linear as PeftLinear
 from peft.tuners.oft.layer import OFTLayer
 from peft.tuners.oft.model import OFTModel
 from small_llama import quantized_llama, small_llama
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoQuantizationConfig
 
 import hqq_oft
 from hqq_oft import HqqOFTLinear
-from hqq_oft.tuner import unpatched
+from hqq_oft.tuner import distributed, unpatched
 from hqq_oft.tuner.model import HqqOFTModel
 
 # Up to 0.20 PEFT has a layer of its own for HQQ, which raises in forward.
@@ -133,3 +134,43 @@ def test_our_layers_and_dense_ones_do_not_warn():
         adapted()
         hqq_oft.unpatch_peft()
         get_peft_model(small_llama(), OFTConfig(**USE_1))
+
+
+def test_a_patch_that_fails_halfway_is_undone_and_can_be_applied_again(monkeypatch):
+    hqq_oft.unpatch_peft()
+    before = vars(OFTModel).copy(), dict(AUTO_QUANTIZER_MAPPING), AutoQuantizationConfig.from_dict
+    with monkeypatch.context() as broken:
+        broken.setattr(distributed, "patches", lambda: 1 / 0)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                hqq_oft.patch_peft()
+            assert before == (vars(OFTModel).copy(), dict(AUTO_QUANTIZER_MAPPING), AutoQuantizationConfig.from_dict)
+    hqq_oft.patch_peft()
+    assert len(layers(adapted())) == 4
+
+
+def test_patch_peft_applies_patch_transformers_each_time():
+    original = unpatched_from_dict()
+    hqq_oft.patch_peft()
+    hqq_oft.unpatch_transformers()
+    assert AutoQuantizationConfig.from_dict == original
+    with hqq_oft.patch_transformers():
+        hqq_oft.patch_peft()
+    assert AutoQuantizationConfig.from_dict != original
+    hqq_oft.unpatch_peft()
+    assert AutoQuantizationConfig.from_dict == original
+
+
+def test_patch_transformers_outlives_patch_peft():
+    original = unpatched_from_dict()
+    with hqq_oft.patch_transformers():
+        with hqq_oft.patch_peft():
+            pass
+        assert AutoQuantizationConfig.from_dict != original
+    assert AutoQuantizationConfig.from_dict == original
+
+
+def unpatched_from_dict():
+    hqq_oft.unpatch_peft()
+    hqq_oft.unpatch_transformers()
+    return AutoQuantizationConfig.from_dict
