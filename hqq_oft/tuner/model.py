@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ..quant.hqq_layer import forget_quantization, quantization_settings, take_over
 from ..quant.linears import as_in_the_model, fuse_dense
+from ..quant.marks import mark_quantized
 from ..quant.solver import Solver, check_solver
 from .fold import MergeInto, check_into
 from .layer import HqqOFTLinear
@@ -170,6 +171,8 @@ class HqqOFTModel(OFTModel):
                             base.quant_config = quantization_settings(base, into)
                 if dense:
                     fuse_dense(model)
+                if into is not None and errors:
+                    mark_quantized(model)
                     forget_quantization(model)
                 return model
             except BaseException:

@@ -14,6 +14,7 @@ from peft.tuners.oft.layer import OFTLayer
 from small_llama import quantized_llama, small_llama
 from torch import nn
 
+import hqq_oft
 from hqq_oft import HqqOFTLinear
 from hqq_oft.quant import quantizer
 
@@ -137,3 +138,18 @@ def test_the_progress_bar_shows_the_errors(capsys, monkeypatch):
         layers(model)[0].oft_R["default"].weight.zero_()
     model.merge_and_unload(progressbar=True)
     assert f"worst={max(model.merge_errors().values()):.1e}" in capsys.readouterr().err
+
+
+def test_a_merge_into_another_format_updates_the_quantization_config():
+    model = small_llama()
+    hqq_oft.quantize_model(model, group_size=16, skip_modules=["lm_head"], progress=False)
+    use = {"r": 0, "oft_block_size": 8}
+    merged = get_peft_model(model, OFTConfig(**use, target_modules=r".*_proj")).merge_and_unload(into=8)
+    assert merged.config.quantization_config["quant_config"]["weight_quant_params"]["nbits"] == 8
+    merged = get_peft_model(merged, OFTConfig(**use, target_modules=["q_proj"])).merge_and_unload(into="dense")
+    dense = {f"model.layers.{index}.self_attn.q_proj" for index in range(2)}
+    assert set(merged.config.quantization_config["skip_modules"]) == {"lm_head", *dense}
+    targets = ["k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    merged = get_peft_model(merged, OFTConfig(**use, target_modules=targets)).merge_and_unload(into="dense")
+    assert not hasattr(merged.config, "quantization_config")
+    assert not hasattr(merged, "hqq_quantized")
