@@ -30,6 +30,16 @@ class HQQLinear(quantize.HQQLinear):
     to, type, cpu = nn.Module.to, nn.Module.type, nn.Module.cpu
     half, bfloat16, float, double = nn.Module.half, nn.Module.bfloat16, nn.Module.float, nn.Module.double
 
+    @property
+    def weight(self) -> Tensor:
+        """An empty tensor of the compute dtype: T5, Mamba and others read dtype and device of `weight` in forward.
+
+        transformers 4.57 gives HQQ's class the same.
+        """
+        weight = torch.empty(0, dtype=self.compute_dtype, device=self.device)
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers 5 would initialize it by its shape
+        return weight
+
     @classmethod
     def set_backend(cls, backend: quantize.HQQBackend) -> None:
         """Set HQQ's backend, which replaces the forward of HQQ's class, not of this one."""

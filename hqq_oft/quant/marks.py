@@ -1,14 +1,13 @@
-"""What makes a model with HQQ layers known as such: to transformers, to PEFT, and to models that read `.weight`."""
+"""What makes a model with HQQ layers known as such: to transformers and to PEFT; and what reads `.weight`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import packaging.version
-import torch
 import transformers
 from hqq.core.quantize import HQQLinear
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig
 
 from .hqq_layer import quantization_settings
@@ -54,14 +53,3 @@ def reads_weight(model: nn.Module, name: str) -> bool:
         return False
     parent, _, child = name.rpartition(".")
     return child in _MULTIPLIED.get(type(model.get_submodule(parent)).__name__, ())
-
-
-def _no_weight(layer: HQQLinear) -> Tensor:
-    weight = torch.empty(0, dtype=layer.compute_dtype, device=layer.device)
-    weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers 5 would initialize it by its shape
-    return weight
-
-
-# T5, Mamba and others read dtype and device of `weight` in their forward. transformers 4.57 gives HQQ layers the same.
-if not hasattr(HQQLinear, "weight"):
-    HQQLinear.weight = property(_no_weight)

@@ -187,3 +187,11 @@ def test_moving_moves_scale_zero_and_bias():
     layer = layer_of("hqq").to("meta")
     assert {t.device.type for t in (layer.W_q, layer.bias, layer.meta["scale"], layer.meta["zero"])} == {"meta"}
     assert layer.device == "meta"
+
+
+def test_weight_is_an_empty_tensor_of_the_compute_dtype_and_hqqs_class_is_unchanged():
+    layer = layer_of("here", torch.bfloat16)
+    assert (layer.weight.dtype, layer.weight.device, layer.weight.numel()) == (torch.bfloat16, torch.device("cpu"), 0)
+    assert layer.half().weight.dtype == torch.float16
+    added = vars(HQQLinear).get("weight")
+    assert added is None or added.fget.__module__.startswith("transformers.")  # transformers 4 adds one
