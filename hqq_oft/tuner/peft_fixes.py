@@ -18,6 +18,8 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_N
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..quant.linears import SAME_FUNCTION
+
 # The heads that PEFT adds to `modules_to_save` by itself; for the last two tasks only after it added the adapter.
 _TRAINED_HEADS = {
     TaskType.SEQ_CLS: ("classifier", "score"),
@@ -27,7 +29,7 @@ _TRAINED_HEADS = {
 
 
 def _include_hqq_layers(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Of `target_modules="all-linear"`, which PEFT resolves to dense layers only."""
+    """Of `target_modules="all-linear"`, which PEFT resolves to dense layers only, including routers."""
 
     @functools.wraps(original)
     def include(peft_config: Any, model: nn.Module) -> Any:
@@ -35,10 +37,21 @@ def _include_hqq_layers(original: Callable[..., Any]) -> Callable[..., Any]:
         peft_config = original(peft_config, model)
         all_linear = isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
         if all_linear and isinstance(peft_config, OFTConfig):
-            peft_config.target_modules = {*peft_config.target_modules, *_hqq_targets(peft_config, model)}
+            dense = {name for name in peft_config.target_modules if not _is_other_layer(model.get_submodule(name))}
+            peft_config.target_modules = {*dense, *_hqq_targets(peft_config, model)}
         return peft_config
 
     return include
+
+
+def _is_other_layer(module: nn.Module) -> bool:
+    """Whether a module is a subclass of `nn.Linear` with another function, as the routers of some mixtures are."""
+    return (
+        isinstance(module, nn.Linear)
+        and type(module).forward is not nn.Linear.forward
+        and type(module).__name__ not in SAME_FUNCTION
+        and type(module).__module__.partition(".")[0] != "bitsandbytes"  # PEFT has layers for these
+    )
 
 
 def _hqq_targets(peft_config: OFTConfig, model: nn.Module) -> list[str]:

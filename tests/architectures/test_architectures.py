@@ -14,10 +14,12 @@ import transformers
 from architectures.models import ARCHITECTURES, Architecture
 from hqq.core.quantize import HQQLinear
 from peft import OFTConfig, get_peft_model
+from peft.tuners.oft.layer import OFTLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import hqq_oft
-from hqq_oft import HqqOFTLinear, cli, load_quantized, quantize_model, save_quantized
+from hqq_oft import HqqOFTLinear, OFTLinear, cli, load_quantized, quantize_model, save_quantized
 
 GROUP_SIZE = 16
 
@@ -78,11 +80,11 @@ def test_the_whole_job(architecture, tmp_path, record_property):
     assert cli.main([*command, "--quiet"]) == 0
     assert torch.equal(evaluated(load_quantized(tmp_path / "by-cli", progress=False), architecture), quantized)
 
-    # Without heads and routers: PEFT's dense layers don't unmerge bit for bit, and Llama 4's router is no linear layer.
-    config = OFTConfig(r=0, oft_block_size=8, target_modules="all-linear", exclude_modules=list(report.kept) or None)
-    adapted = get_peft_model(model, config)
-    layers = {name: module for name, module in adapted.named_modules() if isinstance(module, HqqOFTLinear)}
-    assert len(layers) == len(report.quantized)
+    dense = dense_linear_layers(model)
+    adapted = get_peft_model(model, OFTConfig(r=0, oft_block_size=8, target_modules="all-linear"))
+    layers = {name: module for name, module in adapted.named_modules() if isinstance(module, OFTLayer)}
+    assert sum(type(layer) is HqqOFTLinear for layer in layers.values()) == len(report.quantized)
+    assert {name for name, layer in layers.items() if type(layer) is OFTLinear} == dense
     train_one_step(adapted, architecture)
 
     pristine, tuned = packed(adapted), evaluated(adapted, architecture)
@@ -106,6 +108,16 @@ def test_the_whole_job(architecture, tmp_path, record_property):
     expected = evaluated(merged, architecture)
     for folder in ("merged", "merged-by-cli"):
         assert torch.equal(evaluated(load_quantized(tmp_path / folder, progress=False), architecture), expected)
+
+
+def dense_linear_layers(model: nn.Module) -> set[str]:
+    """Names that the layers which "all-linear" adapts besides HQQ layers have in the adapted model."""
+    output = model.get_output_embeddings()
+    return {
+        f"base_model.model.{name}"
+        for name, module in model.named_modules()
+        if (type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear") and module is not output
+    }
 
 
 def dense_with_weights_of(quantized: nn.Module, architecture: Architecture) -> nn.Module:

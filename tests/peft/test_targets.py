@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import hqq_oft
-from hqq_oft import HqqOFTLinear
+from hqq_oft import HqqOFTLinear, OFTLinear
 
 USE = {"r": 0, "oft_block_size": 8}
 PROJECTIONS = 14  # of both layers
@@ -141,3 +141,31 @@ def test_lora_around_a_model_with_oft_keeps_the_rotation_and_is_not_merged_below
     assert relative_error(logits(stacked, tokens), expected) <= 1e-5
     with pytest.raises(ValueError, match="Cannot merge LoRA into the HQQ weight below a HqqOFTLinear"):
         stacked.merge_adapter()
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        scores = super().forward(x)
+        return scores, scores.argmax(-1)
+
+
+class FalconLinear(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class Relabelled(nn.Linear):
+    """Only its name differs."""
+
+
+def test_all_linear_leaves_subclasses_with_another_function():
+    base = quantized_llama()
+    block = base.model.layers[0]
+    block.router, block.falcon, block.other = Router(32, 8), FalconLinear(32, 8), Relabelled(32, 8)
+    block.quantized_elsewhere = type("Linear4bit", (Router,), {"__module__": "bitsandbytes.nn"})(32, 8)
+    targets = OFTConfig(**USE, target_modules="all-linear")
+    get_peft_model(base, targets)
+    adapted = {name for name in ("router", "falcon", "other") if isinstance(getattr(block, name), OFTLinear)}
+    assert adapted == {"falcon", "other"}
+    assert type(block.router) is Router
+    assert "model.layers.0.quantized_elsewhere" in targets.target_modules
