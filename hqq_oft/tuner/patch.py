@@ -95,10 +95,10 @@ def patch_peft() -> PatchHandle:
     dense linear layers and on those of bitsandbytes, GPTQ and other quantizers, too; convolutions and embeddings keep
     PEFT's own. `merge_adapter` changes all layers or none; `merge_and_unload` and `unload` restore HQQ layers (merged,
     after a merge, as in PEFT); `adapter_names` is passed to the layers; `target_modules="all-linear"` includes HQQ
-    layers; `modules_to_save` that names one is refused; LoRA on an adapted HQQ layer keeps its OFT adapters; and
-    `HqqOFTLinear` and `dispatch_hqq` can be imported from `peft.tuners.oft.hqq` in every PEFT version. It includes
-    `patch_transformers`, so that base models stored by transformers or this package load by their path, and has FSDP2
-    save and load HQQ layers. Idempotent.
+    layers and excludes routers; `modules_to_save` that names an HQQ layer is refused; LoRA on an adapted one keeps
+    its OFT adapters; and `HqqOFTLinear` and `dispatch_hqq` can be imported from `peft.tuners.oft.hqq` in every PEFT
+    version. It includes `patch_transformers`, so that base models stored by transformers or this package load by their
+    path, and has FSDP2 save and load HQQ layers. Idempotent.
 
     Returns:
         A handle that can be used in a `with` statement.

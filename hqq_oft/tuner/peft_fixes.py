@@ -16,6 +16,7 @@ from peft.tuners.oft.model import OFTModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
 from ..quant.linears import SAME_FUNCTION
@@ -45,8 +46,11 @@ def _include_hqq_layers(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_other_layer(module: nn.Module) -> bool:
-    """Whether a module is a subclass of `nn.Linear` with another function, as the routers of some mixtures are."""
-    return (
+    """Whether a module is a subclass of `nn.Linear` with another function, or whose weight is read without calling it.
+
+    The former are routers of some mixtures, the latter the output layer of `nn.MultiheadAttention`.
+    """
+    return isinstance(module, NonDynamicallyQuantizableLinear) or (
         isinstance(module, nn.Linear)
         and type(module).forward is not nn.Linear.forward
         and type(module).__name__ not in SAME_FUNCTION

@@ -162,10 +162,12 @@ def test_all_linear_leaves_subclasses_with_another_function():
     base = quantized_llama()
     block = base.model.layers[0]
     block.router, block.falcon, block.other = Router(32, 8), FalconLinear(32, 8), Relabelled(32, 8)
+    block.attention = nn.MultiheadAttention(32, 4)
     block.quantized_elsewhere = type("Linear4bit", (Router,), {"__module__": "bitsandbytes.nn"})(32, 8)
     targets = OFTConfig(**USE, target_modules="all-linear")
     get_peft_model(base, targets)
     adapted = {name for name in ("router", "falcon", "other") if isinstance(getattr(block, name), OFTLinear)}
     assert adapted == {"falcon", "other"}
     assert type(block.router) is Router
+    assert not hasattr(block.attention.out_proj, "oft_R")
     assert "model.layers.0.quantized_elsewhere" in targets.target_modules
