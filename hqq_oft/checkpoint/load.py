@@ -16,8 +16,8 @@ from accelerate import init_empty_weights
 from torch import nn
 from tqdm import tqdm
 
-from ..quant.linears import expose, mark_origin
-from ..quant.marks import mark_quantized, reads_weight
+from ..quant.linears import expose, mark_origin, reads_weight
+from ..quant.marks import mark_quantized
 from ..quant.model import check_compute_dtype
 from . import diffusers_models
 from .files import CONFIG, QMODEL, Checkpoint, CheckpointError, read_json

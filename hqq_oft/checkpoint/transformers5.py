@@ -25,8 +25,8 @@ from ..ops import table as ops
 from ..quant import hqq_layer, quantizer
 from ..quant.defaults import kept_by_default
 from ..quant.experts import Experts, is_fused
-from ..quant.linears import SAME_FUNCTION, expose, mark_origin
-from ..quant.marks import mark_quantized, reads_weight
+from ..quant.linears import expose, mark_origin, reads_weight, why_never
+from ..quant.marks import mark_quantized
 from ..quant.settings import QuantizationSettings
 from .files import LoadedTensors
 from .layer_format import FIELDS, StoredLayer
@@ -184,9 +184,7 @@ class HqqQuantizer(HqqHfQuantizer):
             if settings is None or any(pattern in name for pattern in skipped):
                 continue  # asked for by the user
             weight = settings["weight_quant_params"]
-            reason = "its weight is tied" if f"{name}.weight" in tied else kept.get(name)
-            if type(linear) is not nn.Linear and type(linear).__name__ not in SAME_FUNCTION:
-                reason = f"it is a {type(linear).__name__}, which may compute a different function"
+            reason = "its weight is tied" if f"{name}.weight" in tied else why_never(model, name) or kept.get(name)
             if reason is None:
                 reason = QuantizationSettings(weight["nbits"], weight["group_size"], weight["axis"]).why_not(linear)
             if reason is None:

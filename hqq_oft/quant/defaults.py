@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -24,17 +21,12 @@ def kept_by_default(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[s
     * other heads: what a model such as `BertForSequenceClassification` has outside its base model, and modules with a
       name in `HEADS`;
     * modules in `_keep_in_fp32_modules` and `_keep_in_fp32_modules_strict`;
-    * routers and gates of a mixture of experts;
-    * layers whose weight the module around them reads, as the mixers of Mamba do, instead of calling the layer.
+    * routers and gates of a mixture of experts.
     """
     reasons: dict[str, str] = {}
     for name in layers:
         if HEADS.intersection(name.split(".")):
             reasons[name] = "it is a head by its name"
-        prefix, _, child = name.rpartition(".")
-        parent: Any = type(model.get_submodule(prefix)) if child and layers[name] is _get(model, name) else nn.Module
-        if child in _weights_read_by(parent):
-            reasons[name] = f"{parent.__name__} reads its weight"
     for name in _routers(model):
         reasons[name] = "it routes tokens to experts"
     owners = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, PreTrainedModel)}
@@ -58,32 +50,6 @@ def _prefixes(name: str) -> Iterator[str]:
     while name:
         name = name.rpartition(".")[0]
         yield name
-
-
-def _get(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:  # a layer of experts, which the model has as a slice of a parameter
-        return None
-
-
-# Bloom reads slices of weights, but only if `slow_but_exact` is set.
-_READ = re.compile(r"(?<!isinstance\()self\.(\w+)\.weight\b(?!\[|\.(?:dtype|device)\b)")
-
-
-@functools.cache
-def _weights_read_by(module_class: Any) -> frozenset[str]:
-    """Names of the children of a module whose weights, not just dtypes or devices, its methods read."""
-    names: set[str] = set()
-    for owner in module_class.__mro__[: module_class.__mro__.index(nn.Module)]:
-        for method_name, method in vars(owner).items():
-            if inspect.isfunction(method) and not re.search("init|reset", method_name):
-                try:
-                    source = inspect.getsource(method)
-                except (OSError, TypeError):  # defined in an interactive session
-                    continue
-                names.update(re.findall(_READ, source))
-    return frozenset(names)
 
 
 def _output_embeddings(model: PreTrainedModel) -> nn.Module | None:

@@ -51,7 +51,8 @@ def quantize_model(
     unchanged, the model remains usable with the earlier layers quantized, and calling again continues with the failed
     layer.
 
-    Layers of other classes, tied weights (an `lm_head` tied to the embedding) and HQQ layers are not changed. Output
+    Layers of other classes, layers whose weight the module around them reads (in Mamba's mixers), tied weights (an
+    `lm_head` tied to the embedding) and HQQ layers are not changed, even if `overrides` names them. Output
     and classification heads, modules that transformers keeps in float32, routers of experts, and layers whose shape
     can't be packed with the settings stay dense too, unless `overrides` names them without a wildcard. The report gives
     the reason for each layer and the share of the bytes that stays dense; if that is more than half, a UserWarning

@@ -265,11 +265,23 @@ def t5():
     )
 
 
+def mamba():
+    return MambaForCausalLM(MambaConfig(**SMALL, hidden_size=32, state_size=16))
+
+
 READERS = {
     "T5": (t5, "DenseReluDense.wi"),
-    "Mamba": (lambda: MambaForCausalLM(MambaConfig(**SMALL, hidden_size=32, state_size=16)), "in_proj"),
+    "Mamba": (mamba, "in_proj"),
     "Jamba": (jamba, "mamba.in_proj"),
 }
+
+
+def test_layers_that_are_never_called_on_a_gpu_stay_dense_even_if_they_are_named():
+    model = mamba().eval()
+    names = ("dt_proj", "x_proj", "out_proj")  # the last two are read by the mixer's CUDA kernels only
+    report = quantize_model(model, group_size=16, overrides={each: {} for each in names}, progress=False)
+    assert {name.split(".")[-1] for name, reason in report.kept.items() if "reads its weight" in reason} == {*names}
+    assert logits(model, TOKENS).isfinite().all()
 
 
 def test_an_hqq_layer_has_an_empty_weight_of_its_dtype():
@@ -278,6 +290,20 @@ def test_an_hqq_layer_has_an_empty_weight_of_its_dtype():
     layer = model.model.layers[0].mlp.up_proj
     assert (layer.weight.dtype, layer.weight.device, layer.weight.numel()) == (torch.float32, layer.W_q.device, 0)
     assert not any(name.endswith("up_proj.weight") for name in model.state_dict())
+
+
+@on_version_5
+@pytest.mark.parametrize("name", READERS)
+def test_from_pretrained_keeps_the_layers_dense_that_quantize_model_does(tmp_path, name):
+    model = READERS[name][0]().eval()
+    model.save_pretrained(tmp_path / "dense")
+    loaded = type(model).from_pretrained(
+        tmp_path / "dense", quantization_config=HqqConfig(nbits=8, group_size=16, skip_modules=["experts"])
+    )
+    report = quantize_model(model, nbits=8, group_size=16, skip_modules=["experts"][: name == "Jamba"], progress=False)
+    assert hqq_layers(loaded).keys() == report.quantized.keys()
+    if name != "T5":
+        assert all(".dt_proj" not in layer for layer in report.quantized)
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -225,8 +225,10 @@ class Mixer(nn.Module):
         return self.wo(self.in_proj(x) @ self.dt_proj.weight)
 
 
-def test_layers_whose_weight_the_module_around_them_reads_stay_dense():
+@pytest.mark.parametrize("overrides", [{}, {"dt_proj": {}}])
+def test_layers_whose_weight_the_module_around_them_reads_stay_dense(overrides):
     model = nn.ModuleDict({"mixer": Mixer()})
-    report = quantize_model(model, **SETTINGS)
+    report = quantize_model(model, overrides=overrides, **SETTINGS)
+    assert model["mixer"](torch.randn(3, 32)).shape == (3, 32)
     assert report.kept == {"mixer.dt_proj": "Mixer reads its weight"}
     assert set(report.quantized) == {"mixer.in_proj", "mixer.wo"}
