@@ -49,7 +49,8 @@ def patch_transformers() -> PatchHandle:
     is read, quantized with this package's quantizer and freed before the next. `from_pretrained` of a directory that
     transformers or `save_quantized` wrote restores the layers bit for bit. `skip_modules` and `dynamic_config` are used
     as in 4.57. Layers stay dense, and are logged, if their weight is tied or read by the model itself, if the model
-    keeps them in float32, or if the settings can't pack them.
+    keeps them in float32, or if the settings can't pack them. For a weight with NaN or infinity, transformers logs a
+    report that names it and raises RuntimeError.
 
     In every version, `quantization_config` may also be a dict with `"quant_method": "hqq"` or `"method": "hqq"` and the
     arguments of `HqqConfig`; nothing else changes in transformers 4. Idempotent. `patch_peft` includes it.

@@ -61,6 +61,8 @@ class _Quantize(_Operation):
             weight["group_size"] = weight["group_size"] or dense.shape[weight["axis"]]
             if dense.shape != model.get_submodule(name).weight.shape:
                 raise ValueError(f"{key} has shape {tuple(dense.shape)}, which is not the model's.")
+            if not torch.isfinite(dense).all():
+                raise ValueError(f"{key} contains NaN or infinity.")
             state, _ = quantizer.quantize(dense, settings, dense.dtype, dense.device)
             self.quantizer.place(model, name, hqq_layer.make_layer(state, None, settings), missing_keys)
         return rest

@@ -175,6 +175,19 @@ def test_a_damaged_layer_is_an_error_and_runs_no_code(dense, tmp_path, damage, c
 
 
 @on_version_5
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_an_error_that_is_reported(dense, value, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    path = dense / "model.safetensors"
+    tensors = load_file(path)
+    tensors[f"{Q}.weight"][3, 5] = value
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(RuntimeError, match="issues during automatic conversion"):
+        quantized(dense)
+    assert f"ValueError: {Q}.weight contains NaN or infinity" in caplog.text
+
+
+@on_version_5
 def test_quantized_experts_under_names_that_saving_changes_are_found(tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = MixtralForCausalLM(MixtralConfig(**SMALL, **sizes, num_local_experts=2)).eval()
