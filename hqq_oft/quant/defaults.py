@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -37,7 +38,7 @@ def kept_by_default(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[s
             inside = name[len(prefix) + 1 :] if prefix else name
             if layer is _output_embeddings(owner):
                 reasons[name] = f"it is the output head of {type(owner).__name__}"
-            elif (key := _float32_key(owner, inside)) is not None:
+            elif (key := _float32_key(_float32_keys(owner), f"{inside}.weight")) is not None:
                 reasons[name] = f"{type(owner).__name__} keeps {key!r} in float32"
         nearest = next((owners[prefix] for prefix in _prefixes(name) if prefix in owners), None)
         if nearest is not None and name not in reasons and _is_outside_base(nearest, layer):
@@ -59,13 +60,36 @@ def _output_embeddings(model: PreTrainedModel) -> nn.Module | None:
         return None
 
 
-def _float32_key(model: PreTrainedModel, name: str) -> str | None:
-    """The entry of the model's lists of float32 modules that matches a layer, as transformers matches it."""
-    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-        for key in getattr(model, attribute, None) or ():
-            pattern = re.escape(key).replace(r"\*", ".*")
-            if re.search(rf"(^|\.){pattern}($|\.)", f"{name}.weight"):
-                return str(key)
+def kept_in_float32(model: nn.Module, dtype: torch.dtype | None) -> set[str]:
+    """Names of the parameters and buffers that transformers keeps in float32 in a model of this dtype."""
+    names: set[str] = set()
+    for prefix, owner in model.named_modules(remove_duplicate=False):
+        if not isinstance(owner, PreTrainedModel) or not (keys := _float32_keys(owner, dtype)):
+            continue
+        for inside, module in owner.named_modules(remove_duplicate=False):
+            for tensor in (*module._parameters, *module._buffers):
+                name = f"{inside}.{tensor}" if inside else tensor
+                if _float32_key(keys, name) is not None:
+                    names.add(f"{prefix}.{name}" if prefix else name)
+    return names
+
+
+def _float32_keys(model: PreTrainedModel, dtype: torch.dtype | None = torch.float16) -> list[str]:
+    """The model's lists of float32 modules: one is for float16 only, the other for bfloat16 too."""
+    keys: list[str] = []
+    if dtype is torch.float16:
+        keys += model._keep_in_fp32_modules or ()
+    if dtype in (torch.float16, torch.bfloat16):
+        keys += model._keep_in_fp32_modules_strict or ()
+    return keys
+
+
+def _float32_key(keys: Iterable[str], name: str) -> str | None:
+    """The key that matches a parameter, as transformers matches it."""
+    for key in keys:
+        pattern = re.escape(key).replace(r"\*", ".*")
+        if re.search(rf"(^|\.){pattern}($|\.)", name):
+            return key
     return None
 
 
