@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .experts import Experts
+
 HEADS = frozenset({"lm_head", "score", "classifier"})
 """Names of heads in models that are not transformers' own; the last two are those that PEFT trains in whole."""
 
@@ -109,7 +111,9 @@ def _routers(model: nn.Module) -> Iterator[str]:
 
 
 def number_of_experts(experts: object) -> int:
-    """Number of experts in a list or in a module with three-dimensional parameters; 0 if it is neither."""
+    """Number of experts in a list, in `Experts` or in a module with three-dimensional parameters; 0 for others."""
+    if isinstance(experts, Experts):
+        return experts.num_experts
     if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
         return len(experts)
     if not isinstance(experts, nn.Module):

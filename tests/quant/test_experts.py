@@ -116,6 +116,17 @@ def test_experts_are_quantized_saved_and_loaded_with_overrides_and_skips(tmp_pat
 
 
 @fused_only
+def test_routers_are_known_beside_quantized_experts():
+    model = moe("qwen2_moe")
+    first = quantize_model(model, nbits=8, **SETTINGS)
+    again = quantize_model(model, nbits=8, **SETTINGS)
+    routers = {name for name, reason in first.kept.items() if reason == "it routes tokens to experts"}
+    assert {name.rpartition(".")[2] for name in routers} == {"shared_expert_gate"}
+    assert again.quantized == {}
+    assert routers == {name for name, reason in again.kept.items() if reason == "it routes tokens to experts"}
+
+
+@fused_only
 def test_fused_experts_are_freed():
     model = moe()
     report = quantize_model(model, nbits=4, **SETTINGS)
