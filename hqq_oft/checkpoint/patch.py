@@ -35,8 +35,9 @@ def _change(active: Patch) -> None:
     active.set(HqqConfig, "from_dict", classmethod(hqq_from_dict))
     if packaging.version.parse(transformers.__version__).major >= 5:
         from .transformers5 import HqqQuantizer
-
-        active.set_item(auto.AUTO_QUANTIZER_MAPPING, _METHOD, HqqQuantizer)
+    else:
+        from .transformers4 import HqqQuantizer
+    active.set_item(auto.AUTO_QUANTIZER_MAPPING, _METHOD, HqqQuantizer)
 
 
 patch = Patch(_change)
@@ -53,7 +54,8 @@ def patch_transformers() -> PatchHandle:
     report that names it and raises RuntimeError.
 
     In every version, `quantization_config` may also be a dict with `"quant_method": "hqq"` or `"method": "hqq"` and the
-    arguments of `HqqConfig`; nothing else changes in transformers 4. Idempotent. `patch_peft` includes it.
+    arguments of `HqqConfig`. transformers 4 loads HQQ layers in place of `Conv1D` (of GPT-2) too, which it would
+    initialize at random; nothing else changes in it. Idempotent. `patch_peft` includes it.
 
     Returns:
         A handle that can be used in a `with` statement.
