@@ -76,7 +76,8 @@ def why_never(model: nn.Module, name: str) -> str | None:
 def reads_weight(model: nn.Module, name: str) -> bool:
     """Whether the module around a layer computes with the layer's weight, as Mamba's mixers do, without calling it."""
     parent, _, child = name.rpartition(".")
-    return bool(child) and child in _weights_read_by(type(model.get_submodule(parent)))
+    parent_class: Any = type(model.get_submodule(parent))
+    return bool(child) and child in _weights_read_by(parent_class)
 
 
 # Not dtypes, devices and shapes. Bloom reads slices of weights, but only if `slow_but_exact` is set.
