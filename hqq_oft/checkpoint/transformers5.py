@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..quant.defaults import kept_by_default
 from ..quant.experts import Experts, is_fused
 from ..quant.linears import expose, mark_origin, reads_weight, why_never
 from ..quant.marks import mark_quantized
+from ..quant.report import QuantizationReport, dense_bytes
 from ..quant.settings import QuantizationSettings
 from .files import LoadedTensors
 from .layer_format import FIELDS, StoredLayer
@@ -123,6 +125,15 @@ def _stored_layers(files: Sequence[str]) -> set[str]:
     return names
 
 
+def _warn_if_mostly_dense(model: Any, layers: Sequence[Any]) -> None:
+    """The UserWarning that `quantize_model` gives too."""
+    report = QuantizationReport(dense=dense_bytes(model, {}))
+    quantized = sum(layer.out_features * layer.in_features * layer.compute_dtype.itemsize for layer in layers)
+    report.bytes_before = sum(report.dense.values()) + quantized
+    if mostly_dense := report.mostly_dense():
+        warnings.warn(f"{mostly_dense} The log gives the reasons.", UserWarning, stacklevel=2)
+
+
 class HqqQuantizer(HqqHfQuantizer):
     """What `from_pretrained` of transformers 5 calls for models with an `HqqConfig`.
 
@@ -184,7 +195,7 @@ class HqqQuantizer(HqqHfQuantizer):
             tag = None if single else next((tag for tag in config if f".{name}".endswith(f".{tag}")), None)
             settings = config if single else config.get(tag)
             if settings is None or any(pattern in name for pattern in skipped):
-                continue  # asked for by the user
+                continue  # as the configuration says
             weight = settings["weight_quant_params"]
             reason = "its weight is tied" if f"{name}.weight" in tied else why_never(model, name) or kept.get(name)
             if reason is None:
@@ -289,6 +300,8 @@ class HqqQuantizer(HqqHfQuantizer):
             logger.warning("%d parameter(s) that transformers fuses were dequantized.", len(self.made_dense))
         if layers:
             mark_quantized(model)
+            if not self.pre_quantized:
+                _warn_if_mostly_dense(model, layers)
         else:
             logger.warning("HqqConfig quantized no layer of the model.")
         return model

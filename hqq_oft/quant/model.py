@@ -124,14 +124,8 @@ def quantize_model(
     _place_rest(model, compute_dtype, device)
     marks.mark_quantized(model)
     report.bytes_after = stored_bytes(model)
-    if report.quantized_share < 0.5:
-        largest = [f"{name} {share:.0%}" for name, share in report.dense_shares().items() if share >= 0.05]
-        warnings.warn(
-            f"only {report.quantized_share:.0%} of the model's bytes were quantized; dense are {', '.join(largest)}. "
-            "The report gives the reasons.",
-            UserWarning,
-            stacklevel=2,
-        )
+    if mostly_dense := report.mostly_dense():
+        warnings.warn(f"{mostly_dense} The report gives the reasons.", UserWarning, stacklevel=2)
     return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 import weakref
 
 import pytest
@@ -160,9 +161,19 @@ def test_experts_that_stay_dense_are_named(tmp_path, caplog):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=VOCABULARY, num_local_experts=2)
     MixtralForCausalLM(config).save_pretrained(tmp_path / "dense")
-    with caplog.at_level(logging.WARNING, "hqq_oft"):
+    mostly_dense = pytest.warns(
+        UserWarning, match=r"only \d+% of .* dense are .*model.layers.\*.mlp.experts.gate_up_proj"
+    )
+    with caplog.at_level(logging.WARNING, "hqq_oft"), mostly_dense:
         quantized(tmp_path / "dense")
     assert "model.layers.0.mlp.experts and 1 more stay dense" in caplog.text
+
+
+@on_version_5
+def test_a_model_that_is_mostly_quantized_does_not_warn(dense):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="only .* of the model's bytes")
+        assert hqq_layers(quantized(dense))
 
 
 @on_version_5
