@@ -7,7 +7,6 @@ import os
 import pickle
 import tempfile
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import transformers
 from hqq.core.quantize import Quantizer
 from torch import Tensor
 
+from .._installation import __version__
 from ..quant import hqq_layer
 from .atomic_directory import check_replaceable
 from .files import CONFIG, INDEX, QMODEL, SINGLE, Checkpoint, CheckpointError, read_json, write_checkpoint
@@ -61,7 +61,7 @@ def convert_checkpoint(
     with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.convert-") as folder:
         prepared = Path(folder)
         if (source / QMODEL).is_file() and not any((source / name).is_file() for name in (SINGLE, INDEX)):
-            write_checkpoint(prepared, _read_qmodel(source / QMODEL), 10**10, metadata.version("hqq-oft"))
+            write_checkpoint(prepared, _read_qmodel(source / QMODEL), 10**10, __version__)
         else:
             for path in (*source.glob("*.safetensors"), *source.glob(INDEX)):
                 (prepared / path.name).symlink_to(path.resolve())

@@ -16,8 +16,9 @@ from accelerate import init_empty_weights
 from torch import nn
 from tqdm import tqdm
 
-from ..quant.linears import expose, mark_origin
-from ..quant.marks import mark_quantized, reads_weight
+from ..quant.defaults import kept_in_float32
+from ..quant.linears import expose, mark_origin, reads_weight
+from ..quant.marks import mark_quantized
 from ..quant.model import check_compute_dtype
 from . import diffusers_models
 from .files import CONFIG, QMODEL, Checkpoint, CheckpointError, read_json
@@ -47,8 +48,8 @@ def load_quantized(
 
     Args:
         directory: the model directory.
-        compute_dtype: floating dtype of the HQQ layers, to which the model's other parameters are cast too; as stored
-            by default.
+        compute_dtype: floating dtype of the HQQ layers, to which the model's other parameters are cast too, or to
+            float32 where transformers keeps them in it; as stored by default.
         device: device to load the model onto, layer by layer; host memory by default.
         progress: show a progress bar on a terminal.
 
@@ -256,9 +257,11 @@ def _fill(
         mark_origin(modules[name], layer)
         for place in places[id(modules[name])]:
             _set(model, place, layer)
+    float32 = kept_in_float32(model, dtype)
     for name, names in plan.dense.items():
         tensor = checkpoint.read(name)
-        tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        cast = torch.float32 if float32.intersection(names) else dtype
+        tensor = tensor.to(device, cast if tensor.is_floating_point() else None)
         old = _get(model, names[0])
         if isinstance(old, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)

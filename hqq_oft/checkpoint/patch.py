@@ -35,24 +35,29 @@ def _change(active: Patch) -> None:
     active.set(HqqConfig, "from_dict", classmethod(hqq_from_dict))
     if packaging.version.parse(transformers.__version__).major >= 5:
         from .transformers5 import HqqQuantizer
-
-        active.set_item(auto.AUTO_QUANTIZER_MAPPING, _METHOD, HqqQuantizer)
+    else:
+        from .transformers4 import HqqQuantizer
+    active.set_item(auto.AUTO_QUANTIZER_MAPPING, _METHOD, HqqQuantizer)
 
 
 patch = Patch(_change)
 
 
 def patch_transformers() -> PatchHandle:
-    """Have transformers 5 quantize with `HqqConfig`, save and load HQQ layers again, as transformers 4.57 does.
+    """Have transformers 5 quantize `nn.Linear` with `HqqConfig`, save and load HQQ layers again, as 4.57 does.
 
     Afterwards `from_pretrained(path, quantization_config=HqqConfig(...))` quantizes while it loads: each dense weight
     is read, quantized with this package's quantizer and freed before the next. `from_pretrained` of a directory that
     transformers or `save_quantized` wrote restores the layers bit for bit. `skip_modules` and `dynamic_config` are used
     as in 4.57. Layers stay dense, and are logged, if their weight is tied or read by the model itself, if the model
-    keeps them in float32, or if the settings can't pack them.
+    keeps them in float32, or if the settings can't pack them. `Conv1D`, as in 4.57, and the experts that transformers 5
+    stores as three-dimensional parameters stay dense too, and are logged; `quantize_model` quantizes both. If more than
+    half of the bytes stay dense, a UserWarning names the largest. For a weight with NaN or infinity, transformers logs
+    a report that names it and raises RuntimeError.
 
     In every version, `quantization_config` may also be a dict with `"quant_method": "hqq"` or `"method": "hqq"` and the
-    arguments of `HqqConfig`; nothing else changes in transformers 4. Idempotent. `patch_peft` includes it.
+    arguments of `HqqConfig`. transformers 4 loads HQQ layers in place of `Conv1D` (of GPT-2) too, which it would
+    initialize at random; nothing else changes in it. Idempotent. `patch_peft` includes it.
 
     Returns:
         A handle that can be used in a `with` statement.

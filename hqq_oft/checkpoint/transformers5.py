@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,8 +26,9 @@ from ..ops import table as ops
 from ..quant import hqq_layer, quantizer
 from ..quant.defaults import kept_by_default
 from ..quant.experts import Experts, is_fused
-from ..quant.linears import SAME_FUNCTION, expose, mark_origin
-from ..quant.marks import mark_quantized, reads_weight
+from ..quant.linears import expose, mark_origin, reads_weight, why_never
+from ..quant.marks import mark_quantized
+from ..quant.report import QuantizationReport, dense_bytes
 from ..quant.settings import QuantizationSettings
 from .files import LoadedTensors
 from .layer_format import FIELDS, StoredLayer
@@ -61,6 +63,8 @@ class _Quantize(_Operation):
             weight["group_size"] = weight["group_size"] or dense.shape[weight["axis"]]
             if dense.shape != model.get_submodule(name).weight.shape:
                 raise ValueError(f"{key} has shape {tuple(dense.shape)}, which is not the model's.")
+            if not torch.isfinite(dense).all():
+                raise ValueError(f"{key} contains NaN or infinity.")
             state, _ = quantizer.quantize(dense, settings, dense.dtype, dense.device)
             self.quantizer.place(model, name, hqq_layer.make_layer(state, None, settings), missing_keys)
         return rest
@@ -119,6 +123,15 @@ def _stored_layers(files: Sequence[str]) -> set[str]:
                 stored = list(opened.keys())
             names.update(name.removesuffix(".W_q") for name in stored if name.endswith(".W_q"))
     return names
+
+
+def _warn_if_mostly_dense(model: Any, layers: Sequence[Any]) -> None:
+    """The UserWarning that `quantize_model` gives too."""
+    report = QuantizationReport(dense=dense_bytes(model, {}))
+    quantized = sum(layer.out_features * layer.in_features * layer.compute_dtype.itemsize for layer in layers)
+    report.bytes_before = sum(report.dense.values()) + quantized
+    if mostly_dense := report.mostly_dense():
+        warnings.warn(f"{mostly_dense} The log gives the reasons.", UserWarning, stacklevel=2)
 
 
 class HqqQuantizer(HqqHfQuantizer):
@@ -182,11 +195,9 @@ class HqqQuantizer(HqqHfQuantizer):
             tag = None if single else next((tag for tag in config if f".{name}".endswith(f".{tag}")), None)
             settings = config if single else config.get(tag)
             if settings is None or any(pattern in name for pattern in skipped):
-                continue  # asked for by the user
+                continue  # as the configuration says
             weight = settings["weight_quant_params"]
-            reason = "its weight is tied" if f"{name}.weight" in tied else kept.get(name)
-            if type(linear) is not nn.Linear and type(linear).__name__ not in SAME_FUNCTION:
-                reason = f"it is a {type(linear).__name__}, which may compute a different function"
+            reason = "its weight is tied" if f"{name}.weight" in tied else why_never(model, name) or kept.get(name)
             if reason is None:
                 reason = QuantizationSettings(weight["nbits"], weight["group_size"], weight["axis"]).why_not(linear)
             if reason is None:
@@ -289,6 +300,8 @@ class HqqQuantizer(HqqHfQuantizer):
             logger.warning("%d parameter(s) that transformers fuses were dequantized.", len(self.made_dense))
         if layers:
             mark_quantized(model)
+            if not self.pre_quantized:
+                _warn_if_mostly_dense(model, layers)
         else:
             logger.warning("HqqConfig quantized no layer of the model.")
         return model

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from .experts import Experts
 
 HEADS = frozenset({"lm_head", "score", "classifier"})
 """Names of heads in models that are not transformers' own; the last two are those that PEFT trains in whole."""
@@ -24,17 +24,12 @@ def kept_by_default(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[s
     * other heads: what a model such as `BertForSequenceClassification` has outside its base model, and modules with a
       name in `HEADS`;
     * modules in `_keep_in_fp32_modules` and `_keep_in_fp32_modules_strict`;
-    * routers and gates of a mixture of experts;
-    * layers whose weight the module around them reads, as the mixers of Mamba do, instead of calling the layer.
+    * routers and gates of a mixture of experts.
     """
     reasons: dict[str, str] = {}
     for name in layers:
         if HEADS.intersection(name.split(".")):
             reasons[name] = "it is a head by its name"
-        prefix, _, child = name.rpartition(".")
-        parent: Any = type(model.get_submodule(prefix)) if child and layers[name] is _get(model, name) else nn.Module
-        if child in _weights_read_by(parent):
-            reasons[name] = f"{parent.__name__} reads its weight"
     for name in _routers(model):
         reasons[name] = "it routes tokens to experts"
     owners = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, PreTrainedModel)}
@@ -45,7 +40,7 @@ def kept_by_default(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[s
             inside = name[len(prefix) + 1 :] if prefix else name
             if layer is _output_embeddings(owner):
                 reasons[name] = f"it is the output head of {type(owner).__name__}"
-            elif (key := _float32_key(owner, inside)) is not None:
+            elif (key := _float32_key(_float32_keys(owner), f"{inside}.weight")) is not None:
                 reasons[name] = f"{type(owner).__name__} keeps {key!r} in float32"
         nearest = next((owners[prefix] for prefix in _prefixes(name) if prefix in owners), None)
         if nearest is not None and name not in reasons and _is_outside_base(nearest, layer):
@@ -60,32 +55,6 @@ def _prefixes(name: str) -> Iterator[str]:
         yield name
 
 
-def _get(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:  # a layer of experts, which the model has as a slice of a parameter
-        return None
-
-
-# Bloom reads slices of weights, but only if `slow_but_exact` is set.
-_READ = re.compile(r"(?<!isinstance\()self\.(\w+)\.weight\b(?!\[|\.(?:dtype|device)\b)")
-
-
-@functools.cache
-def _weights_read_by(module_class: Any) -> frozenset[str]:
-    """Names of the children of a module whose weights, not just dtypes or devices, its methods read."""
-    names: set[str] = set()
-    for owner in module_class.__mro__[: module_class.__mro__.index(nn.Module)]:
-        for method_name, method in vars(owner).items():
-            if inspect.isfunction(method) and not re.search("init|reset", method_name):
-                try:
-                    source = inspect.getsource(method)
-                except (OSError, TypeError):  # defined in an interactive session
-                    continue
-                names.update(re.findall(_READ, source))
-    return frozenset(names)
-
-
 def _output_embeddings(model: PreTrainedModel) -> nn.Module | None:
     try:
         return model.get_output_embeddings()
@@ -93,13 +62,36 @@ def _output_embeddings(model: PreTrainedModel) -> nn.Module | None:
         return None
 
 
-def _float32_key(model: PreTrainedModel, name: str) -> str | None:
-    """The entry of the model's lists of float32 modules that matches a layer, as transformers matches it."""
-    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-        for key in getattr(model, attribute, None) or ():
-            pattern = re.escape(key).replace(r"\*", ".*")
-            if re.search(rf"(^|\.){pattern}($|\.)", f"{name}.weight"):
-                return str(key)
+def kept_in_float32(model: nn.Module, dtype: torch.dtype | None) -> set[str]:
+    """Names of the parameters and buffers that transformers keeps in float32 in a model of this dtype."""
+    names: set[str] = set()
+    for prefix, owner in model.named_modules(remove_duplicate=False):
+        if not isinstance(owner, PreTrainedModel) or not (keys := _float32_keys(owner, dtype)):
+            continue
+        for inside, module in owner.named_modules(remove_duplicate=False):
+            for tensor in (*module._parameters, *module._buffers):
+                name = f"{inside}.{tensor}" if inside else tensor
+                if _float32_key(keys, name) is not None:
+                    names.add(f"{prefix}.{name}" if prefix else name)
+    return names
+
+
+def _float32_keys(model: PreTrainedModel, dtype: torch.dtype | None = torch.float16) -> list[str]:
+    """The model's lists of float32 modules: one is for float16 only, the other for bfloat16 too."""
+    keys: list[str] = []
+    if dtype is torch.float16:
+        keys += model._keep_in_fp32_modules or ()
+    if dtype in (torch.float16, torch.bfloat16):
+        keys += model._keep_in_fp32_modules_strict or ()
+    return keys
+
+
+def _float32_key(keys: Iterable[str], name: str) -> str | None:
+    """The key that matches a parameter, as transformers matches it."""
+    for key in keys:
+        pattern = re.escape(key).replace(r"\*", ".*")
+        if re.search(rf"(^|\.){pattern}($|\.)", name):
+            return key
     return None
 
 
@@ -119,7 +111,9 @@ def _routers(model: nn.Module) -> Iterator[str]:
 
 
 def number_of_experts(experts: object) -> int:
-    """Number of experts in a list or in a module with three-dimensional parameters; 0 if it is neither."""
+    """Number of experts in a list, in `Experts` or in a module with three-dimensional parameters; 0 for others."""
+    if isinstance(experts, Experts):
+        return experts.num_experts
     if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
         return len(experts)
     if not isinstance(experts, nn.Module):

@@ -5,8 +5,12 @@ Besides `nn.Linear` these are transformers' `Conv1D`, which stores its weight tr
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from hqq.core.quantize import HQQLinear
 from torch import Tensor, nn
@@ -45,13 +49,10 @@ def linear_layers(model: nn.Module) -> Iterator[LinearLayer]:
     converted: dict[nn.Module, nn.Linear] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear):
-            other = None
-            if type(module) is not nn.Linear and type(module).__name__ not in SAME_FUNCTION:
-                other = f"it is a {type(module).__name__}, which may compute a different function"
-            yield LinearLayer(name, module, module, module.weight, why_not=other)
+            yield LinearLayer(name, module, module, module.weight, why_not=why_never(model, name))
         elif type(module) is Conv1D:
             linear = converted.setdefault(module, _from_conv1d(module))
-            yield LinearLayer(name, linear, module, module.weight)
+            yield LinearLayer(name, linear, module, module.weight, why_not=why_never(model, name))
         elif is_fused(module) and why_not_split(module) is None:
             experts = split.get(module) or split.setdefault(module, Experts(module))
             for part, layer in experts.named_modules():
@@ -59,6 +60,43 @@ def linear_layers(model: nn.Module) -> Iterator[LinearLayer]:
                     parameter = module._parameters[part.rpartition(".")[2]]
                     assert parameter is not None
                     yield LinearLayer(f"{name}.{part}", layer, module, parameter, experts)
+
+
+def why_never(model: nn.Module, name: str) -> str | None:
+    """Why a linear layer of a model must stay dense, whatever the settings; None if it need not."""
+    module = model.get_submodule(name)
+    kind = type(module)
+    if kind not in (nn.Linear, Conv1D) and kind.__name__ not in SAME_FUNCTION:
+        return f"it is a {kind.__name__}, which may compute a different function"
+    if reads_weight(model, name):
+        return f"{type(model.get_submodule(name.rpartition('.')[0])).__name__} reads its weight"
+    return None
+
+
+def reads_weight(model: nn.Module, name: str) -> bool:
+    """Whether the module around a layer computes with the layer's weight, as Mamba's mixers do, without calling it."""
+    parent, _, child = name.rpartition(".")
+    parent_class: Any = type(model.get_submodule(parent))
+    return bool(child) and child in _weights_read_by(parent_class)
+
+
+# Not dtypes, devices and shapes. Bloom reads slices of weights, but only if `slow_but_exact` is set.
+_READ = re.compile(r"(?<!isinstance\()self\.(\w+)\.weight\b(?!\[|\.(?:dtype|device|shape)\b)")
+
+
+@functools.cache
+def _weights_read_by(module_class: Any) -> frozenset[str]:
+    """Names of the children of a module whose weights its methods read in any of their branches."""
+    names: set[str] = set()
+    for owner in module_class.__mro__[: module_class.__mro__.index(nn.Module)]:
+        for method_name, method in vars(owner).items():
+            if inspect.isfunction(method) and not re.search("init|reset", method_name):
+                try:
+                    source = inspect.getsource(method)
+                except (OSError, TypeError):  # defined in an interactive session
+                    continue
+                names.update(re.findall(_READ, source))
+    return frozenset(names)
 
 
 def _from_conv1d(module: Conv1D) -> nn.Linear:

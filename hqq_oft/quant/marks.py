@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import packaging.version
-import transformers
 from hqq.core.quantize import HQQLinear
 from torch import nn
 from transformers import PretrainedConfig
@@ -34,22 +32,3 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         "quant_config": {**quantization_settings(first), "offload_meta": False},
         "skip_modules": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
     }
-
-
-# Layers that models of transformers 5 multiply with themselves, by class: their weight must be a dense parameter.
-_MULTIPLIED = {
-    **dict.fromkeys(("MambaMixer", "FalconMambaMixer", "JambaMambaMixer"), ("dt_proj",)),
-    **dict.fromkeys(
-        ("DetrMHAttentionMap", "ConditionalDetrMHAttentionMap", "MaskFormerDetrMHAttentionMap"), ("k_proj",)
-    ),
-    "DisentangledSelfAttention": ("in_proj",),
-    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
-}
-
-
-def reads_weight(model: nn.Module, name: str) -> bool:
-    """Whether the model computes with the weight of its linear layer `name` without calling the layer."""
-    if packaging.version.parse(transformers.__version__).major < 5:
-        return False
-    parent, _, child = name.rpartition(".")
-    return child in _MULTIPLIED.get(type(model.get_submodule(parent)).__name__, ())

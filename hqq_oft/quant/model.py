@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from . import hqq_layer, marks, quantizer
+from .defaults import kept_in_float32
 from .experts import Experts
 from .linears import mark_origin, replace
 from .report import QuantizationReport, stored_bytes
@@ -51,7 +52,8 @@ def quantize_model(
     unchanged, the model remains usable with the earlier layers quantized, and calling again continues with the failed
     layer.
 
-    Layers of other classes, tied weights (an `lm_head` tied to the embedding) and HQQ layers are not changed. Output
+    Layers of other classes, layers whose weight the module around them reads (in Mamba's mixers), tied weights (an
+    `lm_head` tied to the embedding) and HQQ layers are not changed, even if `overrides` names them. Output
     and classification heads, modules that transformers keeps in float32, routers of experts, and layers whose shape
     can't be packed with the settings stay dense too, unless `overrides` names them without a wildcard. The report gives
     the reason for each layer and the share of the bytes that stays dense; if that is more than half, a UserWarning
@@ -67,8 +69,8 @@ def quantize_model(
         axis: 1 for groups along a row, 0 down a column.
         quant_config: HQQ's `BaseQuantizeConfig` or transformers' `HqqConfig`; if given, it overrides `nbits`,
             `group_size` and `axis`, and its `skip_modules` are skipped too.
-        compute_dtype: floating dtype of the layers; the model's other parameters are cast to it too. By default each
-            layer keeps its dtype and nothing is cast.
+        compute_dtype: floating dtype of the layers; the model's other parameters are cast to it too, or to float32
+            where transformers keeps them in it. By default each layer keeps its dtype and nothing is cast.
         device: device to move the whole model to, layer by layer; by default nothing is moved.
         skip_modules: names of more layers to leave dense, or of modules that contain them.
         overrides: settings that differ (`nbits`, `group_size`, `axis`) by name, or None to leave a layer dense. The
@@ -122,14 +124,8 @@ def quantize_model(
     _place_rest(model, compute_dtype, device)
     marks.mark_quantized(model)
     report.bytes_after = stored_bytes(model)
-    if report.quantized_share < 0.5:
-        largest = [f"{name} {share:.0%}" for name, share in report.dense_shares().items() if share >= 0.05]
-        warnings.warn(
-            f"only {report.quantized_share:.0%} of the model's bytes were quantized; dense are {', '.join(largest)}. "
-            "The report gives the reasons.",
-            UserWarning,
-            stacklevel=2,
-        )
+    if mostly_dense := report.mostly_dense():
+        warnings.warn(f"{mostly_dense} The report gives the reasons.", UserWarning, stacklevel=2)
     return report
 
 
@@ -166,22 +162,29 @@ def _quantize_layer(
 def _place_rest(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
     """Move the whole model, and cast all tensors outside HQQ layers.
 
-    Non-persistent buffers, such as the frequencies of rotary embeddings, keep their dtype.
+    Those that transformers keeps in float32 are cast to it. Non-persistent buffers, such as the frequencies of rotary
+    embeddings, keep their dtype.
     """
+    float32 = kept_in_float32(model, dtype)
+
+    def cast_to(prefix: str, name: str) -> torch.dtype | None:
+        return torch.float32 if (f"{prefix}.{name}" if prefix else name) in float32 else dtype
+
     if dtype is not None and isinstance(config := getattr(model, "config", None), PretrainedConfig):
         config.dtype = dtype
-    for module in model.modules():
+    for prefix, module in model.named_modules():
         if isinstance(module, HQQLinear):
             if device is not None:
                 hqq_layer.move_layer(module, device)
             continue
-        for parameter in module._parameters.values():
+        for name, parameter in module._parameters.items():
             if parameter is not None:
-                parameter.data = parameter.data.to(device, dtype if parameter.is_floating_point() else None)
+                cast = parameter.is_floating_point()
+                parameter.data = parameter.data.to(device, cast_to(prefix, name) if cast else None)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 cast = buffer.is_floating_point() and name not in module._non_persistent_buffers_set
-                module._buffers[name] = buffer.to(device, dtype if cast else None)
+                module._buffers[name] = buffer.to(device, cast_to(prefix, name) if cast else None)
 
 
 def check_compute_dtype(dtype: torch.dtype | None) -> None:

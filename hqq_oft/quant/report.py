@@ -50,6 +50,13 @@ class QuantizationReport:
             sums[_without_numbers(name)] += size
         return {name: size / max(self.bytes_before, 1) for name, size in sums.most_common()}
 
+    def mostly_dense(self) -> str | None:
+        """A warning that names the largest dense weights if less than half of the bytes were quantized."""
+        if self.quantized_share >= 0.5:
+            return None
+        largest = [f"{name} {share:.0%}" for name, share in self.dense_shares().items() if share >= 0.05]
+        return f"only {self.quantized_share:.0%} of the model's bytes were quantized; dense are {', '.join(largest)}."
+
     def __str__(self) -> str:
         lines = [
             f"{len(self.quantized)} layer(s) quantized, {len(self.kept)} kept; "

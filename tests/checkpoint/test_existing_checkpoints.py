@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import metadata
 
 import pytest
 import torch
@@ -67,6 +68,20 @@ def test_qmodel_pt_is_converted(tmp_path, settings):
     assert sum(isinstance(module, HQQLinear) for module in loaded.modules()) == 14
     assert torch.allclose(logits(loaded, TOKENS), logits(model, TOKENS), atol=1e-5)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["model"]
+
+
+def test_qmodel_pt_is_converted_by_a_package_that_is_not_installed(tmp_path, monkeypatch):
+    (tmp_path / "hqq").mkdir()
+    AutoHQQHFModel.save_quantized(by_hqq(), str(tmp_path / "hqq"))
+    version = metadata.version
+
+    def not_installed(name):
+        if name == "hqq-oft":
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(metadata, "version", not_installed)
+    assert convert(tmp_path / "hqq", tmp_path / "new") == 0
 
 
 def test_qmodel_pt_of_an_old_hqq_is_converted(tmp_path):

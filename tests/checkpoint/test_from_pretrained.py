@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 import weakref
 
 import pytest
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from small_llama import VOCABULARY, small_llama
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     HqqConfig,
     JambaConfig,
     JambaForCausalLM,
@@ -24,6 +27,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 
 import hqq_oft
@@ -96,6 +100,19 @@ def test_save_pretrained_and_from_pretrained_are_exact(dense, tmp_path, settings
     assert_same(model, load_quantized(tmp_path / "stored"))
 
 
+def test_hqq_layers_in_place_of_conv1d_load_by_the_path(tmp_path):
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)
+    model = GPT2LMHeadModel(config).eval()
+    quantize_model(model, group_size=16, overrides={"h.1.attn.c_proj": None, "c_fc": {"nbits": 8}}, progress=False)
+    save_quantized(model, tmp_path / "model")
+    loaded, info = GPT2LMHeadModel.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert len(hqq_layers(loaded)) == 7
+    assert_same(model, loaded.eval())
+    assert all(layer.from_conv1d for layer in hqq_layers(loaded).values())
+    assert type(loaded.transformer.h[1].attn.c_proj) is Conv1D
+
+
 def test_a_model_saved_by_either_function_loads_by_its_path(tmp_path):
     model = small_llama()
     quantize_model(model, group_size=16, overrides={"down_proj": {"nbits": 8}, "up_proj": None}, progress=False)
@@ -144,9 +161,19 @@ def test_experts_that_stay_dense_are_named(tmp_path, caplog):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=VOCABULARY, num_local_experts=2)
     MixtralForCausalLM(config).save_pretrained(tmp_path / "dense")
-    with caplog.at_level(logging.WARNING, "hqq_oft"):
+    mostly_dense = pytest.warns(
+        UserWarning, match=r"only \d+% of .* dense are .*model.layers.\*.mlp.experts.gate_up_proj"
+    )
+    with caplog.at_level(logging.WARNING, "hqq_oft"), mostly_dense:
         quantized(tmp_path / "dense")
     assert "model.layers.0.mlp.experts and 1 more stay dense" in caplog.text
+
+
+@on_version_5
+def test_a_model_that_is_mostly_quantized_does_not_warn(dense):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="only .* of the model's bytes")
+        assert hqq_layers(quantized(dense))
 
 
 @on_version_5
@@ -172,6 +199,19 @@ def test_a_damaged_layer_is_an_error_and_runs_no_code(dense, tmp_path, damage, c
     with pytest.raises(RuntimeError, match="issues during automatic conversion"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "stored")
     assert not (tmp_path / "run").exists()
+
+
+@on_version_5
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_an_error_that_is_reported(dense, value, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    path = dense / "model.safetensors"
+    tensors = load_file(path)
+    tensors[f"{Q}.weight"][3, 5] = value
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(RuntimeError, match="issues during automatic conversion"):
+        quantized(dense)
+    assert f"ValueError: {Q}.weight contains NaN or infinity" in caplog.text
 
 
 @on_version_5
@@ -224,7 +264,7 @@ def test_the_patch_is_idempotent_and_reversible():
     patched = state_of_transformers()
     hqq_oft.patch_transformers()
     assert state_of_transformers() == patched != before
-    assert (before[1] is patched[1]) == (transformers.__version__ < "5")
+    assert before[1] is not patched[1]
     hqq_oft.unpatch_transformers()
     assert state_of_transformers() == before
 
@@ -265,11 +305,23 @@ def t5():
     )
 
 
+def mamba():
+    return MambaForCausalLM(MambaConfig(**SMALL, hidden_size=32, state_size=16))
+
+
 READERS = {
     "T5": (t5, "DenseReluDense.wi"),
-    "Mamba": (lambda: MambaForCausalLM(MambaConfig(**SMALL, hidden_size=32, state_size=16)), "in_proj"),
+    "Mamba": (mamba, "in_proj"),
     "Jamba": (jamba, "mamba.in_proj"),
 }
+
+
+def test_layers_that_are_never_called_on_a_gpu_stay_dense_even_if_they_are_named():
+    model = mamba().eval()
+    names = ("dt_proj", "x_proj", "out_proj")  # the last two are read by the mixer's CUDA kernels only
+    report = quantize_model(model, group_size=16, overrides={each: {} for each in names}, progress=False)
+    assert {name.split(".")[-1] for name, reason in report.kept.items() if "reads its weight" in reason} == {*names}
+    assert logits(model, TOKENS).isfinite().all()
 
 
 def test_an_hqq_layer_has_an_empty_weight_of_its_dtype():
@@ -278,6 +330,20 @@ def test_an_hqq_layer_has_an_empty_weight_of_its_dtype():
     layer = model.model.layers[0].mlp.up_proj
     assert (layer.weight.dtype, layer.weight.device, layer.weight.numel()) == (torch.float32, layer.W_q.device, 0)
     assert not any(name.endswith("up_proj.weight") for name in model.state_dict())
+
+
+@on_version_5
+@pytest.mark.parametrize("name", READERS)
+def test_from_pretrained_keeps_the_layers_dense_that_quantize_model_does(tmp_path, name):
+    model = READERS[name][0]().eval()
+    model.save_pretrained(tmp_path / "dense")
+    loaded = type(model).from_pretrained(
+        tmp_path / "dense", quantization_config=HqqConfig(nbits=8, group_size=16, skip_modules=["experts"])
+    )
+    report = quantize_model(model, nbits=8, group_size=16, skip_modules=["experts"][: name == "Jamba"], progress=False)
+    assert hqq_layers(loaded).keys() == report.quantized.keys()
+    if name != "T5":
+        assert all(".dt_proj" not in layer for layer in report.quantized)
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -116,6 +116,17 @@ def test_experts_are_quantized_saved_and_loaded_with_overrides_and_skips(tmp_pat
 
 
 @fused_only
+def test_routers_are_known_beside_quantized_experts():
+    model = moe("qwen2_moe")
+    first = quantize_model(model, nbits=8, **SETTINGS)
+    again = quantize_model(model, nbits=8, **SETTINGS)
+    routers = {name for name, reason in first.kept.items() if reason == "it routes tokens to experts"}
+    assert {name.rpartition(".")[2] for name in routers} == {"shared_expert_gate"}
+    assert again.quantized == {}
+    assert routers == {name for name, reason in again.kept.items() if reason == "it routes tokens to experts"}
+
+
+@fused_only
 def test_fused_experts_are_freed():
     model = moe()
     report = quantize_model(model, nbits=4, **SETTINGS)
@@ -251,8 +262,10 @@ class Mixer(nn.Module):
         return self.wo(self.in_proj(x) @ self.dt_proj.weight)
 
 
-def test_layers_whose_weight_the_module_around_them_reads_stay_dense():
+@pytest.mark.parametrize("overrides", [{}, {"dt_proj": {}}])
+def test_layers_whose_weight_the_module_around_them_reads_stay_dense(overrides):
     model = nn.ModuleDict({"mixer": Mixer()})
-    report = quantize_model(model, **SETTINGS)
+    report = quantize_model(model, overrides=overrides, **SETTINGS)
+    assert model["mixer"](torch.randn(3, 32)).shape == (3, 32)
     assert report.kept == {"mixer.dt_proj": "Mixer reads its weight"}
     assert set(report.quantized) == {"mixer.in_proj", "mixer.wo"}

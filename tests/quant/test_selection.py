@@ -65,6 +65,26 @@ def test_heads_and_float32_modules_stay_dense_with_the_reason(make, dense):
     assert report.quantized
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_transformers_keeps_in_float32_is_not_cast(dtype, tmp_path):
+    model, half = t5().eval(), t5().to(torch.bfloat16)
+    quantize_model(model, compute_dtype=dtype, **SETTINGS)
+    quantize_model(half, compute_dtype=dtype, **SETTINGS)
+    hqq_oft.save_quantized(model, tmp_path / "model")
+    loaded = hqq_oft.load_quantized(tmp_path / "model", compute_dtype=dtype)
+    tokens = torch.arange(6).reshape(1, 6)
+    for each in (model, half, loaded):
+        found = {name: parameter.dtype for name, parameter in each.named_parameters() if parameter.is_floating_point()}
+        wo = {name for name in found if ".wo." in name}
+        # transformers keeps them for float16 only
+        assert {found.pop(name) for name in wo} == {torch.float32 if dtype is torch.float16 else dtype}
+        assert set(found.values()) == {dtype}
+    assert torch.equal(
+        loaded(input_ids=tokens, decoder_input_ids=tokens).logits,
+        model(input_ids=tokens, decoder_input_ids=tokens).logits,
+    )
+
+
 def test_a_classifier_trains_its_head_in_floating_point():
     model = LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=3, pad_token_id=0))
     quantize_model(model, **SETTINGS)
