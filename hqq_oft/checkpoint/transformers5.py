@@ -182,7 +182,7 @@ class HqqQuantizer(HqqHfQuantizer):
             tag = None if single else next((tag for tag in config if f".{name}".endswith(f".{tag}")), None)
             settings = config if single else config.get(tag)
             if settings is None or any(pattern in name for pattern in skipped):
-                continue  # asked for by the user
+                continue  # excluded by the configuration
             weight = settings["weight_quant_params"]
             reason = "its weight is tied" if f"{name}.weight" in tied else kept.get(name)
             if type(linear) is not nn.Linear and type(linear).__name__ not in SAME_FUNCTION:
