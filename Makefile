@@ -9,6 +9,10 @@ DEMO ?=
 BENCH ?=
 GPU_ARGS ?=
 
+# constraints.txt has transformers 4.57 for Python 3.10, on which transformers 5, the architectures, TRL and diffusers are
+# not tested.
+PYTHON_3_10 := $(filter 3.10.%,$(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) --version))
+
 .PHONY: help venv native check format docs test test-asan test-architectures test-matrix test-triton-3.6 test-training
 .PHONY: test-cuda-wheel coverage offline demo clean
 .PHONY: bench-cpu bench-host bench-model gpu gpu-pack gpu-test gpu-tune
@@ -49,9 +53,11 @@ test: $(STAMP) ## run the tests (options: PYTEST_ARGS="-k merge"; "--all-targets
 coverage: PYTEST_ARGS += --cov --cov-report=term-missing
 coverage: test ## run the tests and require 90% line coverage of hqq_oft/
 
-# Not part of `make test`: about two minutes.
+# Not part of `make test`: about two minutes. With transformers 4.57 at least four fail: Apertus, FalconMamba and
+# GraniteMoeHybrid in `load_quantized`, RecurrentGemma with gradient checkpointing.
 test-architectures: $(STAMP) ## the whole job, from quantizing to merging, on tiny models of many architectures
-	$(PYTEST) tests/architectures $(PYTEST_ARGS)
+	$(if $(PYTHON_3_10),@echo "skipped: transformers 5 requires Python 3.11",\
+		$(PYTEST) tests/architectures $(PYTEST_ARGS))
 
 # Tests a copy of the package with a sanitized library. `python -m pytest` would import the package of this folder
 # instead. The sanitizer runtimes must be preloaded; leak detection is off because Python itself leaks.
@@ -74,10 +80,12 @@ $(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsit
 endef
 
 # PEFT-transformers version pairs, one environment each.
-MATRIX := 0.18.1-4.57.6 0.19.1-4.57.6 0.20.0-5.23.0 0.21.2-5.23.0
+MATRIX := 0.18.1-4.57.6 0.19.1-4.57.6 $(if $(PYTHON_3_10),,0.20.0-5.23.0 0.21.2-5.23.0)
 MATRIX_TESTS := tests/layer $(addprefix tests/peft/test_,documented_uses.py adapters_of_a_model.py merge_and_unload.py \
-	mixed_batches_of_a_model.py patch.py convert.py training_loops.py merge_report.py transformers_hqq.py whole_job.py) \
-	tests/quant/test_quantize_model.py tests/checkpoint/test_save_load.py tests/tools/test_cli.py
+	mixed_batches_of_a_model.py patch.py convert.py training_loops.py merge_report.py transformers_hqq.py whole_job.py \
+	targets.py other_layers.py) \
+	$(addprefix tests/quant/test_,quantize_model.py casts.py selection.py experts.py) \
+	$(addprefix tests/checkpoint/test_,save_load.py from_pretrained.py existing_checkpoints.py) tests/tools/test_cli.py
 
 test-matrix: $(MATRIX:%=.venv-matrix/%/.passed) ## run the layer and PEFT tests on each supported PEFT and transformers
 
@@ -110,8 +118,9 @@ $(OLD_TRITON)/.installed: $(STAMP)
 # The libraries that people train with.
 TRAINING := .venv-matrix/training
 
-test-training: $(TRAINING)/.installed ## test training with TRL, sentence-transformers, Lightning and diffusers
-	$(TRAINING)/bin/python -m pytest $(PYTEST_ARGS) tests/training
+test-training: $(if $(PYTHON_3_10),,$(TRAINING)/.installed) ## test training with TRL, sentence-transformers, Lightning, diffusers
+	$(if $(PYTHON_3_10),@echo "skipped: TRL and diffusers require Python 3.11",\
+		$(TRAINING)/bin/python -m pytest $(PYTEST_ARGS) tests/training)
 
 $(TRAINING)/.installed: $(STAMP)
 	$(call behind_own,$(@D))

@@ -52,7 +52,7 @@ CHAT = (
 )
 
 
-def save_byte_llama(folder: Path, chat: bool = False) -> None:
+def save_byte_llama(folder: Path, chat: bool = False, tied: bool = False) -> None:
     """Write a tiny Llama over bytes, and its tokenizer, as `from_pretrained` reads them."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -65,6 +65,7 @@ def save_byte_llama(folder: Path, chat: bool = False) -> None:
         bos_token_id=256,
         eos_token_id=257,
         initializer_range=0.2,
+        tie_word_embeddings=tied,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     vocabulary = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}

@@ -1,4 +1,4 @@
-"""What makes a model with HQQ layers known as such: to transformers and to PEFT; and what reads `.weight`."""
+"""What makes a model with HQQ layers known as such: to transformers and to PEFT."""
 
 from __future__ import annotations
 

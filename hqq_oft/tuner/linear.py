@@ -54,8 +54,8 @@ class _QuantizedState:
     def of(cls, base: nn.Module) -> _QuantizedState:
         weight = base._parameters.get("weight")
         if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-            # Inference on a CPU with AVX512-BF16 repacks the weight of bitsandbytes' 4 bits in place. PEFT reads it as
-            # if it did not; saving undoes it.
+            # Inference on a CPU with AVX512-BF16 repacks the weight of bitsandbytes' 4 bits in place, which PEFT does
+            # not expect. `state_dict` restores the original packing.
             base.state_dict()
         attributes = {name: dict(vars(p)) for name, p in base._parameters.items() if p is not None}
         return cls(dict(base._parameters), attributes, dict(vars(base.state)) if "state" in vars(base) else {})

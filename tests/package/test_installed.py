@@ -60,12 +60,11 @@ def wheel():
 
 @pytest.fixture(scope="session", params=["sdist", "wheel"])
 def installed(request, tmp_path_factory):
-    """The programs of a new environment with the package, from one of the files, and what the examples import."""
+    """The programs of a new environment with the package, from one of the files, and what it depends on."""
     file, folder = request.getfixturevalue(request.param), tmp_path_factory.mktemp(request.param) / "venv"
     run(sys.executable, "-m", "venv", folder, cwd=folder.parent)
     pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet"]
-    # demo has transformers
-    run(*pip, f"hqq-oft[demo] @ {file.as_uri()}", cwd=folder.parent, HQQ_OFT_BUILD="cpu")
+    run(*pip, f"hqq-oft @ {file.as_uri()}", cwd=folder.parent, HQQ_OFT_BUILD="cpu")
     return folder / "bin"
 
 

@@ -30,14 +30,20 @@ def states(text):
     return {name: float(value) for name, value in re.findall(r"^([\w ]+): ([\d.]+)$", text, re.MULTILINE)}
 
 
+def kept(printed):
+    """The lines of the report on layers that stay dense, each with the reason."""
+    return re.findall(r"^ *kept .*", "".join(printed), re.MULTILINE)
+
+
 def test_the_notebook_runs_on_another_chat_model(notebook, tmp_path, monkeypatch):
-    save_byte_llama(tmp_path / "model", chat=True)
+    save_byte_llama(tmp_path / "model", chat=True, tied=True)  # as SmolLM2
     for name, value in {"MODEL": tmp_path / "model", "STEPS": 3, "OUT": tmp_path, "OMP_NUM_THREADS": 1}.items():
         monkeypatch.setenv(name, str(value))
-    _, plots = outputs(notebook)
+    recorded, plots = outputs(notebook)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
     printed, plots_again = outputs(notebook)
     assert plots_again == plots
+    assert kept(printed) == kept(recorded) != [], "execute the notebook again"
     found = states(printed[-2])
     assert list(found) == ["quantized", "adapted", "merged", "merged into 8 bits"]
     assert found["adapted"] < found["quantized"]
