@@ -43,4 +43,4 @@ def test_forward_saves_only_x_and_v_and_less_than_peft():
     )
     size = {cls: sum(t.numel() * t.element_size() for t in tensors) for cls, tensors in kept.items()}
     assert size[HqqOFTLinear] < 1.01 * n * n * 2
-    assert size[PeftLinear] > 3 * n * n * 2  # an fp32 copy of x and a rotated x besides
+    assert size[PeftLinear] > 2 * n * n * 2  # an fp32 copy of x
