@@ -46,7 +46,8 @@ struct TileSums {
   int64_t row_bytes() const { return 4 * row; }
 };
 
-// Adds a[r] * b[v] over a multiple of 16 pairs to tile (r, v) of the sums, for ROWS x COLUMNS tiles, at most 2 x 2.
+// Adds a[r] * b[v] over a multiple of 16 pairs to tile (r, v) of the sums, or to zero, and stores it there, for ROWS x
+// COLUMNS tiles, at most 2 x 2.
 template <int ROWS, int COLUMNS>
 void tile_dots(Tiles a, Tiles b, int64_t pairs, TileSums c) {
   constexpr bool kTwoRows = ROWS == 2, kTwoColumns = COLUMNS == 2;

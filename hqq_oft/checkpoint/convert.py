@@ -22,7 +22,7 @@ from .atomic_directory import check_replaceable
 from .files import CONFIG, INDEX, QMODEL, SINGLE, Checkpoint, CheckpointError, read_json, write_checkpoint
 from .layer_format import StoredLayer, tensors_of
 from .load import load_quantized, model_class
-from .patch import patch
+from .patch import patch_transformers
 from .save import parse_size, save_quantized
 
 
@@ -78,13 +78,10 @@ def _load(prepared: Path, source: Path) -> tuple[Any, list[str]]:
     if packaging.version.parse(transformers.__version__).major < 5:
         return load_quantized(prepared, progress=False), []
     architecture, _ = model_class(source / CONFIG, read_json(prepared / CONFIG))
-    patch.enter()
-    try:
+    with patch_transformers():
         model, info = architecture.from_pretrained(
             str(prepared), use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    finally:
-        patch.leave()
     if missing := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
         raise CheckpointError(
             f"{source}: tensor {missing[0]!r}: missing or of another shape, as {len(missing)} in all."
